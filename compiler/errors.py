@@ -1,0 +1,38 @@
+"""Errors of the compiler that a user can act on."""
+
+from alloc_moe.runtime.errors import AllocMoeError
+
+
+class CheckpointError(AllocMoeError):
+    """A checkpoint folder is missing files, or a file can't be read."""
+
+
+class UnsupportedModelError(AllocMoeError):
+    """The model is none that this compiler can allocate experts for."""
+
+
+class ProfileError(AllocMoeError):
+    """A saved profile doesn't belong to this model, text or seed, or can't be read."""
+
+
+class BudgetError(AllocMoeError):
+    """The activation budget can't be met by any plan."""
+
+
+class VerificationError(AllocMoeError):
+    """The compiled graph doesn't compute what PyTorch computes with the same plan."""
+
+
+class OutputError(AllocMoeError):
+    """The output can't be written where it was asked for."""
+
+
+__all__ = [
+    "AllocMoeError",
+    "BudgetError",
+    "CheckpointError",
+    "OutputError",
+    "ProfileError",
+    "UnsupportedModelError",
+    "VerificationError",
+]

@@ -1,0 +1,99 @@
+"""The plain data types that the compiler's stages hand on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from alloc_moe.compiler.errors import ProfileError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Metric = Literal["kl", "ppl-suffix"]
+Redistribution = Literal["none", "batch", "sequence"]
+Weights = Literal["keep", "renorm"]
+DType = Literal["float32", "float16", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a model.
+
+    ``name`` is the module path of its block (``model.layers.3.mlp``); the experts module is at
+    ``experts_name``; ``decoder_layer`` is the index of the decoder layer that holds it.
+    """
+
+    name: str
+    experts_name: str
+    decoder_layer: int
+    num_experts: int
+    experts_per_token: int
+
+
+@dataclass(frozen=True)
+class MoeModel:
+    """A loaded checkpoint: `model` is in eval mode, float32 on the CPU; `folder` holds its files."""
+
+    source: str
+    folder: Path
+    fingerprint: str
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: tuple[MoeLayer, ...]
+
+
+@dataclass(frozen=True)
+class SensitivityProfile:
+    """What fewer experts cost each layer.
+
+    ``costs[l][k - 1]`` is the cost of k experts in MoE layer l; it need not fall with k. A row is None
+    until that layer was measured. The first six fields say what was measured: a profile whose
+    fields differ from those asked for is refused.
+    """
+
+    metric: str
+    model_fingerprint: str
+    calibration_sha256: str
+    tokens: int
+    sequence_length: int
+    seed: int
+    layer_names: tuple[str, ...]
+    experts_per_token: tuple[int, ...]
+    costs: tuple[tuple[float, ...] | None, ...]
+    baseline_loss: float
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer was measured."""
+        return all(row is not None for row in self.costs)
+
+    def to_json(self) -> str:
+        """Return the profile as one JSON object."""
+        return json.dumps({"format": 1, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, *, path: Path) -> SensitivityProfile:
+        """Read back what `to_json` wrote.
+
+        Raises:
+            ProfileError: The text is no profile.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            data.pop("format")
+            rows = [None if row is None else tuple(row) for row in data.pop("costs")]
+            names, counts = data.pop("layer_names"), data.pop("experts_per_token")
+            return cls(
+                **data, costs=tuple(rows), layer_names=tuple(names), experts_per_token=tuple(counts)
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProfileError(
+                f"{path} is no sensitivity profile ({error!r}). Give another file, or delete it."
+            ) from error

@@ -1,0 +1,1 @@
+"""Graph rewrites over onnx_ir: a plan becomes code here."""

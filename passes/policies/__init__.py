@@ -1,0 +1,1 @@
+"""Policies: which of the router's candidates a layer executes."""

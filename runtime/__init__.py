@@ -1,0 +1,1 @@
+"""Runs compiled artifacts: numpy, onnxruntime and tokenizers, never torch."""
