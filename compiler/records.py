@@ -13,6 +13,8 @@ from alloc_moe.compiler.errors import ProfileError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from alloc_moe.compiler.checkpoint import CheckpointReader
+
 Metric = Literal["kl", "ppl-suffix"]
 Redistribution = Literal["none", "batch", "sequence"]
 Weights = Literal["keep", "renorm"]
@@ -37,13 +39,19 @@ class MoeLayer:
 
 @dataclass(frozen=True)
 class MoeModel:
-    """A loaded checkpoint: `model` is in eval mode, float32 on the CPU; `folder` holds its files."""
+    """A loaded checkpoint.
+
+    ``model`` is in eval mode, float32 on the CPU; ``skeleton`` is the same without weights; ``reader``
+    reads single weights from the files in ``folder``.
+    """
 
     source: str
     folder: Path
     fingerprint: str
     config: PreTrainedConfig
     model: PreTrainedModel
+    skeleton: PreTrainedModel
+    reader: CheckpointReader
     tokenizer: PreTrainedTokenizerBase
     layers: tuple[MoeLayer, ...]
 

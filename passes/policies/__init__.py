@@ -1,1 +1,36 @@
-"""Policies: which of the router's candidates a layer executes."""
+"""Policies: which of the router's candidates a layer executes.
+
+A policy is one onnxscript function that becomes a model-local function of the artifact:
+
+    policy(weights [T, K] float32, ids [T, K] int64, real [B, S] bool; k, ...) -> keep [T, K] bool
+
+``weights`` and ``ids`` are a token's candidates, best first; T = B * S tokens, batch-major; ``real`` is
+False for padding, which must keep nothing; further attributes are the policy's own. Both lowerings
+take the keep mask from here, so a new policy is one new file and one line in `POLICIES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from onnxscript import OnnxFunction
+
+from alloc_moe.passes.policies.pooled import keep_pooled
+from alloc_moe.passes.policies.top_k import keep_all
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A function and the attributes it is called with besides ``k``."""
+
+    function: OnnxFunction
+    attributes: dict[str, list[int]] = field(default_factory=dict)
+
+
+TOP_K = Policy(keep_all)
+POLICIES: dict[str, Policy] = {
+    "none": TOP_K,
+    "batch": Policy(keep_pooled, {"pool_shape": [1, -1]}),
+    "sequence": Policy(keep_pooled, {"pool_shape": [0, -1]}),
+}
+"""Name of a redistribution -> its policy."""

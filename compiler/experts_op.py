@@ -1,0 +1,129 @@
+"""alloc_moe::RoutedExperts, the one abstract operator that every MoE layer is exported as.
+
+    RoutedExperts(hidden [T, H], expert_ids [T, K], expert_weights [T, K],
+                  gate_up, gate_up_bias?, down, down_bias?) -> [T, H]
+
+The router stays as it is, at its trained K; the passes lower the operator to what a plan asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from onnxscript.values import Opset
+
+from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IMPLEMENTATION = "alloc_moe_export"
+
+
+@functools.cache
+def register() -> Callable[..., torch.Tensor]:
+    """Register operator and ONNX schema, once per process; return the torch operator."""
+    _register_schema()
+
+    @torch.library.custom_op("alloc_moe::routed_experts", mutates_args=())
+    def routed_experts(
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down: torch.Tensor,
+        down_bias: torch.Tensor | None,
+        layer: int,
+        transposed: bool,
+        interleaved: bool,
+    ) -> torch.Tensor:
+        # Only shapes matter: the operator is traced, and run once on zero weights to find the inputs.
+        return torch.zeros_like(hidden)
+
+    routed_experts.register_fake(lambda hidden, *_: torch.empty_like(hidden))
+    return torch.ops.alloc_moe.routed_experts.default  # type: ignore[no-any-return]
+
+
+def _register_schema() -> None:
+    parameter = onnx.defs.OpSchema.FormalParameter
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            ROUTED_EXPERTS,
+            DOMAIN,
+            1,
+            inputs=[
+                parameter("hidden", "T"),
+                parameter("expert_ids", "tensor(int64)"),
+                parameter("expert_weights", "T"),
+                parameter("gate_up", "T"),
+                parameter("gate_up_bias", "T", param_option=optional),
+                parameter("down", "T"),
+                parameter("down_bias", "T", param_option=optional),
+            ],
+            outputs=[parameter("output", "T")],
+            type_constraints=[
+                ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Activations")
+            ],
+            attributes=[
+                onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, "")
+                for name in ("layer", "transposed", "interleaved")
+            ],
+        )
+    )
+
+
+def onnx_translation(
+    hidden: Any,
+    expert_ids: Any,
+    expert_weights: Any,
+    gate_up: Any,
+    gate_up_bias: Any,
+    down: Any,
+    down_bias: Any,
+    layer: int,
+    transposed: bool,
+    interleaved: bool,
+) -> Any:
+    """Translate the torch operator while torch.onnx records."""
+    return Opset(DOMAIN, 1).RoutedExperts(
+        hidden,
+        expert_ids,
+        expert_weights,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        layer=layer,
+        transposed=int(transposed),
+        interleaved=int(interleaved),
+    )
+
+
+def experts_forward(model: PreTrainedModel, names: list[str]) -> Callable[..., torch.Tensor]:
+    """Return the experts function for `model` that records the operator; `names` are its experts modules."""
+    operator = register()
+    index = {id(model.get_submodule(name)): layer for layer, name in enumerate(names)}
+
+    def forward(
+        self: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        return operator(
+            hidden,
+            ids,
+            weights.to(hidden.dtype),
+            self.gate_up_proj,
+            self.gate_up_proj_bias if self.has_bias else None,
+            self.down_proj,
+            self.down_proj_bias if self.has_bias else None,
+            index[id(self)],
+            self.is_transposed,
+            not self.is_concatenated,
+        )
+
+    return forward

@@ -1,0 +1,188 @@
+"""Model -> onnx_ir.Model with RoutedExperts nodes and lazy weights.
+
+The only file that touches the experimental exporter of transformers and private parts of torch.onnx.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnxscript.rewriter import onnx_fusions, rewrite
+from onnxscript.optimizer import FOLDED_FROM_KEY, optimize_ir
+from transformers.exporters import exporter_onnx
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.exporters.utils import decompose_for_generation
+from transformers.utils import logging as transformers_logging
+
+from alloc_moe.compiler import experts_op
+from alloc_moe.compiler.skeleton import build_skeleton, experts_function
+from alloc_moe.passes.base import lazy_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from alloc_moe.compiler.checkpoint import CheckpointReader
+    from alloc_moe.compiler.records import MoeLayer
+
+# 23 keeps Attention, RMSNormalization and RotaryEmbedding whole; the exporter loses the last two in 24.
+OPSET = 23
+
+# Weights up to this many elements are read at once, so that the optimizer sees their real values: a
+# larger one is never folded.
+_SMALL = 1 << 13
+
+_DTYPES = {
+    "float32": (torch.float32, ir.DataType.FLOAT),
+    "float16": (torch.float16, ir.DataType.FLOAT16),
+    "bfloat16": (torch.bfloat16, ir.DataType.BFLOAT16),
+}
+
+
+def export_graph(
+    config: PreTrainedConfig,
+    reader: CheckpointReader,
+    layers: Sequence[MoeLayer],
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> ir.Model:
+    """Capture the model once, for any budget.
+
+    Args:
+        config: The model's configuration.
+        reader: Where the weights are read from, one by one, when the graph is saved.
+        layers: The MoE layers; layer i becomes the RoutedExperts node with attribute ``layer`` = i.
+        dtype: float32, float16 or bfloat16: the type of weights, activations and cache.
+        trust_remote_code: As for `load_model`.
+
+    Returns:
+        A graph for prefill, continuation and decode with the key/value cache going in and out, left
+        padding and an empty cache included. Names and dimensions are the exporter's.
+    """
+    torch_dtype, ir_dtype = _DTYPES[dtype]
+    model = build_skeleton(config, torch_dtype, trust_remote_code=trust_remote_code)
+    with _quiet():
+        graph = _capture(model, [layer.experts_name for layer in layers])
+        _bind_weights(graph, reader, torch_dtype, ir_dtype)
+        _share_tied(graph, model)
+        _optimize(graph)
+    return graph
+
+
+def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
+    operator = experts_op.register()
+    forward = experts_op.experts_forward(model, experts_names)
+    with experts_function(model, experts_op.IMPLEMENTATION, forward):
+        component, inputs = _sample_inputs(model)
+        table = {operator: experts_op.onnx_translation}
+        with mock.patch.dict(exporter_onnx._ONNX_TRANSLATION_TABLE, table):
+            exported = OnnxExporter().export(
+                component,
+                inputs,
+                # Weights are zeros here: nothing may be folded before the real ones are bound.
+                config=OnnxConfig(dynamic=True, opset_version=OPSET, optimize=False),
+            )
+    program: ir.Model = exported.program
+    return program
+
+
+def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Return what a decode step of several tokens is called with; left padding keeps the mask an input."""
+    mask = torch.ones((2, 5), dtype=torch.int64)
+    mask[0, 0] = 0
+    prompt = {"input_ids": torch.ones((2, 5), dtype=torch.int64), "attention_mask": mask}
+    settings = model.generation_config
+    settings.do_sample, settings.num_beams = False, 1
+    settings.eos_token_id, settings.pad_token_id = None, 0
+    component, inputs = decompose_for_generation(model, prompt, multi_token_decode=True)["decode"]
+    inputs.pop("cache_position", None)
+    return component, inputs
+
+
+def _bind_weights(
+    graph: ir.Model, reader: CheckpointReader, torch_dtype: torch.dtype, ir_dtype: ir.DataType
+) -> None:
+    for name, value in graph.graph.initializers.items():
+        if name not in reader:
+            continue
+        shape = tuple(int(d) for d in value.const_value.shape)  # type: ignore[union-attr]
+        dtype = value.const_value.dtype  # type: ignore[union-attr]
+        # A float32 parameter inside a float16 model (a router's bias) stays float32.
+        target = torch_dtype if dtype == ir_dtype else torch.float32
+        read = functools.partial(_read_numpy, reader, name, target)
+        if np.prod(shape) <= _SMALL:
+            value.const_value = ir.Tensor(read(), dtype=dtype, name=name)
+        else:
+            value.const_value = lazy_tensor(read, shape, dtype, name)
+
+
+def _read_numpy(reader: CheckpointReader, name: str, dtype: torch.dtype) -> np.ndarray:
+    tensor = reader.read(name, dtype)
+    if dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _share_tied(graph: ir.Model, model: PreTrainedModel) -> None:
+    """Let names that share one parameter share one initializer."""
+    first: dict[int, ir.Value] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        value = graph.graph.initializers.get(name)
+        if value is None:
+            continue
+        kept = first.setdefault(id(parameter), value)
+        if kept is not value:
+            ir.convenience.replace_all_uses_with(value, kept)
+
+
+def _optimize(graph: ir.Model) -> None:
+    def should_fold(node: ir.Node) -> bool | None:
+        # A lazy weight would be read and its folded copy kept in memory; a pass of ours transposes lazily.
+        return False if any(_is_lazy(value) for value in node.inputs) else None
+
+    common.RemoveUnusedNodesPass()(graph)
+    optimize_ir(graph, should_fold=should_fold)
+    rewrite(graph)
+    onnx_fusions.fuse(graph)
+    common.RemoveUnusedNodesPass()(graph)
+    for value in graph.graph.initializers.values():
+        value.metadata_props.pop(FOLDED_FROM_KEY, None)
+    common.ClearMetadataAndDocStringPass()(graph)
+
+
+def _is_lazy(value: ir.Value | None) -> bool:
+    return value is not None and isinstance(value.const_value, ir.LazyTensor)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's prints, warnings and version notes off the user's terminal."""
+    level = transformers_logging.get_verbosity()
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in noisy]
+    transformers_logging.set_verbosity_error()
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        for logger, previous in zip(noisy, levels, strict=True):
+            logger.setLevel(previous)

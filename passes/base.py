@@ -1,0 +1,54 @@
+"""Names and small helpers that the passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import OnnxFunction
+from onnxscript.values import Opset
+
+DOMAIN = "alloc_moe"
+OPSET = Opset(DOMAIN, 1)
+ROUTED_EXPERTS = "RoutedExperts"
+
+
+def routed_experts(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield the RoutedExperts nodes in graph order."""
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type == ROUTED_EXPERTS:
+            yield node
+
+
+def lazy_tensor(
+    compute: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: ir.DataType, name: str
+) -> ir.LazyTensor:
+    """Return a tensor that `compute` makes when it is written, and that nothing keeps afterwards."""
+    return ir.LazyTensor(
+        lambda: ir.Tensor(compute(), dtype=dtype, name=name),
+        dtype=dtype,
+        shape=ir.Shape(shape),
+        name=name,
+        cache=False,
+    )
+
+
+def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register `tensor` under its name and return its value."""
+    assert tensor.name is not None
+    value = ir.Value(
+        name=tensor.name,
+        shape=ir.Shape(tensor.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    model.graph.initializers[tensor.name] = value
+    return value
+
+
+def add_function(model: ir.Model, function: OnnxFunction) -> None:
+    """Make `function` a model-local function of `model`, which onnxruntime inlines."""
+    local = ir.serde.deserialize_function(function.to_function_proto())
+    model.functions[local.identifier()] = local
+    model.opset_imports.setdefault(DOMAIN, OPSET.version)

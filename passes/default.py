@@ -1,0 +1,34 @@
+"""The ordered lists of passes: once per exported graph, and once per plan."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from alloc_moe.passes.fix_dims import FixDimsPass
+from alloc_moe.passes.fold_transposes import FoldTransposesPass
+from alloc_moe.passes.interleave_experts import InterleaveExpertsPass
+from alloc_moe.passes.lower_experts import Allocation, LowerExpertsPass
+from alloc_moe.passes.rename_cache import RenameCachePass
+
+
+def normalize_passes() -> ir.passes.Sequential:
+    """Return what every exported graph goes through, whatever the budget."""
+    return ir.passes.Sequential(
+        RenameCachePass(),
+        FixDimsPass(),
+        FoldTransposesPass(),
+        InterleaveExpertsPass(),
+        common.RemoveUnusedNodesPass(),
+    )
+
+
+def specialize_passes(allocation: Allocation, *, pairs: bool) -> ir.passes.Sequential:
+    """Return what turns a normalised graph into the artifact of one plan."""
+    return ir.passes.Sequential(
+        LowerExpertsPass(allocation, pairs=pairs),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
+    )

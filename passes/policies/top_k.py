@@ -1,0 +1,17 @@
+"""No redistribution: a token keeps all candidates it is given, which are the k best."""
+
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, no-any-return, type-arg, valid-type, misc"
+from __future__ import annotations
+
+from onnxscript import BOOL, FLOAT, INT64, script
+from onnxscript import opset23 as op
+
+from alloc_moe.passes.base import OPSET
+
+
+@script(OPSET, default_opset=op)
+def keep_all(weights: FLOAT[...], ids: INT64[...], real: BOOL[...], k: int) -> BOOL[...]:
+    """Keep every candidate of every real token."""
+    column = op.Reshape(real, op.Constant(value_ints=[-1, 1]))
+    keep = op.Expand(column, op.Shape(weights))
+    return keep

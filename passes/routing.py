@@ -1,0 +1,125 @@
+"""Routing functions of the artifact: small onnxscript functions around a policy, all stock operators."""
+
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, no-any-return, type-arg, valid-type, misc"
+from __future__ import annotations
+
+from onnxscript import BOOL, FLOAT, INT64, script
+from onnxscript import opset23 as op
+
+from alloc_moe.passes.base import OPSET
+
+
+@script(OPSET, default_opset=op)
+def real_tokens(attention_mask: INT64[...], input_ids: INT64[...]) -> BOOL[...]:
+    """Return [B, S]: which of this call's tokens are no padding; the mask [B, past + S] covers the past."""
+    start = op.Neg(op.Shape(input_ids, start=1, end=2))
+    end = op.Constant(value_ints=[9223372036854775807])
+    current = op.Slice(attention_mask, start, end, op.Constant(value_ints=[1]))
+    return op.Cast(current, to=9)
+
+
+@script(OPSET, default_opset=op)
+def all_tokens(input_ids: INT64[...]) -> BOOL[...]:
+    """Return [B, S], True: for graphs without an attention mask."""
+    return op.GreaterOrEqual(input_ids, op.Constant(value_int=-9223372036854775807))
+
+
+@script(OPSET, default_opset=op)
+def rank_candidates(
+    expert_weights: FLOAT[...], expert_ids: INT64[...], candidates: int
+) -> tuple[FLOAT[...], INT64[...]]:
+    """Return the best `candidates` of each token, best first; routers need not return them sorted."""
+    weights, order = op.TopK(
+        op.Cast(expert_weights, to=1),
+        op.Reshape(op.Constant(value_int=candidates), op.Constant(value_ints=[1])),
+        axis=1,
+    )
+    ids = op.GatherElements(expert_ids, order, axis=1)
+    return weights, ids
+
+
+@script(OPSET, default_opset=op)
+def renormalize(
+    expert_weights: FLOAT[...], weights: FLOAT[...], keep: BOOL[...]
+) -> FLOAT[...]:
+    """Scale the kept `weights` to the sum that all of a token's candidates have."""
+    axis = op.Constant(value_ints=[1])
+    kept = op.Where(keep, weights, op.Constant(value_float=0.0))
+    total = op.ReduceSum(op.Cast(expert_weights, to=1), axis, keepdims=1)
+    # Padding keeps nothing; whatever it is scaled by stays unused.
+    share = op.Max(op.ReduceSum(kept, axis, keepdims=1), op.Constant(value_float=1e-30))
+    return op.Mul(weights, op.Div(total, share))
+
+
+@script(OPSET, default_opset=op)
+def mask_lowering(
+    weights: FLOAT[...], ids: INT64[...], keep: BOOL[...], experts: int, dropped: float
+) -> tuple[FLOAT[...], FLOAT[...]]:
+    """Return router probabilities [T, E] and row sums [T, 1] for an MoE op with k = K.
+
+    The op takes the softmax over its top k: of log weights it returns the weights divided by their
+    sum, and an expert at `dropped` gets exactly zero, which onnxruntime's CPU kernel skips. A padding
+    token keeps nothing; all of its experts at `dropped` would tie and run, so one is let through with
+    a row sum of zero.
+    """
+    tiny = op.Constant(value_float=1e-38)
+    low = op.Constant(value_float=dropped)
+    logits = op.Where(keep, op.Log(op.Max(weights, tiny)), low)
+    axis = op.Constant(value_ints=[1])
+    total = op.ReduceSum(op.Where(keep, weights, op.Constant(value_float=0.0)), axis, keepdims=1)
+    first = op.Slice(
+        logits, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), axis
+    )
+    others = op.Slice(
+        logits, op.Constant(value_ints=[1]), op.Constant(value_ints=[2147483647]), axis
+    )
+    # Every real token keeps its best candidate, so a first column at `dropped` is padding.
+    padding = op.LessOrEqual(first, low)
+    safe = op.Concat(op.Where(padding, op.Constant(value_float=0.0), first), others, axis=1)
+    rows = op.Shape(ids, start=0, end=1)
+    width = op.Reshape(op.Constant(value_int=experts), op.Constant(value_ints=[1]))
+    empty = op.Expand(low, op.Concat(rows, width, axis=0))
+    return op.ScatterElements(empty, ids, safe, axis=1), total
+
+
+@script(OPSET, default_opset=op)
+def pairs_lowering(
+    weights: FLOAT[...], ids: INT64[...], keep: BOOL[...], experts: int, dropped: float
+) -> tuple[INT64[...], FLOAT[...], FLOAT[...], INT64[...]]:
+    """Return what an MoE op with k = 1 needs to run the M kept pairs only.
+
+    token [M]: the token of each pair, in token order; router probabilities [M, E]; pair weights [M, 1];
+    slots [T, K]: the pair of each candidate, M where it was dropped.
+    """
+    pairs = op.NonZero(keep)
+    token = op.Squeeze(op.Slice(pairs, [0], [1], [0]), [0])
+    where = op.Transpose(pairs, perm=[1, 0])
+    one = op.Constant(value_ints=[1])
+    expert = op.Unsqueeze(op.GatherND(ids, where), one)
+    weight = op.Unsqueeze(op.GatherND(weights, where), one)
+    rows = op.Shape(token)
+    width = op.Reshape(op.Constant(value_int=experts), one)
+    empty = op.Expand(op.Constant(value_float=dropped), op.Concat(rows, width, axis=0))
+    zeros = op.Mul(weight, op.Constant(value_float=0.0))
+    probabilities = op.ScatterElements(empty, expert, zeros, axis=1)
+    flat = op.Cast(op.Reshape(keep, op.Constant(value_ints=[-1])), to=7)
+    position = op.Sub(op.CumSum(flat, op.Constant(value_int=0)), op.Constant(value_int=1))
+    slots = op.Where(op.Cast(flat, to=9), position, rows)
+    return token, probabilities, weight, op.Reshape(slots, op.Shape(keep))
+
+
+@script(OPSET, default_opset=op)
+def combine_pairs(
+    outputs: FLOAT[...], weights: FLOAT[...], slots: INT64[...]
+) -> FLOAT[...]:
+    """Return [T, H]: each token's weighted sum of its pairs' `outputs` [M, H].
+
+    Gathers through `slots`, with a row of zeros for dropped ones: ScatterND with reduction=add races on
+    duplicate indices in onnxruntime 1.32's CPU kernel.
+    """
+    weighted = op.Mul(outputs, op.CastLike(weights, outputs))
+    width = op.Shape(outputs, start=1, end=2)
+    row = op.Concat(op.Constant(value_ints=[1]), width, axis=0)
+    zeros = op.CastLike(op.Expand(op.Constant(value_float=0.0), row), outputs)
+    padded = op.Concat(weighted, zeros, axis=0)
+    return op.ReduceSum(op.Gather(padded, slots, axis=0), op.Constant(value_ints=[1]), keepdims=0)
