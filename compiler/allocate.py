@@ -1,0 +1,239 @@
+"""Sensitivity profile and budget -> allocation plan (Alloc-L, section 2 of the design)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from alloc_moe.compiler.errors import BudgetError, ProfileError
+from alloc_moe.compiler.records import MoeLayer, Redistribution, SensitivityProfile, Weights
+from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer
+
+
+def parse_budget(requested: str | float, experts_per_token: Sequence[int]) -> Budget:
+    """Return how many expert activations per token, over all layers, a budget allows.
+
+    Args:
+        requested: A fraction of the full model's activations in (0, 1] (text with a decimal point,
+            or a float), or a whole number of activations (text of digits, or an int). ``1`` is
+            one activation, ``1.0`` the full model.
+        experts_per_token: K of each MoE layer.
+
+    Returns:
+        The budget; a fraction is rounded down to whole activations, exactly: 0.1 of 30 is 3.
+
+    Raises:
+        BudgetError: No number, or not between one expert in each layer and the full model.
+    """
+    layers, original = len(experts_per_token), sum(experts_per_token)
+    legal = (
+        f"Give a fraction from {_smallest_fraction(layers, original)} to 1.0, or a whole number of "
+        f"activations from {layers} (one expert in each MoE layer) to {original} (the full model)."
+    )
+    number = _to_number(requested, legal)
+    if isinstance(number, int):
+        return Budget(number, _check_activations(number, layers, original, legal), original)
+    if not 0 < number <= 1:
+        raise BudgetError(f"The budget {requested} is no fraction in (0, 1]. {legal}")
+    activations = math.floor(number * original)
+    if activations < layers:
+        raise BudgetError(
+            f"The budget {requested} of {original} activations per token is {activations}, too few "
+            f"for {layers} MoE layers, which need one each. {legal}"
+        )
+    return Budget(float(number), activations, original)
+
+
+def solve_allocation(costs: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """Return the k of each layer that minimises the summed cost within the budget, exactly.
+
+    The grouped knapsack D[l, b] = min over k of D[l-1, b-k] + S[l, k], in O(L * B * K). Costs are
+    added as the exact rationals that the floats are, so neither rounding nor the order of layers
+    decides. Of plans of equal cost the one with the fewest activations is taken; of those, the one
+    whose last layer has fewest, then its last but one, and so on.
+
+    Args:
+        costs: ``costs[l][k - 1]`` is the cost of k experts in layer l. Rows may differ in length,
+            and cost need not fall with k.
+        budget: The most activations all layers may have together.
+
+    Raises:
+        BudgetError: Fewer activations than layers.
+        ProfileError: A cost is NaN or infinite.
+    """
+    if any(len(row) == 0 for row in costs):
+        raise ValueError("Each layer needs the cost of at least one expert.")
+    if budget < len(costs):
+        raise BudgetError(f"{budget} activations are too few for {len(costs)} layers.")
+    budget = min(budget, sum(len(row) for row in costs))
+    keys = _lexicographic_keys(costs, budget)
+
+    best = [np.zeros(budget + 1, dtype=object)]  # best[l][b]: the first l layers, at most b in all
+    for layer, row in enumerate(keys):
+        best.append(_add_layer(best[-1], row, layers_before=layer))
+
+    allocation = []
+    left = budget
+    for layer in reversed(range(len(keys))):
+        row = keys[layer]
+        choices = range(1, min(len(row), left - layer) + 1)
+        k = next(k for k in choices if best[layer][left - k] + row[k - 1] == best[layer + 1][left])
+        allocation.append(k)
+        left -= k
+    return allocation[::-1]
+
+
+def uniform_allocation(experts_per_token: Sequence[int], budget: int) -> list[int]:
+    """Return the same k for every layer, as near as the budget and each layer's K allow.
+
+    Layers with a smaller K than the common k stay at their K. What is left over gives one more
+    expert to some of the others, spread evenly over the depth of the model.
+
+    Raises:
+        BudgetError: Fewer activations than layers.
+    """
+    if budget < len(experts_per_token):
+        raise BudgetError(f"{budget} activations are too few for {len(experts_per_token)} layers.")
+    common = 1
+    while common < max(experts_per_token) and budget >= sum(
+        min(common + 1, most) for most in experts_per_token
+    ):
+        common += 1
+    allocation = [min(common, most) for most in experts_per_token]
+    growable = [layer for layer, most in enumerate(experts_per_token) if most > common]
+    extra, places = min(budget - sum(allocation), len(growable)), len(growable)
+    for place, layer in enumerate(growable):
+        allocation[layer] += (place + 1) * extra // places - place * extra // places
+    return allocation
+
+
+def make_plan(
+    layers: Sequence[MoeLayer],
+    budget: Budget,
+    *,
+    source: str,
+    profile: SensitivityProfile | None,
+    redistribution: Redistribution,
+    weights: Weights,
+) -> AllocationPlan:
+    """Return the plan for a budget: optimal for the profile, or uniform without one.
+
+    The plan's ``budget.activations`` is what it uses: less than the budget given where fewer
+    activations cost no more.
+
+    Raises:
+        ProfileError: The profile is of other layers, incomplete, or holds a cost that is no number.
+    """
+    if profile is None:
+        allocation = uniform_allocation([la.experts_per_token for la in layers], budget.activations)
+        sensitivity = {}
+    else:
+        allocation = solve_allocation(_profiled_costs(profile, layers), budget.activations)
+        sensitivity = {
+            "metric": profile.metric,
+            "tokens": profile.tokens,
+            "calibration_sha256": profile.calibration_sha256,
+            "seed": profile.seed,
+        }
+    return AllocationPlan(
+        source=source,
+        budget=dataclasses.replace(budget, activations=sum(allocation)),
+        redistribution=redistribution,
+        weights=weights,
+        layers=tuple(
+            PlannedLayer(layer.name, layer.num_experts, layer.experts_per_token, k)
+            for layer, k in zip(layers, allocation, strict=True)
+        ),
+        sensitivity=sensitivity,
+    )
+
+
+def _to_number(requested: str | float, legal: str) -> int | Fraction:
+    """Digits are an int; digits with a decimal point the exact fraction they spell."""
+    if isinstance(requested, int):
+        return requested
+    if isinstance(requested, float):
+        if math.isfinite(requested):
+            return Fraction(Decimal(repr(requested)))
+    elif re.fullmatch(r"\d{1,18}", text := requested.strip(), re.ASCII):
+        return int(text)
+    elif re.fullmatch(r"\d{1,18}\.\d*|\.\d+", text, re.ASCII):
+        return Fraction(text)
+    raise BudgetError(f"The budget {requested!r} is no positive number. {legal}")
+
+
+def _check_activations(number: int, layers: int, original: int, legal: str) -> int:
+    if layers <= number <= original:
+        return number
+    if number == 1:
+        raise BudgetError(
+            f"The budget 1 means one activation per token, but there are {layers} MoE layers. "
+            "Write 1.0 for the full model."
+        )
+    raise BudgetError(
+        f"The budget {number} is {'below' if number < layers else 'above'} what the {layers} MoE "
+        f"layers can use. {legal}"
+    )
+
+
+def _smallest_fraction(layers: int, original: int) -> float:
+    return math.ceil(Fraction(layers, original) * 1000) / 1000
+
+
+def _profiled_costs(
+    profile: SensitivityProfile, layers: Sequence[MoeLayer]
+) -> list[tuple[float, ...]]:
+    found = list(zip(profile.layer_names, profile.experts_per_token, strict=True))
+    expected = [(layer.name, layer.experts_per_token) for layer in layers]
+    if found != expected:
+        raise ProfileError(
+            f"The sensitivity profile is of {_layers_in_words(found)}, but the model has "
+            f"{_layers_in_words(expected)}. Profile this model."
+        )
+    rows = [row for row in profile.costs if row is not None]
+    if len(rows) < len(layers):
+        raise ProfileError(
+            f"The sensitivity profile is incomplete: {len(rows)} of {len(layers)} layers are "
+            "measured. Run alloc-profile again with the same file to finish it."
+        )
+    return rows
+
+
+def _layers_in_words(layers: Sequence[tuple[str, int]]) -> str:
+    counts = sorted({k for _, k in layers})
+    return f"{len(layers)} MoE layers ({layers[0][0]}..., top-{'/'.join(map(str, counts))})"
+
+
+def _lexicographic_keys(costs: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
+    """Integers whose sums order plans by cost first and activations second."""
+    for layer, row in enumerate(costs):
+        for k, cost in enumerate(row, start=1):
+            if not math.isfinite(cost):
+                raise ProfileError(
+                    f"The cost of {k} experts in MoE layer {layer} is {cost}, which can't be "
+                    "compared: the model's output on the calibration text wasn't finite. Check its "
+                    "weights."
+                )
+    exact = [[Fraction(float(cost)) for cost in row] for row in costs]
+    scale = math.lcm(*(cost.denominator for row in exact for cost in row)) * (budget + 1)
+    return [[int(cost * scale) + k for k, cost in enumerate(row, start=1)] for row in exact]
+
+
+def _add_layer(
+    before: npt.NDArray[np.object_], row: Sequence[int], *, layers_before: int
+) -> npt.NDArray[np.object_]:
+    """One step of the recurrence; infinite where the budget is below one per layer."""
+    after = np.full_like(before, math.inf)
+    for k, key in enumerate(row[: len(before) - layers_before - 1], start=1):
+        reached = after[
+            layers_before + k :
+        ]  # infinity is compared only: adding to it could overflow
+        np.minimum(reached, before[layers_before:-k] + key, out=reached)
+    return after

@@ -1,0 +1,327 @@
+"""What a plan means: PyTorch models that activate the experts a plan gives them, and count them.
+
+Verification and evaluation of the original model run it; the graph passes must compute the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from alloc_moe.compiler.records import MoeLayer, Redistribution, Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ExpertsCall = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""``call(experts, hidden [T, H], ids [T, K], weights [T, K]) -> [T, H]``, for an experts module."""
+
+_IMPLEMENTATION = "alloc_moe_reference"
+_CALL = "_alloc_moe_call"
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """What a policy may know of its layer: ``k``, the mean number of experts per real token."""
+
+    k: int
+
+
+class Kept(NamedTuple):
+    """Which candidates run, and by how much the closest decision was taken.
+
+    ``margin`` is the least difference between a kept and a dropped weight that competed; infinite
+    where nothing was decided. Two computations whose rounding differs by more may decide otherwise.
+    """
+
+    mask: torch.Tensor  # [tokens, candidates] bool
+    margin: float
+
+
+Policy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LayerParameters], Kept]
+"""``policy(weights [T, K], ids [T, K], real [B, S], parameters)``, candidates ranked, T = B * S."""
+
+
+def rank_candidates(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights and ids [tokens, candidates] by falling weight; equal ones keep their order.
+
+    Some routers, DeepSeek's among them, return their candidates unsorted.
+    """
+    ranked, order = torch.sort(weights, dim=-1, descending=True, stable=True)
+    return ranked, ids.gather(-1, order)
+
+
+def keep_mask(
+    redistribution: Redistribution,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    parameters: LayerParameters,
+) -> torch.Tensor:
+    """Return which candidates run.
+
+    Args:
+        redistribution: Which tokens share the layer's activations.
+        weights: Router weights [tokens, candidates], ranked by `rank_candidates`.
+        ids: The candidates' experts [tokens, candidates].
+        real: [batch, sequence] bool, False at padding; tokens are the batch's rows in a row.
+        parameters: What the plan gives the layer.
+
+    Returns:
+        [tokens, candidates] bool: exactly ``k`` per real token in the mean, none of a pad.
+    """
+    return POLICIES[redistribution](weights, ids, real, parameters).mask
+
+
+def _none(
+    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
+) -> Kept:
+    """Each token its first k."""
+    k, candidates = parameters.k, weights.shape[1]
+    first = torch.arange(candidates, device=weights.device) < k
+    gaps = (weights[:, k - 1] - weights[:, k])[real.flatten()] if k < candidates else weights[:0]
+    return Kept(real.reshape(-1, 1) & first, _least(gaps))
+
+
+def _batch(
+    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
+) -> Kept:
+    """All real tokens of the call share one pool."""
+    return _share(weights, ids, real, parameters, pools=1)
+
+
+def _sequence(
+    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
+) -> Kept:
+    """Each row of the batch is a pool, so that no request depends on its batch mates."""
+    return _share(weights, ids, real, parameters, pools=real.shape[0])
+
+
+POLICIES: Mapping[Redistribution, Policy] = {"none": _none, "batch": _batch, "sequence": _sequence}
+
+
+def _share(
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    parameters: LayerParameters,
+    *,
+    pools: int,
+) -> Kept:
+    """Rank 1 always runs; the largest other weights of each pool win what is left.
+
+    Of equal weights the earlier token's wins, and within a token the better ranked.
+    """
+    tokens, candidates = weights.shape
+    if parameters.k in (1, candidates):  # nothing to share
+        return _none(weights, ids, real, parameters)
+    size = tokens // max(pools, 1) * (candidates - 1)
+    competes = real.reshape(-1, 1).expand(-1, candidates - 1).reshape(pools, size)
+    winners = (parameters.k - 1) * real.reshape(pools, -1).sum(1, keepdim=True)  # [pools, 1]
+
+    contest = weights[:, 1:].reshape(pools, size).masked_fill(~competes, -math.inf)
+    falling, order = torch.sort(contest, dim=1, descending=True, stable=True)
+    wins = torch.arange(size, device=weights.device) < winners  # [pools, size]
+    others = torch.zeros_like(wins).scatter(1, order, wins).reshape(tokens, candidates - 1)
+
+    edges = wins[:, :-1] & ~wins[:, 1:] & falling[:, 1:].isfinite()
+    gaps = (falling[:, :-1] - falling[:, 1:])[edges]
+    alone = real.flatten() & ~others[:, 0]  # here it matters which candidate ranks first
+    lead = (weights[:, 0] - weights[:, 1])[alone]
+    return Kept(torch.cat([real.reshape(-1, 1), others], dim=1), min(_least(gaps), _least(lead)))
+
+
+def _least(gaps: torch.Tensor) -> float:
+    return float(gaps.min()) if gaps.numel() else math.inf
+
+
+def adjust_weights(mode: Weights, weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Return the weights [tokens, candidates] that combine the experts, zero where dropped.
+
+    ``keep`` leaves them as the router gave them; ``renorm`` gives the kept ones the sum of all.
+    """
+    kept = weights.masked_fill(~keep, 0)
+    if mode == "keep":
+        return kept
+    share = kept.sum(-1, keepdim=True)
+    return kept * torch.where(share > 0, weights.sum(-1, keepdim=True) / share, 1)
+
+
+def run_pairs(
+    experts: torch.nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Return the weighted outputs of single experts.
+
+    Args:
+        experts: Any experts module in the fused layout of transformers.
+        hidden: Inputs [pairs, hidden].
+        ids: The expert of each row [pairs].
+        weights: What each output is multiplied by [pairs].
+
+    Returns:
+        [pairs, hidden]; there may be no rows.
+    """
+    if len(ids) == 0:
+        return torch.zeros_like(hidden)
+    return _library_experts(experts, hidden, ids[:, None], weights[:, None])
+
+
+@dataclass
+class Activations:
+    """What a model executed while `allocated` was in force.
+
+    ``executed[l]`` counts the (token, expert) pairs that ran in MoE layer l, ``tokens`` the real
+    tokens; ``margin`` is the closest decision of all (see `Kept`).
+    """
+
+    executed: list[int]
+    tokens: int = 0
+    margin: float = math.inf
+
+    @property
+    def per_token(self) -> list[float]:
+        """The mean number of experts per real token in each MoE layer."""
+        return [count / max(self.tokens, 1) for count in self.executed]
+
+
+@contextmanager
+def allocated(
+    model: PreTrainedModel,
+    layers: Sequence[MoeLayer],
+    ks: Sequence[int],
+    *,
+    redistribution: Redistribution,
+    weights: Weights,
+) -> Iterator[Activations]:
+    """Let a model run under a plan while the block lasts.
+
+    Real tokens are those of the ``attention_mask [batch, sequence]`` given to the model, all of
+    them without one; with a cache, its last columns are the current tokens.
+
+    Args:
+        model: A causal language model; call it whole, as ``model(...)`` or ``model.generate(...)``.
+        layers: Its MoE layers.
+        ks: The k of each, up to its K.
+        redistribution: Which tokens share a layer's activations.
+        weights: Whether the kept experts' weights are scaled up to the sum of all.
+
+    Yields:
+        The count of what is executed.
+    """
+    for layer, k in zip(layers, ks, strict=True):
+        if not 1 <= k <= layer.experts_per_token:
+            raise ValueError(f"k is {k} in {layer.name}, not in 1..{layer.experts_per_token}.")
+    activations = Activations([0] * len(layers))
+    call = _Call(activations)
+    calls = {
+        layer.experts_name: functools.partial(
+            _run_allocated, call, index, LayerParameters(k), redistribution, weights
+        )
+        for index, (layer, k) in enumerate(zip(layers, ks, strict=True))
+    }
+    order = list(inspect.signature(model.forward).parameters)
+
+    def begin(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.begin(dict(zip(order, args, strict=False)) | kwargs)
+
+    handle = model.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        with replaced_experts(model, calls):
+            yield activations
+    finally:
+        handle.remove()
+
+
+@dataclass
+class _Call:
+    """The forward call that is going on."""
+
+    activations: Activations
+    real: torch.Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
+
+    def begin(self, arguments: Mapping[str, Any]) -> None:
+        inputs = arguments.get("input_ids")
+        inputs = arguments["inputs_embeds"] if inputs is None else inputs
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            self.real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            self.real = mask[:, -inputs.shape[1] :] != 0
+        else:
+            raise ValueError(
+                "attention_mask must be [batch, sequence] to tell real tokens from pads."
+            )
+        self.activations.tokens += int(self.real.sum())
+
+
+def _run_allocated(
+    call: _Call,
+    index: int,
+    parameters: LayerParameters,
+    redistribution: Redistribution,
+    mode: Weights,
+    experts: torch.nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    ranked, ranked_ids = rank_candidates(weights, ids)
+    keep, margin = POLICIES[redistribution](ranked, ranked_ids, call.real, parameters)
+    rows, _ = keep.nonzero(as_tuple=True)  # token by token, best rank first
+    call.activations.executed[index] += len(rows)
+    call.activations.margin = min(call.activations.margin, margin)
+    if len(rows) == keep.numel():
+        return _library_experts(experts, hidden, ids, weights)
+    adjusted = adjust_weights(mode, ranked, keep)
+    outputs = hidden.new_zeros(*keep.shape, hidden.shape[1])  # [tokens, candidates, hidden]
+    outputs[keep] = run_pairs(experts, hidden[rows], ranked_ids[keep], adjusted[keep])
+    return outputs.sum(1)  # not index_add_, which on a GPU adds in no fixed order
+
+
+@contextmanager
+def replaced_experts(model: PreTrainedModel, calls: Mapping[str, ExpertsCall]) -> Iterator[None]:
+    """Let experts modules run `calls`, by module path, while the block lasts.
+
+    Experts modules that are not named run as in transformers.
+    """
+    if _IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _dispatch)
+    modules = {name: model.get_submodule(name) for name in calls}
+    outer = {name: getattr(module, _CALL, None) for name, module in modules.items()}
+    implementation = model.get_experts_implementation()
+    try:
+        for name, module in modules.items():
+            setattr(module, _CALL, calls[name])
+        model.set_experts_implementation(_IMPLEMENTATION)
+        yield
+    finally:
+        model.set_experts_implementation(implementation)
+        for name, module in modules.items():
+            setattr(module, _CALL, outer[name])
+
+
+def _dispatch(
+    experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    call: ExpertsCall = getattr(experts, _CALL, None) or _library_experts
+    return call(experts, hidden, ids, weights)
+
+
+def _library_experts(
+    experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    # Of the library's implementations the fastest on a CPU in float32; "batched_mm" copies weights
+    # per row. Like all of them it knows every layout: transposed, biased, with a gate of its own.
+    outputs: torch.Tensor = grouped_mm_experts_forward(experts, hidden, ids, weights)
+    return outputs
