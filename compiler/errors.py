@@ -15,6 +15,10 @@ class ProfileError(AllocMoeError):
     """A saved profile doesn't belong to this model, text or seed, or can't be read."""
 
 
+class CalibrationError(AllocMoeError):
+    """The calibration text can't be read, or is no use for the model."""
+
+
 class BudgetError(AllocMoeError):
     """The activation budget can't be met by any plan."""
 
@@ -30,6 +34,7 @@ class OutputError(AllocMoeError):
 __all__ = [
     "AllocMoeError",
     "BudgetError",
+    "CalibrationError",
     "CheckpointError",
     "OutputError",
     "ProfileError",
