@@ -7,3 +7,11 @@ class AllocMoeError(Exception):
 
 class ArtifactError(AllocMoeError):
     """An artifact is missing, incomplete, or of a format this version can't read."""
+
+
+class DeviceError(AllocMoeError):
+    """The execution provider that was asked for can't be used on this machine."""
+
+
+class GenerationError(AllocMoeError):
+    """A prompt, a text or a setting that the model can't work with."""

@@ -1,0 +1,83 @@
+"""Where an artifact's files are: the graph, its data, and what lies beside it or at its source."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_KEY, AllocationPlan
+from alloc_moe.runtime.errors import ArtifactError
+from alloc_moe.runtime.onnx_file import OnnxFile, read_onnx_file
+
+
+@dataclass(frozen=True)
+class ArtifactFiles:
+    """An artifact on disk: the graph's file, what was read of it, and the plan in its metadata."""
+
+    graph: Path
+    onnx: OnnxFile
+    plan: AllocationPlan
+
+    def check_data(self) -> None:
+        """Raise ArtifactError unless all external data files are there and complete."""
+        for name, size in self.onnx.data_files.items():
+            path = self.graph.parent / name
+            if not path.is_file():
+                raise ArtifactError(
+                    f"{self.graph} needs its weights in {path}, which is missing. "
+                    "Copy it beside the artifact; the two belong together."
+                )
+            if path.stat().st_size < size:
+                raise ArtifactError(
+                    f"{path} has {path.stat().st_size} bytes, {self.graph.name} needs {size}. "
+                    "The file was cut off, or belongs to another artifact: copy both again."
+                )
+
+    def find(self, name: str) -> Path | None:
+        """Return the file of that name beside the artifact, else in its source folder, if any."""
+        for folder in (self.graph.parent, Path(self.plan.source)):
+            if (folder / name).is_file():
+                return folder / name
+        return None
+
+    def find_json(self, name: str) -> dict[str, Any]:
+        """Return the content of a JSON file found like `find`; an empty object if there is none.
+
+        Raises:
+            ArtifactError: The file is no JSON object.
+        """
+        path = self.find(name)
+        if path is None:
+            return {}
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} can't be read as JSON: {error}.") from error
+        if not isinstance(data, dict):
+            raise ArtifactError(f"{path} holds no JSON object.")
+        return data
+
+
+def find_artifact(path: str | Path) -> ArtifactFiles:
+    """Return the artifact at a path: an .onnx file, or a bundle folder with a model.onnx in it.
+
+    Raises:
+        ArtifactError: Nothing is there, it is no ONNX file, or alloc-moe did not compile it.
+    """
+    graph = Path(path)
+    if graph.is_dir():
+        graph = graph / MODEL_FILE
+        if not graph.is_file():
+            raise ArtifactError(
+                f"The folder {path} has no {MODEL_FILE}, so it is no bundle. "
+                "Give a bundle folder or an .onnx file that alloc-compile wrote."
+            )
+    onnx = read_onnx_file(graph)
+    if PLAN_KEY not in onnx.metadata:
+        raise ArtifactError(
+            f"{graph} was not compiled by alloc-moe: its metadata has no {PLAN_KEY}. "
+            "Make an artifact of the original model with alloc-compile."
+        )
+    return ArtifactFiles(graph, onnx, AllocationPlan.from_json(onnx.metadata[PLAN_KEY]))

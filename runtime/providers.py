@@ -1,0 +1,129 @@
+"""Which onnxruntime execution provider runs an artifact: CUDA where it works, else the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from alloc_moe.runtime.errors import ArtifactError, DeviceError
+
+logger = logging.getLogger(__name__)
+
+Provider = Literal["auto", "cpu", "cuda"]
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_FATAL, _WARNING = 4, 2  # onnxruntime's log severities; warning is its default
+_ORT_ERRORS = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+def create_session(
+    model: str | bytes, options: onnxruntime.SessionOptions, *, ep: Provider, name: Path
+) -> onnxruntime.InferenceSession:
+    """Return a session on the provider asked for.
+
+    Args:
+        model: The path of an ONNX file, or its content.
+        options: Settings of the session.
+        ep: ``cpu``; ``cuda``; or ``auto``, which is CUDA if it can be used and else the CPU, with
+            one line in the log that says why.
+        name: What to call the model in messages.
+
+    Raises:
+        DeviceError: ``cuda`` can't be used.
+        ArtifactError: onnxruntime can't load the model.
+    """
+    if ep == "cpu":
+        return _on_cpu(model, options, name=name)
+    reason = cuda_obstacle()
+    if reason is None:
+        session, reason = _on_cuda(model, options)
+        if session is not None:
+            return session
+    if ep == "cuda":
+        raise DeviceError(f"CUDA can't be used: {reason}. Use --ep cpu, or see to that first.")
+    if CUDA in onnxruntime.get_available_providers():
+        logger.info("Running on the CPU, as CUDA can't be used: %s.", reason)
+    return _on_cpu(model, options, name=name)
+
+
+def cuda_obstacle() -> str | None:
+    """Return why CUDA can't be used here, as far as can be told before a session is made."""
+    if CUDA not in onnxruntime.get_available_providers():
+        return "this build of onnxruntime has no CUDA provider (the package onnxruntime-gpu has it)"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver was found"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or not count:
+        return "the NVIDIA driver finds no GPU that it can use"
+    return None
+
+
+def _on_cpu(
+    model: str | bytes, options: onnxruntime.SessionOptions, *, name: Path
+) -> onnxruntime.InferenceSession:
+    try:
+        return _session(model, options, [CPU])
+    except _ORT_ERRORS as error:
+        raise ArtifactError(
+            f"onnxruntime {onnxruntime.__version__} can't load {name}: {_message(error)}"
+        ) from error
+
+
+def _on_cuda(
+    model: str | bytes, options: onnxruntime.SessionOptions
+) -> tuple[onnxruntime.InferenceSession | None, str]:
+    """Return a session, or None and the reason."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+    try:
+        with _silent_log():
+            session = _session(model, options, [CUDA, CPU])
+    except _ORT_ERRORS as error:
+        return None, _message(error)
+    if CUDA in session.get_providers():
+        return session, ""
+    missing = printed.getvalue().strip().partition("\n")[0]
+    hint = "its CUDA or cuDNN libraries can't be loaded (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+    return None, f"{hint}: {missing}" if missing else hint
+
+
+def _session(
+    model: str | bytes, options: onnxruntime.SessionOptions, providers: Sequence[str]
+) -> onnxruntime.InferenceSession:
+    # without enable_fallback=0, onnxruntime prints to stdout and tries other providers by itself
+    return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+
+
+@contextlib.contextmanager
+def _silent_log() -> Iterator[None]:
+    """Keep onnxruntime from telling on stderr what we tell in one line."""
+    onnxruntime.set_default_logger_severity(_FATAL)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNING)
+
+
+def _message(error: Exception) -> str:
+    """Return onnxruntime's words without its codes, on one line."""
+    return " ".join(str(error).rpartition("[ONNXRuntimeError] : ")[2].split())

@@ -1,0 +1,43 @@
+"""The base install is enough to run artifacts: the runtime loads nothing of the compiler's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+FORBIDDEN = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "scipy", "safetensors")
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Return the top-level modules and alloc_moe packages that a statement loads."""
+    code = f"{statement}\nimport sys; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
+    )
+    modules = run.stdout.splitlines()[-1].split()
+    return {name.partition(".")[0] for name in modules} | {
+        ".".join(name.split(".")[:2]) for name in modules if name.startswith("alloc_moe.")
+    }
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import alloc_moe.runtime; alloc_moe.runtime.load, alloc_moe.runtime.generate",
+        "import alloc_moe.runtime.cli, alloc_moe.runtime.evaluate, alloc_moe.runtime.session",
+    ],
+)
+def test_runtime_loads_nothing_of_the_compiler(statement: str) -> None:
+    loaded = loaded_by(statement)
+    assert not loaded & {*FORBIDDEN, "alloc_moe.compiler", "alloc_moe.passes"}
+
+
+@pytest.mark.parametrize("command", ["run_command", "inspect_command", "bench_command"])
+def test_help_needs_no_onnxruntime(command: str) -> None:
+    loaded = loaded_by(
+        f"from alloc_moe.runtime.cli import {command}\n"
+        f"{command}.main(['--help'], standalone_mode=False)"
+    )
+    assert not loaded & {"onnxruntime", "numpy", "tokenizers"}
