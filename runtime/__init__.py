@@ -1,1 +1,56 @@
-"""Runs compiled artifacts: numpy, onnxruntime and tokenizers, never torch."""
+"""Runs compiled artifacts: numpy, onnxruntime and tokenizers, never torch.
+
+    import alloc_moe.runtime as runtime
+
+    model = runtime.load("out.onnx")
+    print(model.generate(["The committee"], max_new_tokens=32)[0].text)
+
+Names are loaded when first used, so importing the package costs nothing. Functions on token ids are
+in `alloc_moe.runtime.generate` and `alloc_moe.runtime.evaluate`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alloc_moe.runtime.artifact import AllocationPlan
+    from alloc_moe.runtime.errors import AllocMoeError, ArtifactError, DeviceError, GenerationError
+    from alloc_moe.runtime.sampling import Sampling
+    from alloc_moe.runtime.session import ArtifactSession, open_session
+    from alloc_moe.runtime.text_model import Completion, TextModel, load
+
+_MODULES = {
+    "AllocMoeError": "errors",
+    "AllocationPlan": "artifact",
+    "ArtifactError": "errors",
+    "ArtifactSession": "session",
+    "Completion": "text_model",
+    "DeviceError": "errors",
+    "GenerationError": "errors",
+    "Sampling": "sampling",
+    "TextModel": "text_model",
+    "load": "text_model",
+    "open_session": "session",
+}
+
+__all__ = [
+    "AllocMoeError",
+    "AllocationPlan",
+    "ArtifactError",
+    "ArtifactSession",
+    "Completion",
+    "DeviceError",
+    "GenerationError",
+    "Sampling",
+    "TextModel",
+    "load",
+    "open_session",
+]
+
+
+def __getattr__(name: str) -> Any:  # whatever the name stands for
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -11,6 +11,13 @@ from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_KEY, AllocationPlan
 from alloc_moe.runtime.errors import ArtifactError
 from alloc_moe.runtime.onnx_file import OnnxFile, read_onnx_file
 
+# Where the end of text is looked up, in this order, and in which section of the file.
+_CONFIGURATIONS = (
+    ("generation_config.json", None),
+    ("config.json", None),
+    ("genai_config.json", "model"),
+)
+
 
 @dataclass(frozen=True)
 class ArtifactFiles:
@@ -58,6 +65,25 @@ class ArtifactFiles:
         if not isinstance(data, dict):
             raise ArtifactError(f"{path} holds no JSON object.")
         return data
+
+    def eos_ids(self) -> frozenset[int]:
+        """Return the token ids that end a text; empty if no configuration file says so."""
+        for name, section in _CONFIGURATIONS:
+            ids = self._setting(name, section, "eos_token_id")
+            if ids is not None:
+                return frozenset(ids if isinstance(ids, list) else [ids])
+        return frozenset()
+
+    def context_length(self) -> int | None:
+        """Return the most tokens the model takes, prompt and answer together, if that is known."""
+        length = self._setting("config.json", None, "max_position_embeddings")
+        if length is None:
+            length = self._setting("genai_config.json", "model", "context_length")
+        return length if isinstance(length, int) else None
+
+    def _setting(self, name: str, section: str | None, key: str) -> Any:  # any JSON value
+        settings = self.find_json(name)
+        return (settings.get(section, {}) if section else settings).get(key)
 
 
 def find_artifact(path: str | Path) -> ArtifactFiles:

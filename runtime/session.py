@@ -69,8 +69,8 @@ class ArtifactSession:
         self, session: onnxruntime.InferenceSession, files: ArtifactFiles, *, counting: bool
     ) -> None:
         inputs = {value.name: value for value in session.get_inputs()}
-        outputs = {value.name for value in session.get_outputs()}
-        _check_io(inputs, outputs, path=files.graph)
+        outputs = {value.name: value for value in session.get_outputs()}
+        _check_io(set(inputs), set(outputs), path=files.graph)
         self.files = files
         self.device = "cuda" if CUDA in session.get_providers() else "cpu"
         self.slots = tuple(
@@ -78,6 +78,8 @@ class ArtifactSession:
             for name, value in inputs.items()
             if name.startswith(_PAST)
         )
+        vocabulary = outputs["logits"].shape[-1]
+        self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         self._session = session
         self._has_positions = "position_ids" in inputs
         self._counted = _router_probs(files.plan) if counting else ()
@@ -86,6 +88,11 @@ class ArtifactSession:
     def plan(self) -> AllocationPlan:
         """The plan that was compiled in."""
         return self.files.plan
+
+    @property
+    def counts_activations(self) -> bool:
+        """Whether every call says how many experts each layer executed."""
+        return bool(self._counted)
 
     def empty_cache(self, batch: int) -> Cache:
         """Return the cache to start a batch with."""
@@ -219,10 +226,10 @@ def _split(
     return values[:count], values[count:]
 
 
-def _check_io(inputs: dict[str, onnxruntime.NodeArg], outputs: set[str], *, path: Path) -> None:
+def _check_io(inputs: set[str], outputs: set[str], *, path: Path) -> None:
     """Raise ArtifactError unless the graph has the I/O of a causal language model."""
     known = {"input_ids", "attention_mask", "position_ids"}
-    lacking = {"input_ids", "attention_mask", "logits"} - inputs.keys() - outputs
+    lacking = {"input_ids", "attention_mask", "logits"} - inputs - outputs
     extra = {name for name in inputs if name not in known and not name.startswith(_PAST)}
     unpaired = {name for name in inputs if name.startswith(_PAST) and _present(name) not in outputs}
     for problem, names in (("lacks", lacking), ("needs", extra), ("never updates", unpaired)):

@@ -1,0 +1,123 @@
+"""An artifact and its tokenizer: text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from alloc_moe.runtime.generate import GREEDY, generate
+from alloc_moe.runtime.providers import Provider
+from alloc_moe.runtime.sampling import Sampling
+from alloc_moe.runtime.session import ArtifactSession, open_session
+from alloc_moe.runtime.text import TextStream, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    ``ids`` include the token that ended the text, if ``stopped`` is "eos"; ``text`` leaves it out.
+    """
+
+    prompt: str
+    text: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    stopped: Literal["eos", "length"]
+
+
+class TextModel:
+    """Completes texts with an artifact. Get one from `load`."""
+
+    def __init__(self, session: ArtifactSession, tokenizer: Tokenizer) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.eos_ids = session.files.eos_ids()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with the start token if the tokenizer adds one."""
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Return a completion of every prompt; all are worked on together.
+
+        Args:
+            prompts: Texts to continue.
+            max_new_tokens: The most tokens a completion gets.
+            sampling: How tokens are chosen; greedy by default.
+            on_text: Called as ``on_text(row, piece)`` whenever a row's text has grown. The pieces
+                of a row make up its text; none ends within a character.
+
+        Raises:
+            GenerationError: A prompt is empty or too long.
+        """
+        prompt_ids = [self.encode(prompt) for prompt in prompts]
+        streams = [TextStream(self.tokenizer, ids) for ids in prompt_ids]
+        pieces: list[list[str]] = [[] for _ in prompts]
+
+        def tell(row: int, piece: str) -> None:
+            if piece:
+                pieces[row].append(piece)
+                if on_text is not None:
+                    on_text(row, piece)
+
+        def on_token(row: int, token: int) -> None:
+            if token not in self.eos_ids:
+                tell(row, streams[row].push(token))
+
+        rows = generate(
+            self.session,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_ids=self.eos_ids,
+            on_token=on_token,
+        )
+        for row, stream in enumerate(streams):
+            tell(row, stream.flush())
+        return [
+            Completion(
+                prompt=prompt,
+                text="".join(pieces[row]),
+                prompt_ids=tuple(prompt_ids[row]),
+                ids=tuple(rows[row]),
+                stopped="eos" if rows[row][-1] in self.eos_ids else "length",
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+
+
+def load(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    ep: Provider = "auto",
+    threads: int | None = None,
+) -> TextModel:
+    """Load a compiled artifact, ready to complete texts.
+
+    Args:
+        path: A bundle folder or an .onnx file that alloc-compile wrote.
+        tokenizer: A tokenizer.json or a folder with one; found by itself as a rule, see
+            `load_tokenizer`.
+        ep: Execution provider; ``auto`` is CUDA if it can be used, else the CPU.
+        threads: Threads that share the work; by default one per physical core.
+
+    Raises:
+        ArtifactError: Something is missing, damaged, or was not compiled by alloc-moe.
+        DeviceError: ``ep="cuda"``, but CUDA can't be used.
+    """
+    session = open_session(path, ep=ep, threads=threads)
+    return TextModel(session, load_tokenizer(session.files, tokenizer))
