@@ -1,0 +1,108 @@
+"""The architecture of the tiny example model, and the parts that make it train fast on a CPU."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+
+def build_model(vocab_size: int, sequence_length: int) -> OlmoeForCausalLM:
+    """Return the untrained model in float32, with experts that are fast to train on a CPU."""
+    config = OlmoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_experts=32,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        max_position_embeddings=sequence_length,
+        router_aux_loss_coef=0.01,
+        tie_word_embeddings=False,
+        # 0.02 suits a width of 2048; a narrow model needs larger weights for the same activations.
+        initializer_range=0.05,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    model = OlmoeForCausalLM(config)
+    ALL_EXPERTS_FUNCTIONS.register("looped", looped_experts)
+    model.set_experts_implementation("looped")
+    return model
+
+
+def looped_experts(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Compute the experts one after the other on the tokens sorted by expert.
+
+    Equal to the implementations of transformers, and faster than each of them on a CPU: the
+    gradient of ``weights[expert]`` is a full-size tensor per expert, that of ``unbind`` is not.
+    """
+    experts_per_token = top_k_index.shape[-1]
+    flat_index = top_k_index.reshape(-1)
+    order = torch.argsort(flat_index)
+    counts = torch.bincount(flat_index, minlength=module.num_experts).tolist()
+    token = order // experts_per_token
+    parts = []
+    for states, gate_up_proj, down_proj in zip(
+        hidden_states[token].split(counts),
+        module.gate_up_proj.unbind(0),
+        module.down_proj.unbind(0),
+        strict=True,
+    ):
+        gate, up = functional.linear(states, gate_up_proj).chunk(2, dim=-1)
+        parts.append(functional.linear(functional.silu(gate) * up, down_proj))
+    weighted = torch.cat(parts) * top_k_weights.reshape(-1)[order, None]
+    return torch.zeros_like(hidden_states).index_add(0, token, weighted)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of a linear head that never holds all logits at once.
+
+    The logits (4096 tokens x 4096 words) are the largest tensor of a step by far. The gradient is
+    computed with the loss, chunk by chunk, so no chunk is kept or computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Tensor) -> Tensor:
+        hidden, weight, labels = inputs
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        loss = hidden.new_zeros(())
+        for part in torch.arange(len(hidden)).split(1024):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            target = labels[rows, None]
+            logits = hidden[rows] @ weight.T
+            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+            loss += (log_sum - logits.gather(1, target)).sum()
+            grad = logits.sub_(log_sum).exp_()
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            torch.mm(grad, weight, out=hidden_grad[rows])
+            weight_grad.addmm_(grad.T, hidden[rows])
+        ctx.save_for_backward(hidden_grad.div_(len(hidden)), weight_grad.div_(len(hidden)))
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grads[0], weight_grad * grads[0], None
+
+
+def load_balancing_loss(router_logits: tuple[Tensor, ...], experts_per_token: int) -> Tensor:
+    """Return the load-balancing loss of the Switch Transformer, averaged over layers.
+
+    The one in transformers adds up the layers first, so one layer may make up for another. Equal
+    use of all experts gives experts_per_token, the least possible when probabilities follow use.
+    """
+    losses = []
+    for logits in router_logits:  # [tokens, experts]
+        num_experts = logits.shape[-1]
+        probabilities = logits.softmax(dim=-1)
+        chosen = logits.topk(experts_per_token, dim=-1).indices
+        counts = torch.bincount(chosen.reshape(-1), minlength=num_experts)
+        losses.append(num_experts * (probabilities.mean(0) * counts / len(logits)).sum())
+    return torch.stack(losses).mean()
