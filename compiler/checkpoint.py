@@ -11,7 +11,7 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +144,8 @@ class CheckpointReader:
         self._shards = find_shards(folder)
         self._model = model
         self._sources = self._map_sources()
-        missing = set(model.state_dict()) - set(self._sources) - _tied_names(model)
+        self._add_tied_names()
+        missing = set(model.state_dict()) - set(self._sources)
         if missing:
             raise CheckpointError(
                 f"The checkpoint {folder} lacks {len(missing)} weights that "
@@ -156,11 +157,8 @@ class CheckpointReader:
         """Return the parameter `name` as a new tensor of `dtype` on the CPU."""
         source = self._sources[name]
         loads = [(pattern, key, functools.partial(self._load, key)) for pattern, key in source.keys]
-        return self._convert(source, loads)[name].to(dtype).contiguous()
-
-    def read_all(self, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
-        """Return every parameter, for a model that fits in memory."""
-        return {name: self.read(name, dtype) for name in self._sources}
+        stored = self._tied.get(name, name)
+        return self._convert(source, loads)[stored].to(dtype).contiguous()
 
     def __contains__(self, name: object) -> bool:
         return name in self._sources
@@ -229,6 +227,19 @@ class CheckpointReader:
                 sources[name] = source
         return sources
 
+    def _add_tied_names(self) -> None:
+        """Let every name of a shared parameter be read; checkpoints store only one of them."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self._tied: dict[str, str] = {}
+        for group in names.values():
+            stored = [name for name in group if name in self._sources]
+            for name in group if stored else ():
+                if name not in self._sources:
+                    self._tied[name] = stored[0]
+                    self._sources[name] = self._sources[stored[0]]
+
     def _shapes(self) -> dict[str, list[int]]:
         shapes: dict[str, list[int]] = {}
         for path in sorted(set(self._shards.values())):
@@ -236,13 +247,3 @@ class CheckpointReader:
                 for key in shard.keys():  # noqa: SIM118 (a safetensors file, not a dict)
                     shapes[key] = shard.get_slice(key).get_shape()
         return shapes
-
-
-def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Names that share their parameter with another name."""
-    first: dict[int, str] = {}
-    tied = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied.add(name)
-    return tied

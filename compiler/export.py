@@ -77,7 +77,6 @@ def export_graph(
     with _quiet():
         graph = _capture(model, [layer.experts_name for layer in layers])
         _bind_weights(graph, reader, torch_dtype, ir_dtype)
-        _share_tied(graph, model)
         _optimize(graph)
     return graph
 
@@ -138,18 +137,6 @@ def _read_numpy(reader: CheckpointReader, name: str, dtype: torch.dtype) -> np.n
     return tensor.numpy()
 
 
-def _share_tied(graph: ir.Model, model: PreTrainedModel) -> None:
-    """Let names that share one parameter share one initializer."""
-    first: dict[int, ir.Value] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        value = graph.graph.initializers.get(name)
-        if value is None:
-            continue
-        kept = first.setdefault(id(parameter), value)
-        if kept is not value:
-            ir.convenience.replace_all_uses_with(value, kept)
-
-
 def _optimize(graph: ir.Model) -> None:
     def should_fold(node: ir.Node) -> bool | None:
         # A lazy weight would be read and its folded copy kept in memory; a pass of ours transposes lazily.
@@ -159,6 +146,8 @@ def _optimize(graph: ir.Model) -> None:
     optimize_ir(graph, should_fold=should_fold)
     rewrite(graph)
     onnx_fusions.fuse(graph)
+    # Each fused RotaryEmbedding comes with a cosine and a sine of its own.
+    common.CommonSubexpressionEliminationPass()(graph)
     common.RemoveUnusedNodesPass()(graph)
     for value in graph.graph.initializers.values():
         value.metadata_props.pop(FOLDED_FROM_KEY, None)

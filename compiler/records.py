@@ -15,11 +15,33 @@ if TYPE_CHECKING:
 
     from alloc_moe.compiler.checkpoint import CheckpointReader
 
+Allocation = Literal["sensitivity", "uniform"]
 Metric = Literal["kl", "ppl-suffix"]
 Redistribution = Literal["none", "batch", "sequence"]
 Weights = Literal["keep", "renorm"]
 DType = Literal["float32", "float16", "bfloat16"]
 Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the user asked `alloc-compile` for; paths and text as typed."""
+
+    model: str
+    output: str
+    budget: str
+    calibration: str | None = None
+    tokens: int = 8192
+    seed: int = 0
+    allocation: Allocation = "sensitivity"
+    sensitivity: Metric = "kl"
+    profile: Path | None = None
+    redistribution: Redistribution = "batch"
+    weights: Weights = "keep"
+    dtype: DType = "float32"
+    device: Device = "cpu"
+    force: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

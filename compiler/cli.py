@@ -1,0 +1,203 @@
+"""alloc-compile and alloc-profile: options in, exit code out. No logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alloc_moe.runtime.command import Console, common_options, examples
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.pipeline import Compiled
+
+_METRICS = click.Choice(["kl", "ppl-suffix"])
+
+
+def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that both commands take."""
+    options = (
+        click.option(
+            "--calibration",
+            metavar="FILE_OR_DATASET",
+            help="Text to calibrate on. Default: calibration.txt beside the model, else built-in text.",
+        ),
+        click.option(
+            "--tokens",
+            type=click.IntRange(min=2),
+            default=8192,
+            show_default=True,
+            help="Calibration tokens.",
+        ),
+        click.option(
+            "--seed", default=0, show_default=True, help="Picks the windows of calibration text."
+        ),
+        click.option(
+            "--sensitivity",
+            type=_METRICS,
+            default="kl",
+            show_default=True,
+            help="What fewer experts in a layer cost: divergence from the full model, or the paper's "
+            "suffix perplexity.",
+        ),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command(
+    epilog=examples(
+        "alloc-compile examples/tiny-moe --budget 0.5 -o out.onnx",
+        "alloc-compile allenai/OLMoE-1B-7B-0924 --budget 64 --calibration notes.txt -o bundle/",
+    )
+)
+@click.argument("model")
+@click.option(
+    "--budget",
+    required=True,
+    help="Expert activations per token: a fraction of the model's (0.5, 1.0), or their number over "
+    "all layers (64).",
+)
+@click.option(
+    "-o", "--output", required=True, help="out.onnx (and out.onnx.data), or DIR/ for a bundle."
+)
+@_profiling_options
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Sensitivity profile: used if complete, finished if not, made if missing. "
+    "Default: OUTPUT.profile.json.",
+)
+@click.option(
+    "--allocation",
+    type=click.Choice(["sensitivity", "uniform"]),
+    default="sensitivity",
+    show_default=True,
+    help="Experts per layer: optimal for the profile, or the same everywhere (no profile needed).",
+)
+@click.option(
+    "--redistribute",
+    "redistribution",
+    type=click.Choice(["batch", "sequence", "none"]),
+    default="batch",
+    show_default=True,
+    help="Tokens that share a layer's activations: all of a call, those of a sequence, or none.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["keep", "renorm"]),
+    default="keep",
+    show_default=True,
+    help="Weights of the kept experts: the router's own, or scaled up to the sum of all.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type of weights and activations; the 16-bit ones are for --device cuda.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the artifact will run: decides how dropped experts are skipped.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@common_options
+def compile_command(console: Console, /, **options: Any) -> None:
+    """Compile MODEL, a Mixture-of-Experts checkpoint, into an ONNX artifact on a budget.
+
+    MODEL is a folder in the Hugging Face layout or the id of a model on the hub.
+    """
+    _need_compile_extra()
+    from alloc_moe.compiler.pipeline import compile_model
+    from alloc_moe.compiler.records import CompileOptions
+
+    compiled = compile_model(CompileOptions(**options), console)
+    console.result(_summary(compiled), _summary_json(compiled))
+
+
+@click.command(
+    epilog=examples("alloc-profile examples/tiny-moe -o profile.json --sensitivity ppl-suffix")
+)
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The profile; an unfinished one is finished.",
+)
+@_profiling_options
+@common_options
+def profile_command(
+    console: Console,
+    /,
+    model: str,
+    output: Path,
+    calibration: str | None,
+    tokens: int,
+    seed: int,
+    sensitivity: str,
+    trust_remote_code: bool,
+) -> None:
+    """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
+    _need_compile_extra()
+    from alloc_moe.compiler.pipeline import calibrate, load
+    from alloc_moe.compiler.sensitivity import measure_sensitivity
+
+    moe = load(model, console, trust_remote_code=trust_remote_code)
+    text = calibrate(moe, calibration, console, tokens=tokens, seed=seed)
+    profile = measure_sensitivity(moe, text, metric=sensitivity, path=output, console=console)  # type: ignore[arg-type]
+    console.result(
+        f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on {profile.tokens} "
+        f"tokens, {profile.seconds:.1f} s",
+        {"profile": str(output), "metric": profile.metric, "seconds": profile.seconds},
+    )
+
+
+def _need_compile_extra() -> None:
+    import importlib.util
+
+    missing = [
+        name
+        for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "accelerate", "scipy")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        from alloc_moe.compiler.errors import AllocMoeError
+
+        raise AllocMoeError(
+            f"Compiling needs {', '.join(missing)}, which the base install leaves out. "
+            "Install alloc-moe[compile]."
+        )
+
+
+def _summary(compiled: Compiled) -> str:
+    budget = compiled.plan.budget
+    ks = " ".join(str(layer.k) for layer in compiled.plan.layers)
+    return (
+        f"Wrote {compiled.path}: {budget.activations} of {budget.original} expert activations per "
+        f"token, redistribution {compiled.plan.redistribution}\n"
+        f"Experts per layer: {ks}\n"
+        f"Largest logit error against PyTorch: {compiled.verification.max_abs_logit_error:.1e} "
+        f"over {compiled.verification.tokens} tokens"
+    )
+
+
+def _summary_json(compiled: Compiled) -> dict[str, Any]:
+    import json
+
+    return {
+        "output": str(compiled.path),
+        "profile": str(compiled.profile) if compiled.profile else None,
+        "plan": json.loads(compiled.plan.to_json()),
+    }

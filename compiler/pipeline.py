@@ -1,0 +1,167 @@
+"""The compiler's stages in their order: the only file that knows it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alloc_moe.compiler import package
+from alloc_moe.compiler.allocate import make_plan, parse_budget
+from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
+from alloc_moe.compiler.export import export_graph
+from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.records import CompileOptions, MoeModel, SensitivityProfile
+from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler.verify import Verification, verify_artifact
+from alloc_moe.passes.default import normalize_passes, specialize_passes
+from alloc_moe.passes.lower_experts import Allocation
+from alloc_moe.passes.stamp_plan import StampPlanPass
+from alloc_moe.runtime.artifact import PLAN_KEY, AllocationPlan
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from alloc_moe.runtime.command import Console
+
+_RECORDED = ("alloc-moe", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compile made: the artifact's path, its plan, its profile if one was needed."""
+
+    path: Path
+    plan: AllocationPlan
+    profile: Path | None
+    verification: Verification
+
+
+def compile_model(options: CompileOptions, console: Console) -> Compiled:
+    """Compile a checkpoint into an artifact.
+
+    Raises:
+        AllocMoeError: Anything that the user can act on; no output file was touched then.
+    """
+    output = package.parse_output(options.output, force=options.force)
+    moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
+    budget = parse_budget(options.budget, [layer.experts_per_token for layer in moe.layers])
+    calibration = calibrate(moe, options.calibration, console, tokens=options.tokens, seed=options.seed)
+    profile, profile_path = None, None
+    if options.allocation == "sensitivity" and budget.activations < budget.original:
+        profile_path = options.profile or output.profile_path
+        profile = measure_sensitivity(
+            moe, calibration, metric=options.sensitivity, path=profile_path, console=console
+        )
+    plan = make_plan(
+        moe.layers,
+        budget,
+        source=options.model,
+        profile=profile,
+        redistribution=options.redistribution,
+        weights=options.weights,
+    )
+    plan = dataclasses.replace(plan, versions=_versions())
+    with package.staging(output) as staged:
+        plan, verification = _build(moe, plan, calibration.ids, options, output, staged, console)
+        package.publish(staged, output)
+    return Compiled(output.path, plan, profile_path, verification)
+
+
+def load(source: str, console: Console, *, trust_remote_code: bool) -> MoeModel:
+    """Load a model and say what was found."""
+    console.note(f"Loading {source}")
+    moe = load_model(source, trust_remote_code=trust_remote_code)
+    ks = sorted({layer.experts_per_token for layer in moe.layers})
+    experts = sorted({layer.num_experts for layer in moe.layers})
+    console.note(
+        f"{moe.config.model_type}: {len(moe.layers)} MoE layers, "
+        f"{'/'.join(map(str, experts))} experts, top-{'/'.join(map(str, ks))}"
+    )
+    return moe
+
+
+def calibrate(
+    moe: MoeModel, text: str | None, console: Console, *, tokens: int, seed: int
+) -> CalibrationSet:
+    """Return calibration tokens: of `text`, else of calibration.txt beside the model, else built in."""
+    beside = moe.folder / "calibration.txt"
+    if text is None:
+        built_in = Path(__file__).with_name("calibration.txt")
+        text = str(beside if beside.is_file() else built_in)
+        console.note(
+            f"Calibrating on {text}"
+            if beside.is_file()
+            else "Calibrating on the built-in text (public-domain English prose); give --calibration "
+            "with text like yours for a plan that fits it better"
+        )
+    return load_calibration(text, moe.tokenizer, moe.config, tokens=tokens, seed=seed)
+
+
+def specialize(graph: ir.Model, plan: AllocationPlan, *, device: str) -> ir.Model:
+    """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared."""
+    model = graph.clone()
+    allocation = Allocation(
+        [layer.k for layer in plan.layers], plan.redistribution, plan.weights
+    )
+    specialize_passes(allocation, pairs=device == "cuda")(model)
+    StampPlanPass(PLAN_KEY, plan.to_json())(model)
+    return model
+
+
+def _build(
+    moe: MoeModel,
+    plan: AllocationPlan,
+    token_ids: NDArray[np.int64],
+    options: CompileOptions,
+    output: package.Output,
+    staged: Path,
+    console: Console,
+) -> tuple[AllocationPlan, Verification]:
+    """Export, rewrite, write into `staged`, and verify what was written."""
+    with _step(console, "Exporting the graph"):
+        graph = export_graph(
+            moe.config,
+            moe.reader,
+            moe.layers,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+        )
+        normalize_passes()(graph)
+    model = specialize(graph, plan, device=options.device)
+    path = staged / output.graph_name
+    nbytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())  # type: ignore[union-attr]
+    with console.progress("Writing weights", nbytes, unit="bytes") as progress:
+        package.save_graph(model, path, advance=progress.advance)
+    with _step(console, "Verifying against PyTorch"):
+        verification = verify_artifact(path, moe, plan, token_ids, dtype=options.dtype)
+    plan = dataclasses.replace(plan, verify=verification.to_plan())
+    package.stamp(path, plan)
+    if output.bundle:
+        package.write_bundle_files(staged, moe, model, plan)
+    return plan, verification
+
+
+@contextlib.contextmanager
+def _step(console: Console, description: str) -> contextlib.AbstractContextManager[None]:
+    with console.progress(description, 1, unit="step") as progress:
+        yield
+        progress.advance(1)
+
+
+def _versions() -> dict[str, str]:
+    names: Sequence[str] = _RECORDED
+    versions = {name: importlib.metadata.version(name) for name in names}
+    import onnxruntime
+
+    return {**versions, "onnxruntime": onnxruntime.__version__}
+
+
+__all__ = ["Compiled", "SensitivityProfile", "calibrate", "compile_model", "load", "specialize"]

@@ -1,0 +1,194 @@
+"""The parity gate: the artifact in onnxruntime against PyTorch with the same plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alloc_moe.compiler.errors import VerificationError
+from alloc_moe.compiler.reference import allocated
+from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.records import MoeModel, Redistribution, Weights
+    from alloc_moe.runtime.artifact import AllocationPlan
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGIT_ERROR = 1e-3
+"""The greatest difference of any logit that a float32 artifact may show."""
+
+_PROMPT_LENGTHS = (23, 14, 5)
+_DECODE_STEPS = 4
+# Router weights closer than this may be ranked differently by two correct float32 computations.
+_NEAR_TIE = 1e-6
+_ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far artifact and reference are apart.
+
+    ``kl`` is the mean over tokens of KL(reference || artifact) in nats, ``tokens`` what was compared.
+    """
+
+    max_abs_logit_error: float
+    kl: float
+    tokens: int
+
+    def to_plan(self) -> dict[str, Any]:
+        """Return the plan's ``verify`` entry."""
+        return dataclasses.asdict(self)
+
+
+def verify_artifact(
+    path: Path,
+    moe: MoeModel,
+    plan: AllocationPlan,
+    token_ids: NDArray[np.int64],
+    *,
+    dtype: str,
+) -> Verification:
+    """Run the artifact at `path` and compare every logit of real tokens with PyTorch's.
+
+    A left-padded batch of three prompts is prefilled, then decoded token by token with the cache.
+    Text in which some decision of the router hangs on a near-tie is passed over: there, two correct
+    computations may choose differently.
+
+    Args:
+        path: An .onnx file whose metadata hold a plan.
+        moe: The model it was made of.
+        plan: The plan it was compiled for.
+        token_ids: Text to take the prompts from [windows, tokens].
+        dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR`, others are reported.
+
+    Raises:
+        VerificationError: The logits differ by more, or the artifact executes other activations.
+    """
+    text = token_ids.reshape(-1)
+    needed = sum(_PROMPT_LENGTHS) + 3 * _DECODE_STEPS
+    text = np.resize(text, max(needed, text.size))
+    session = open_session(path, ep="cpu", count_activations=True, stop_spinning=True)
+    for attempt in range(_ATTEMPTS):
+        start = attempt * needed % (text.size - needed + 1)
+        batch = _Batch.of(text[start : start + needed])
+        expected, executed, margin = _reference(moe, plan, batch)
+        if margin >= _NEAR_TIE or attempt == _ATTEMPTS - 1:
+            break
+        logger.debug("Verification text %d has a near-tie of %.1e; taking the next.", attempt, margin)
+    actual, counted = _artifact(session, batch)
+    result = _compare(expected, actual)
+    if dtype == "float32" and not result.max_abs_logit_error <= MAX_LOGIT_ERROR:
+        raise VerificationError(
+            f"The artifact's logits differ from PyTorch's by up to {result.max_abs_logit_error:.2e} "
+            f"(allowed: {MAX_LOGIT_ERROR:g}), so it was not written. This is a fault of the "
+            "compiler or of onnxruntime for this architecture; please report it with the model's config.json."
+        )
+    if not np.isfinite(result.kl):
+        raise VerificationError(
+            f"The artifact gives logits that are no numbers in {dtype}, so it was not written. "
+            "Use --dtype float32 or bfloat16."
+        )
+    # A padding token runs one expert in a layer of the masked lowering, which the reference doesn't.
+    if any(more < planned for more, planned in zip(counted, executed, strict=True)):
+        raise VerificationError(
+            f"The artifact executed {list(counted)} experts per layer where the plan says "
+            f"{list(executed)}, so it was not written. Please report it with the model's config.json."
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Left-padded prompts [3, longest], their mask, and the tokens to decode [3, steps]."""
+
+    prompts: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    decoded: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, tokens: NDArray[np.int64]) -> _Batch:
+        longest = max(_PROMPT_LENGTHS)
+        prompts = np.zeros((len(_PROMPT_LENGTHS), longest), np.int64)
+        mask = np.zeros_like(prompts)
+        start = 0
+        for row, length in enumerate(_PROMPT_LENGTHS):
+            prompts[row, longest - length :] = tokens[start : start + length]
+            mask[row, longest - length :] = 1
+            start += length
+        return cls(prompts, mask, tokens[start:].reshape(len(_PROMPT_LENGTHS), _DECODE_STEPS))
+
+    def steps(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Return (input_ids, attention_mask) of each call."""
+        ones = np.ones_like(self.decoded)
+        calls = [(self.prompts, self.mask)]
+        for step in range(self.decoded.shape[1]):
+            mask = np.concatenate([self.mask, ones[:, : step + 1]], axis=1)
+            calls.append((self.decoded[:, step : step + 1], mask))
+        return calls
+
+    def real(self, logits: Sequence[NDArray[np.floating]]) -> NDArray[np.float32]:
+        """Return the logits of real tokens of all calls [tokens, vocabulary]."""
+        first, *rest = logits
+        return np.concatenate(
+            [first[self.mask > 0], *(step[:, 0] for step in rest)], dtype=np.float32
+        )
+
+
+def _reference(
+    moe: MoeModel, plan: AllocationPlan, batch: _Batch
+) -> tuple[NDArray[np.float32], list[int], float]:
+    logits = []
+    cache = None
+    ks = [layer.k for layer in plan.layers]
+    with (
+        torch.inference_mode(),
+        allocated(
+            moe.model,
+            moe.layers,
+            ks,
+            redistribution=cast("Redistribution", plan.redistribution),
+            weights=cast("Weights", plan.weights),
+        ) as activations,
+    ):
+        for ids, mask in batch.steps():
+            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+            output = moe.model(
+                input_ids=torch.from_numpy(ids.copy()),
+                attention_mask=torch.from_numpy(mask),
+                position_ids=torch.from_numpy(positions.copy()),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            logits.append(output.logits.float().numpy())
+    return batch.real(logits), activations.executed, activations.margin
+
+
+def _artifact(
+    session: ArtifactSession, batch: _Batch
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    logits = []
+    counts = []
+    cache: Cache | None = None
+    for ids, mask in batch.steps():
+        output = session.run(ids, attention_mask=mask, cache=cache)
+        cache = output.cache
+        logits.append(output.logits)
+        counts.append(output.activations)
+    return batch.real(logits), np.asarray(counts, np.int64).sum(0)
+
+
+def _compare(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> Verification:
+    p = torch.from_numpy(expected).double().log_softmax(-1)
+    q = torch.from_numpy(actual).double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    return Verification(float(np.abs(expected - actual).max()), float(kl), len(expected))
