@@ -16,7 +16,7 @@ import numpy.typing as npt
 from alloc_moe.compiler.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from alloc_moe.compiler.records import MoeModel
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _DATASET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 class CalibrationSet:
     """Windows of tokens of a text.
 
-    ``tokens == ids.size`` is what there is, near what was asked for; ``sha256`` is the whole text's.
+    ``tokens == ids.size`` is what there is, near what was asked for; ``sha256`` is of the text.
     """
 
     ids: npt.NDArray[np.int64]  # [windows, sequence_length]
@@ -41,14 +41,20 @@ class CalibrationSet:
 
 
 def load_calibration(
-    source: str | Path, moe_model: MoeModel, *, tokens: int, seed: int
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    *,
+    tokens: int,
+    seed: int,
 ) -> CalibrationSet:
     """Return windows that don't overlap, drawn from a text with a seed.
 
     Args:
         source: A UTF-8 text file, or ``owner/name`` or ``owner/name:config`` of a dataset on the
             Hugging Face hub, whose train split is read from its beginning.
-        moe_model: Its tokenizer is used. Windows have 512 tokens, fewer if the model takes fewer.
+        tokenizer: The model's.
+        config: The model's. Windows have 512 tokens, fewer if the model takes fewer.
         tokens: How many tokens to draw; rounded to whole windows, and fewer if the text is shorter.
         seed: Decides which windows are drawn.
 
@@ -58,8 +64,8 @@ def load_calibration(
     if tokens < 2:
         raise CalibrationError(f"Calibration needs at least 2 tokens, not {tokens}.")
     data = _read(source, tokens)
-    encoded = _encode(data, source, moe_model)
-    positions = getattr(moe_model.config.get_text_config(), "max_position_embeddings", None)
+    encoded = _encode(data, source, tokenizer, config)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = min(_SEQUENCE_LENGTH, positions or _SEQUENCE_LENGTH, tokens, len(encoded))
     available = len(encoded) // length
     wanted = (tokens + length // 2) // length
@@ -97,7 +103,9 @@ def _read(source: str | Path, tokens: int) -> bytes:
         ) from error
 
 
-def _encode(data: bytes, source: str | Path, moe_model: MoeModel) -> npt.NDArray[np.int64]:
+def _encode(
+    data: bytes, source: str | Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> npt.NDArray[np.int64]:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -107,17 +115,17 @@ def _encode(data: bytes, source: str | Path, moe_model: MoeModel) -> npt.NDArray
         ) from error
     if not text.strip():
         raise CalibrationError(f"The calibration text {source} is empty.")
-    ids: list[int] = moe_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise CalibrationError(
             f"The calibration text {source} has {len(ids)} token; at least 2 are needed, "
             "and thousands to tell layers apart."
         )
-    vocabulary = moe_model.config.get_text_config().vocab_size
+    vocabulary = config.get_text_config().vocab_size
     if max(ids) >= vocabulary:
         raise CalibrationError(
-            f"The tokenizer gives token {max(ids)}, but the model's vocabulary has {vocabulary}: "
-            f"the tokenizer in {moe_model.folder} is not this model's."
+            f"The tokenizer gives token {max(ids)}, but the model's vocabulary has {vocabulary} "
+            "tokens: it is the tokenizer of another model. Put the model's own beside its weights."
         )
     return np.array(ids, dtype=np.int64)
 
@@ -137,7 +145,7 @@ def _read_dataset(dataset_id: str, config: str | None, characters: int) -> bytes
     except (OSError, ValueError) as error:
         raise CalibrationError(
             f"There is no file {dataset_id}, and the Hugging Face hub gave no such dataset: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).partition(chr(10))[0] or type(error).__name__}"
         ) from error
 
 

@@ -174,7 +174,7 @@ def run_pairs(
     """
     if len(ids) == 0:
         return torch.zeros_like(hidden)
-    return _library_experts(experts, hidden, ids[:, None], weights[:, None])
+    return library_experts(experts, hidden, ids[:, None], weights[:, None])
 
 
 @dataclass
@@ -282,7 +282,7 @@ def _run_allocated(
     call.activations.executed[index] += len(rows)
     call.activations.margin = min(call.activations.margin, margin)
     if len(rows) == keep.numel():
-        return _library_experts(experts, hidden, ids, weights)
+        return library_experts(experts, hidden, ids, weights)
     adjusted = adjust_weights(mode, ranked, keep)
     outputs = hidden.new_zeros(*keep.shape, hidden.shape[1])  # [tokens, candidates, hidden]
     outputs[keep] = run_pairs(experts, hidden[rows], ranked_ids[keep], adjusted[keep])
@@ -314,13 +314,14 @@ def replaced_experts(model: PreTrainedModel, calls: Mapping[str, ExpertsCall]) -
 def _dispatch(
     experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    call: ExpertsCall = getattr(experts, _CALL, None) or _library_experts
+    call: ExpertsCall = getattr(experts, _CALL, None) or library_experts
     return call(experts, hidden, ids, weights)
 
 
-def _library_experts(
+def library_experts(
     experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
+    """Return the outputs [tokens, hidden] of all candidates, as transformers computes them."""
     # Of the library's implementations the fastest on a CPU in float32; "batched_mm" copies weights
     # per row. Like all of them it knows every layout: transposed, biased, with a gate of its own.
     outputs: torch.Tensor = grouped_mm_experts_forward(experts, hidden, ids, weights)
