@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -72,7 +73,7 @@ class ArtifactSession:
         outputs = {value.name: value for value in session.get_outputs()}
         _check_io(set(inputs), set(outputs), path=files.graph)
         self.files = files
-        self.device = "cuda" if CUDA in session.get_providers() else "cpu"
+        self.device: Literal["cpu", "cuda"] = "cuda" if CUDA in session.get_providers() else "cpu"
         self.slots = tuple(
             _cache_slot(value, batch=inputs["input_ids"].shape[0], path=files.graph)
             for name, value in inputs.items()

@@ -49,7 +49,7 @@ class TextModel:
         *,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
-        on_text: Callable[[int, str], None] | None = None,
+        on_token: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
         """Return a completion of every prompt; all are worked on together.
 
@@ -57,8 +57,9 @@ class TextModel:
             prompts: Texts to continue.
             max_new_tokens: The most tokens a completion gets.
             sampling: How tokens are chosen; greedy by default.
-            on_text: Called as ``on_text(row, piece)`` whenever a row's text has grown. The pieces
-                of a row make up its text; none ends within a character.
+            on_token: Called as ``on_token(row, piece)`` for every token as soon as it is known,
+                with the text that it adds: none for the token that ends the text, or within a
+                character. What is left then comes in a last call. The pieces make up the text.
 
         Raises:
             GenerationError: A prompt is empty or too long.
@@ -68,14 +69,12 @@ class TextModel:
         pieces: list[list[str]] = [[] for _ in prompts]
 
         def tell(row: int, piece: str) -> None:
-            if piece:
-                pieces[row].append(piece)
-                if on_text is not None:
-                    on_text(row, piece)
+            pieces[row].append(piece)
+            if on_token is not None:
+                on_token(row, piece)
 
-        def on_token(row: int, token: int) -> None:
-            if token not in self.eos_ids:
-                tell(row, streams[row].push(token))
+        def push(row: int, token: int) -> None:
+            tell(row, "" if token in self.eos_ids else streams[row].push(token))
 
         rows = generate(
             self.session,
@@ -83,10 +82,11 @@ class TextModel:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             eos_ids=self.eos_ids,
-            on_token=on_token,
+            on_token=push,
         )
         for row, stream in enumerate(streams):
-            tell(row, stream.flush())
+            if rest := stream.flush():
+                tell(row, rest)
         return [
             Completion(
                 prompt=prompt,

@@ -19,10 +19,10 @@ def model(bundle: Path) -> TextModel:
 def test_completions_equal_their_streamed_pieces(model: TextModel) -> None:
     pieces = ["", ""]
 
-    def on_text(row: int, piece: str) -> None:
+    def on_token(row: int, piece: str) -> None:
         pieces[row] += piece
 
-    completions = model.generate(["The committee", "é"], max_new_tokens=20, on_text=on_text)
+    completions = model.generate(["The committee", "é"], max_new_tokens=20, on_token=on_token)
     assert [completion.text for completion in completions] == pieces
     assert completions[0].prompt == "The committee"
     assert completions[0].prompt_ids == tuple(b"The committee")

@@ -1,0 +1,101 @@
+"""Plans and measurements as tables for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from alloc_moe.runtime.artifact import AllocationPlan
+from alloc_moe.runtime.bench import Measurement, Workload
+
+_BAR = 24
+
+
+def plan_table(plan: AllocationPlan, *, name: str) -> RenderableType:
+    """Return what a plan says: the budget, how it was decided, and a row per MoE layer."""
+    budget = plan.budget
+    share = budget.activations / budget.original
+    facts = {
+        "artifact": name,
+        "compiled from": plan.source,
+        "budget": f"{budget.requested} -> {budget.activations} of {budget.original} activations "
+        f"per token ({share:.1%})",
+        "redistribution": plan.redistribution,
+        "weights": plan.weights,
+        "sensitivity": _pairs(plan.sensitivity),
+        "verified": _pairs(plan.verify),
+        "versions": _pairs(plan.versions),
+    }
+    listing = Table.grid(padding=(0, 2))
+    for fact, value in facts.items():
+        listing.add_row(Text(fact, style="bold"), Text(value or "-", overflow="fold"))
+    return Group(listing, Text(), _layers(plan))
+
+
+def speed_table(
+    artifacts: Sequence[str],
+    measurements: Sequence[Measurement],
+    workload: Workload,
+    *,
+    setting: Mapping[str, Any],
+) -> RenderableType:
+    """Return a row per artifact: median, slowest and fastest run, times the first one's speed."""
+    table = Table(
+        title=f"Tokens per second, median of {workload.runs} runs made in turns",
+        caption=f"Prefill of {workload.prompt_tokens} tokens; decode of {workload.new_tokens} "
+        f"after {workload.past}.\n{_pairs(setting)}",
+        caption_justify="left",
+    )
+    table.add_column("artifact", overflow="fold")
+    for heading in ("prefill", "min - max", "ratio", "decode", "min - max", "ratio"):
+        table.add_column(heading, justify="right")
+    first = measurements[0]
+    for artifact, measurement in zip(artifacts, measurements, strict=True):
+        row = []
+        for speed, reference in (
+            (measurement.prefill, first.prefill),
+            (measurement.decode, first.decode),
+        ):
+            spread = f"{min(speed.runs):.1f} - {max(speed.runs):.1f}"
+            row += [f"{speed.median:.1f}", spread, f"{speed.ratio(reference):.2f}x"]
+        table.add_row(Text(artifact), *row)
+    return table
+
+
+def _layers(plan: AllocationPlan) -> Table:
+    table = Table()
+    table.add_column("layer")
+    for heading in ("experts", "k trained", "k"):
+        table.add_column(heading, justify="right")
+    table.add_column("share")
+    for layer in plan.layers:
+        table.add_row(
+            Text(layer.name),
+            str(layer.experts),
+            str(layer.k_original),
+            str(layer.k),
+            _bar(layer.k / layer.k_original),
+        )
+    return table
+
+
+def _bar(share: float) -> Text:
+    full = round(share * _BAR)
+    return Text.assemble(("█" * full, "green"), ("░" * (_BAR - full), "dim"), f" {share:4.0%}")
+
+
+def _pairs(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in facts.items())
+
+
+def _short(value: Any) -> str:  # any JSON value
+    """Return a value on little room: numbers rounded, a checksum by its start."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = str(value)
+    is_checksum = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
+    return f"{text[:12]}..." if is_checksum else text
