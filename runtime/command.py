@@ -159,7 +159,8 @@ class Progress:
         """Count n more units as done."""
         self.done += n
         now = time.monotonic()
-        if self._report and now - self._last_report >= self._every_seconds:
+        due = now - self._last_report >= self._every_seconds and self.done != self._total
+        if self._report and due:  # what is complete is told by the summary
             self._last_report = now
             self._report(f"{self._description}: {self.state()}")
 

@@ -70,7 +70,6 @@ def generate_steps(
     if not prompts:
         return
     ends = session.files.eos_ids() if eos_ids is None else eos_ids
-    end_ids = np.array(sorted(ends), np.int64)
     generators = sampling.generators(len(prompts))
     column = max(len(prompt) for prompt in prompts)
     tokens = np.full((len(prompts), column), _PAD, np.int64)
@@ -84,7 +83,7 @@ def generate_steps(
         output = session.run(tokens, attention_mask=mask[:, :column], cache=cache)
         chosen = sample(output.logits[:, -1], sampling, generators)
         yield [None if end else int(token) for token, end in zip(chosen, ended, strict=True)]
-        ended |= np.isin(chosen, end_ids)
+        ended |= [int(token) in ends for token in chosen]
         if ended.all():
             return
         mask[:, column] = ~ended

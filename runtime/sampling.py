@@ -60,7 +60,7 @@ def sample(
         ArtifactError: Logits are not numbers.
     """
     best: NDArray[np.int64] = logits.argmax(axis=-1)  # of a row with NaN: the first NaN
-    if not np.isfinite(np.take_along_axis(logits, best[:, None], axis=-1)).all():
+    if not np.isfinite(logits[np.arange(len(best)), best]).all():
         raise ArtifactError(
             "The model computed logits that are no finite numbers. If it was compiled to float16, "
             "its values may be too large for that: compile it to float32 or bfloat16."
