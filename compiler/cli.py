@@ -117,7 +117,7 @@ def compile_command(console: Console, /, **options: Any) -> None:
 
     MODEL is a folder in the Hugging Face layout or the id of a model on the hub.
     """
-    _need_compile_extra()
+    need_compile_extra()
     from alloc_moe.compiler.pipeline import compile_model
     from alloc_moe.compiler.records import CompileOptions
 
@@ -150,7 +150,7 @@ def profile_command(
     trust_remote_code: bool,
 ) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
-    _need_compile_extra()
+    need_compile_extra()
     from alloc_moe.compiler.pipeline import calibrate, load
     from alloc_moe.compiler.sensitivity import measure_sensitivity
 
@@ -164,12 +164,21 @@ def profile_command(
     )
 
 
-def _need_compile_extra() -> None:
+def need_compile_extra() -> None:
+    """Raise an AllocMoeError that names what the base install lacks for compiling."""
     import importlib.util
 
     missing = [
         name
-        for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "accelerate", "scipy")
+        for name in (
+            "torch",
+            "transformers",
+            "onnx",
+            "onnx_ir",
+            "onnxscript",
+            "accelerate",
+            "scipy",
+        )
         if importlib.util.find_spec(name) is None
     ]
     if missing:

@@ -20,7 +20,7 @@ import onnx_ir.passes.common as common
 import torch
 from onnxscript.rewriter import onnx_fusions, rewrite
 from onnxscript.optimizer import FOLDED_FROM_KEY, optimize_ir
-from transformers.exporters import exporter_onnx
+from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation
 from transformers.utils import logging as transformers_logging
@@ -92,7 +92,12 @@ def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
                 component,
                 inputs,
                 # Weights are zeros here: nothing may be folded before the real ones are bound.
-                config=OnnxConfig(dynamic=True, opset_version=OPSET, optimize=False),
+                config=OnnxConfig(
+                    dynamic=True,
+                    dynamic_shapes=_dynamic_shapes(inputs),
+                    opset_version=OPSET,
+                    optimize=False,
+                ),
             )
     program: ir.Model = exported.program
     return program
@@ -109,6 +114,20 @@ def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, A
     component, inputs = decompose_for_generation(model, prompt, multi_token_decode=True)["decode"]
     inputs.pop("cache_position", None)
     return component, inputs
+
+
+def _dynamic_shapes(inputs: dict[str, Any]) -> Any:
+    """Return which dimensions vary: those that every axis of a cache could, but doesn't, cost minutes."""
+    past = inputs["past_key_values"].get_seq_length()
+
+    def varying(tensor: torch.Tensor) -> dict[int, Any]:
+        lengths = (past,) if tensor.is_floating_point() else range(1, 1 << 30)
+        axes = [0, *(axis for axis in range(1, tensor.ndim) if tensor.shape[axis] in lengths)]
+        return dict.fromkeys(axes, torch.export.Dim.AUTO)
+
+    leaves = {name: value for name, value in inputs.items() if not isinstance(value, bool)}
+    with mock.patch.object(exporter_dynamo, "_auto_dynamic_shape", varying):
+        return exporter_dynamo.get_auto_dynamic_shapes(leaves)
 
 
 def _bind_weights(

@@ -77,8 +77,7 @@ def resolve_folder(source: str) -> Path:
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise CheckpointError(
-            f"{source!r} is neither a folder nor a model id of the form owner/name. "
-            "Check the path."
+            f"{source!r} is neither a folder nor a model id of the form owner/name. Check the path."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -165,7 +164,11 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
 def _why_no_experts(model: PreTrainedModel) -> str:
     kind = model.config.model_type
     suspects = sorted(
-        {type(m).__name__ for m in model.modules() if re.search("expert|moe", type(m).__name__, re.I)}
+        {
+            type(m).__name__
+            for m in model.modules()
+            if re.search("expert|moe", type(m).__name__, re.I)
+        }
     )
     if suspects:
         return (
@@ -181,9 +184,10 @@ def _why_no_experts(model: PreTrainedModel) -> str:
 
 def _check_experts(model: PreTrainedModel, name: str, module: Any) -> None:
     gate = type(module)._apply_gate if module.has_gate else None
-    silu = isinstance(getattr(module, "act_fn", None), torch.nn.SiLU) or "silu" in str(
-        getattr(module, "act_fn", "")
-    ).lower()
+    silu = (
+        isinstance(getattr(module, "act_fn", None), torch.nn.SiLU)
+        or "silu" in str(getattr(module, "act_fn", "")).lower()
+    )
     if gate is _default_apply_gate and silu and not module.has_post_expert_norm:
         return
     raise UnsupportedModelError(

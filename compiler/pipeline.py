@@ -53,7 +53,9 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     output = package.parse_output(options.output, force=options.force)
     moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
     budget = parse_budget(options.budget, [layer.experts_per_token for layer in moe.layers])
-    calibration = calibrate(moe, options.calibration, console, tokens=options.tokens, seed=options.seed)
+    calibration = calibrate(
+        moe, options.calibration, console, tokens=options.tokens, seed=options.seed
+    )
     profile, profile_path = None, None
     if options.allocation == "sensitivity" and budget.activations < budget.original:
         profile_path = options.profile or output.profile_path
@@ -108,9 +110,7 @@ def calibrate(
 def specialize(graph: ir.Model, plan: AllocationPlan, *, device: str) -> ir.Model:
     """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared."""
     model = graph.clone()
-    allocation = Allocation(
-        [layer.k for layer in plan.layers], plan.redistribution, plan.weights
-    )
+    allocation = Allocation([layer.k for layer in plan.layers], plan.redistribution, plan.weights)
     specialize_passes(allocation, pairs=device == "cuda")(model)
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
     return model

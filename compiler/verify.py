@@ -83,7 +83,9 @@ def verify_artifact(
         expected, executed, margin = _reference(moe, plan, batch)
         if margin >= _NEAR_TIE or attempt == _ATTEMPTS - 1:
             break
-        logger.debug("Verification text %d has a near-tie of %.1e; taking the next.", attempt, margin)
+        logger.debug(
+            "Verification text %d has a near-tie of %.1e; taking the next.", attempt, margin
+        )
     actual, counted = _artifact(session, batch)
     result = _compare(expected, actual)
     if dtype == "float32" and not result.max_abs_logit_error <= MAX_LOGIT_ERROR:

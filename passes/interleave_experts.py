@@ -37,8 +37,13 @@ class InterleaveExpertsPass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         for node in routed_experts(model):
-            if node.attributes["transposed"].as_int() or not node.attributes["interleaved"].as_int():
-                raise ir.passes.PostconditionError(f"The experts of {node.name} are not interleaved.")
+            if (
+                node.attributes["transposed"].as_int()
+                or not node.attributes["interleaved"].as_int()
+            ):
+                raise ir.passes.PostconditionError(
+                    f"The experts of {node.name} are not interleaved."
+                )
 
 
 def interleave_rows(weights: np.ndarray) -> np.ndarray:

@@ -106,9 +106,7 @@ class _Builder:
     ) -> Sequence[ir.Value]:
         """Call a model-local function."""
         add_function(self.model, function)
-        return self.op(
-            function.name, inputs, DOMAIN, attributes, len(function.function_ir.outputs)
-        )
+        return self.op(function.name, inputs, DOMAIN, attributes, len(function.function_ir.outputs))
 
     def op(
         self,

@@ -39,9 +39,7 @@ def rank_candidates(
 
 
 @script(OPSET, default_opset=op)
-def renormalize(
-    expert_weights: FLOAT[...], weights: FLOAT[...], keep: BOOL[...]
-) -> FLOAT[...]:
+def renormalize(expert_weights: FLOAT[...], weights: FLOAT[...], keep: BOOL[...]) -> FLOAT[...]:
     """Scale the kept `weights` to the sum that all of a token's candidates have."""
     axis = op.Constant(value_ints=[1])
     kept = op.Where(keep, weights, op.Constant(value_float=0.0))
@@ -67,9 +65,7 @@ def mask_lowering(
     logits = op.Where(keep, op.Log(op.Max(weights, tiny)), low)
     axis = op.Constant(value_ints=[1])
     total = op.ReduceSum(op.Where(keep, weights, op.Constant(value_float=0.0)), axis, keepdims=1)
-    first = op.Slice(
-        logits, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), axis
-    )
+    first = op.Slice(logits, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), axis)
     others = op.Slice(
         logits, op.Constant(value_ints=[1]), op.Constant(value_ints=[2147483647]), axis
     )
@@ -109,9 +105,7 @@ def pairs_lowering(
 
 
 @script(OPSET, default_opset=op)
-def combine_pairs(
-    outputs: FLOAT[...], weights: FLOAT[...], slots: INT64[...]
-) -> FLOAT[...]:
+def combine_pairs(outputs: FLOAT[...], weights: FLOAT[...], slots: INT64[...]) -> FLOAT[...]:
     """Return [T, H]: each token's weighted sum of its pairs' `outputs` [M, H].
 
     Gathers through `slots`, with a row of zeros for dropped ones: ScatterND with reduction=add races on

@@ -1,0 +1,242 @@
+"""alloc-eval: the loss of an artifact or of an original model on a text, and the experts it executed.
+
+Artifacts need the base install only; torch is loaded for original models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from alloc_moe.runtime.command import Console, common_options, examples
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from alloc_moe.runtime.artifact import AllocationPlan
+    from alloc_moe.runtime.evaluate import Evaluation
+    from alloc_moe.runtime.providers import Provider
+
+
+@click.command(
+    epilog=examples(
+        "alloc-eval out.onnx --text examples/tiny-moe/heldout.txt",
+        "alloc-eval examples/tiny-moe --text examples/tiny-moe/heldout.txt",
+    )
+)
+@click.argument("target", metavar="ARTIFACT_OR_MODEL")
+@click.option(
+    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text."
+)
+@click.option(
+    "--window", type=int, help="Tokens per call. Default: the model's context, 512 at most."
+)
+@click.option("--stride", type=int, help="Tokens from window to window. Default: half a window.")
+@click.option("--tokens", type=click.IntRange(min=2), help="Take the text's first tokens only.")
+@click.option("--decode", is_flag=True, help="Artifacts: one token per call, as generation does.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="Models: run under this plan (allocation.json, or an artifact) in PyTorch.",
+)
+@click.option("--ep", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of onnxruntime.")
+@click.option("--tokenizer", type=click.Path(), help="tokenizer.json, if it isn't found.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Models: run Python code of the checkpoint."
+)
+@common_options
+def eval_command(
+    console: Console,
+    target: str,
+    text_file: Path,
+    window: int | None,
+    stride: int | None,
+    tokens: int | None,
+    decode: bool,
+    plan_file: Path | None,
+    ep: Provider,
+    threads: int | None,
+    tokenizer: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Measure perplexity and executed experts of ARTIFACT_OR_MODEL on a text.
+
+    The text is one sequence, taken in windows; each token but the first is scored once, with a
+    context of at least window - stride tokens. A window is one call with a batch of one.
+    """
+    text = _read(text_file)
+    settings = _Settings(window, stride, tokens, decode)
+    if _is_artifact(Path(target)):
+        if plan_file is not None:
+            raise click.UsageError("--plan is for original models; an artifact has its own plan.")
+        evaluation, plan = _evaluate_artifact(
+            console, target, text, settings, ep=ep, threads=threads, tokenizer=tokenizer
+        )
+    else:
+        if decode:
+            raise click.UsageError("--decode is for artifacts.")
+        evaluation, plan = _evaluate_model(
+            console, target, text, settings, plan_file, trust_remote_code=trust_remote_code
+        )
+    console.result(_summary(evaluation, plan), _data(target, evaluation, plan))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    window: int | None
+    stride: int | None
+    tokens: int | None
+    decode: bool
+
+
+def _is_artifact(path: Path) -> bool:
+    from alloc_moe.runtime.artifact import MODEL_FILE
+
+    return path.suffix == ".onnx" or (path / MODEL_FILE).is_file()
+
+
+def _read(path: Path) -> str:
+    from alloc_moe.runtime.errors import AllocMoeError
+
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AllocMoeError(
+            f"The text {path} can't be read: {error}. Give a UTF-8 file."
+        ) from error
+
+
+def _evaluate_artifact(
+    console: Console,
+    target: str,
+    text: str,
+    settings: _Settings,
+    *,
+    ep: Provider,
+    threads: int | None,
+    tokenizer: str | None,
+) -> tuple[Evaluation, AllocationPlan]:
+    from alloc_moe.runtime.evaluate import evaluate_artifact
+    from alloc_moe.runtime.session import open_session
+    from alloc_moe.runtime.text import load_tokenizer
+
+    session = open_session(target, ep=ep, threads=threads, count_activations=True)
+    ids = load_tokenizer(session.files, tokenizer).encode(text, add_special_tokens=False).ids
+    ids = ids[: settings.tokens]
+    with console.progress("Evaluating", len(ids) - 1, unit="tokens") as progress:
+        evaluation = evaluate_artifact(
+            session,
+            ids,
+            window=settings.window,
+            stride=settings.stride,
+            decode=settings.decode,
+            on_scored=progress.advance,
+        )
+    return evaluation, session.plan
+
+
+def _evaluate_model(
+    console: Console,
+    target: str,
+    text: str,
+    settings: _Settings,
+    plan_file: Path | None,
+    *,
+    trust_remote_code: bool,
+) -> tuple[Evaluation, AllocationPlan]:
+    from alloc_moe.compiler.cli import need_compile_extra
+
+    need_compile_extra()
+    import torch
+
+    from alloc_moe.compiler.pipeline import load
+    from alloc_moe.compiler.reference import allocated
+    from alloc_moe.runtime.evaluate import default_window, evaluate
+
+    moe = load(target, console, trust_remote_code=trust_remote_code)
+    plan = _plan(plan_file, target, [(la.name, la.experts_per_token) for la in moe.layers])
+    ids: Sequence[int] = moe.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = ids[: settings.tokens]
+    context = getattr(moe.config.get_text_config(), "max_position_embeddings", None)
+    window = default_window(context) if settings.window is None else settings.window
+    stride = max(window // 2, 1) if settings.stride is None else settings.stride
+
+    def logits_of(tokens: NDArray[np.int64]) -> NDArray[np.floating]:
+        logits = moe.model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+        return cast("NDArray[np.floating]", logits.float().numpy())
+
+    with (
+        console.progress("Evaluating", len(ids) - 1, unit="tokens") as progress,
+        torch.inference_mode(),
+        allocated(
+            moe.model,
+            moe.layers,
+            [layer.k for layer in plan.layers],
+            redistribution=plan.redistribution,  # type: ignore[arg-type]
+            weights=plan.weights,  # type: ignore[arg-type]
+        ) as activations,
+    ):
+        evaluation = evaluate(
+            logits_of, ids, window=window, stride=stride, on_scored=progress.advance
+        )
+    return dataclasses.replace(evaluation, activations=tuple(activations.executed)), plan
+
+
+def _plan(plan_file: Path | None, target: str, layers: list[tuple[str, int]]) -> AllocationPlan:
+    """Return the plan in a file or artifact; without one, that of the model as trained."""
+    from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer
+    from alloc_moe.runtime.errors import ArtifactError
+    from alloc_moe.runtime.files import find_artifact
+
+    if plan_file is None:
+        total = sum(k for _, k in layers)
+        trained = tuple(PlannedLayer(name, 0, k, k) for name, k in layers)
+        return AllocationPlan(target, Budget(1.0, total, total), "none", "keep", trained)
+    if plan_file.suffix == ".json":
+        plan = AllocationPlan.from_json(_read(plan_file))
+    else:
+        plan = find_artifact(plan_file).plan
+    found = [(layer.name, layer.k_original) for layer in plan.layers]
+    if found != layers:
+        raise ArtifactError(
+            f"The plan in {plan_file} is for {len(found)} MoE layers ({found[:1]}...), {target} has "
+            f"{len(layers)} ({layers[:1]}...). Give a plan made of this model."
+        )
+    return plan
+
+
+def _summary(evaluation: Evaluation, plan: AllocationPlan) -> str:
+    planned = [layer.k for layer in plan.layers]
+    executed = evaluation.activations_per_token or ()
+    return (
+        f"Perplexity {evaluation.perplexity:.4f} (loss {evaluation.loss:.6f} nats per token) on "
+        f"{evaluation.tokens_scored} tokens, windows of {evaluation.window} every {evaluation.stride}\n"
+        f"Experts executed per token: {sum(executed):.4f} of {plan.budget.original} "
+        f"(plan: {plan.budget.activations})\n"
+        f"By layer: {' '.join(f'{mean:.4f}' for mean in executed)}\n"
+        f"Plan:     {' '.join(f'{k:<6}' for k in planned).rstrip()}"
+    )
+
+
+def _data(target: str, evaluation: Evaluation, plan: AllocationPlan) -> dict[str, Any]:
+    return {
+        "target": target,
+        "loss": evaluation.loss,
+        "perplexity": evaluation.perplexity,
+        "tokens_scored": evaluation.tokens_scored,
+        "tokens_run": evaluation.tokens_run,
+        "window": evaluation.window,
+        "stride": evaluation.stride,
+        "activations": evaluation.activations,
+        "activations_per_token": evaluation.activations_per_token,
+        "plan": json.loads(plan.to_json()),
+    }
