@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from alloc_moe.runtime.providers import Provider
 from alloc_moe.runtime.sampling import Sampling
 from alloc_moe.runtime.session import ArtifactSession, open_session
 from alloc_moe.runtime.text import TextStream, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,4 +123,12 @@ def load(
         DeviceError: ``ep="cuda"``, but CUDA can't be used.
     """
     session = open_session(path, ep=ep, threads=threads)
-    return TextModel(session, load_tokenizer(session.files, tokenizer))
+    model = TextModel(session, load_tokenizer(session.files, tokenizer))
+    if not model.eos_ids:
+        logger.warning(
+            "No configuration beside %s or in %s names the token that ends a text, so texts go on "
+            "to the most tokens asked for.",
+            session.files.graph,
+            session.plan.source,
+        )
+    return model

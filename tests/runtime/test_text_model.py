@@ -49,6 +49,15 @@ def test_sampling_is_repeatable(model: TextModel) -> None:
     assert model.generate(["The"], max_new_tokens=8, sampling=sampling) == first
 
 
+def test_an_unknown_end_of_text_is_warned_of(
+    toy: Path, bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(bundle, ep="cpu")
+    assert not caplog.messages
+    load(toy, tokenizer=bundle, ep="cpu")
+    assert "or in nowhere/toy names the token that ends a text" in caplog.text
+
+
 def test_an_empty_prompt_is_rejected(model: TextModel) -> None:
     with pytest.raises(GenerationError, match="Prompt 1 has no tokens"):
         model.generate([""])
