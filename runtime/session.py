@@ -129,8 +129,8 @@ class ArtifactSession:
         if attention_mask is None:
             attention_mask = np.ones((batch, cache.length + sequence), np.int64)
         binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids))
-        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(attention_mask))
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids, np.int64))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(attention_mask, np.int64))
         if self._has_positions:
             positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
             binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))

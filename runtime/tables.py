@@ -12,7 +12,7 @@ from rich.text import Text
 from alloc_moe.runtime.artifact import AllocationPlan
 from alloc_moe.runtime.bench import Measurement, Workload
 
-_BAR = 24
+_BAR = 16
 
 
 def plan_table(plan: AllocationPlan, *, name: str) -> RenderableType:
@@ -68,10 +68,10 @@ def speed_table(
 
 def _layers(plan: AllocationPlan) -> Table:
     table = Table()
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold")
     for heading in ("experts", "k trained", "k"):
         table.add_column(heading, justify="right")
-    table.add_column("share")
+    table.add_column("share", no_wrap=True)
     for layer in plan.layers:
         table.add_row(
             Text(layer.name),

@@ -42,6 +42,13 @@ def test_pieces_with_a_cache_equal_one_call(
     assert rest[1].cache.length == whole.cache.length == 5
 
 
+def test_ids_and_mask_may_be_of_any_integer_type(toy: Path) -> None:
+    session = open_session(toy, ep="cpu")
+    mask = np.ones(IDS.shape, np.bool_)
+    small = session.run(IDS.astype(np.int32), attention_mask=mask).logits
+    np.testing.assert_array_equal(small, session.run(IDS).logits)
+
+
 def test_a_cache_can_be_continued_twice(toy: Path) -> None:
     session = open_session(toy, ep="cpu")
     start = session.run(IDS[:, :4])
