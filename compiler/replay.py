@@ -51,6 +51,8 @@ class DecoderStack:
             start: The first decoder layer to run.
             stop: The first not to run.
         """
+        if hidden is not None and start == stop:
+            return hidden
         last = len(self) - 1
 
         def forward(layer: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

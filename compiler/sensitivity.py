@@ -167,7 +167,7 @@ class _Run:
         return tuple((sums / _targets(self._batches)).exp().tolist())
 
     def operations(self, layer: int) -> float:
-        """Return how many GFLOP measuring MoE layer `layer` takes, roughly: those of the weights."""
+        """Return the GFLOP of measuring MoE layer `layer`, roughly: those of the weights."""
         first = self._layers[layer].decoder_layer
         variants = len(self._measured_ks(layer))
         top_1 = self._metric == "ppl-suffix"
@@ -246,7 +246,7 @@ class _Run:
         return sums
 
     def _losses(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the next-token loss summed over windows [ks] of hidden states [ks, ..., hidden]."""
+        """Return the next-token losses [ks], summed over windows, of states [ks, ..., hidden]."""
         targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # the last predicts nothing
         sums = torch.zeros(len(hidden), dtype=torch.float64)
         for positions, logits in self._logits(hidden.flatten(1, 2)):

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from alloc_moe.compiler.allocate import (
+    make_plan,
+    parse_budget,
+    solve_allocation,
+    uniform_allocation,
+)
+from alloc_moe.compiler.errors import BudgetError, ProfileError
+from alloc_moe.compiler.records import MoeLayer, SensitivityProfile
+from alloc_moe.runtime.artifact import AllocationPlan
+
+Costs = list[list[float]]
+
+INTEGERS = st.integers(-5, 5).map(float)
+FLOATS = st.floats(-1e6, 1e6) | st.floats(0, 1e-6)
+
+
+def ragged(cost: st.SearchStrategy[float], layers: int = 5, most: int = 4) -> st.SearchStrategy:
+    """Matrices with rows of different lengths and a budget each of them can meet."""
+    rows = st.lists(st.lists(cost, min_size=1, max_size=most), min_size=1, max_size=layers)
+    return rows.flatmap(
+        lambda costs: st.tuples(st.just(costs), st.integers(len(costs), sum(map(len, costs)) + 2))
+    )
+
+
+def key(costs: Costs, allocation: Sequence[int]) -> tuple[Fraction, int, tuple[int, ...]]:
+    """Cost, then activations, then fewest in the last layers."""
+    cost = sum((Fraction(row[k - 1]) for row, k in zip(costs, allocation, strict=True)), Fraction())
+    return cost, sum(allocation), tuple(reversed(allocation))
+
+
+def brute_force(costs: Costs, budget: int) -> list[int]:
+    every = itertools.product(*(range(1, len(row) + 1) for row in costs))
+    return list(min((a for a in every if sum(a) <= budget), key=lambda a: key(costs, a)))
+
+
+@given(ragged(INTEGERS))
+def test_equals_brute_force_ties_included(case: tuple[Costs, int]) -> None:
+    assert solve_allocation(*case) == brute_force(*case)
+
+
+@given(ragged(FLOATS))
+def test_equals_brute_force_on_real_costs(case: tuple[Costs, int]) -> None:
+    assert solve_allocation(*case) == brute_force(*case)
+
+
+def optimum_by_milp(costs: Costs, budget: int) -> float:
+    flat = np.array([cost for row in costs for cost in row])
+    ks = np.array([k for row in costs for k in range(1, len(row) + 1)])
+    of_layer = np.array([layer for layer, row in enumerate(costs) for _ in row])
+    one_each = (of_layer == np.arange(len(costs))[:, None]).astype(float)
+    result = milp(
+        flat,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(ks, 0, budget)],
+    )
+    assert result.success
+    return float(result.fun)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ragged(st.integers(-100, 100).map(float), layers=12, most=8))
+def test_cost_equals_that_of_an_integer_program(case: tuple[Costs, int]) -> None:
+    costs, budget = case
+    allocation = solve_allocation(costs, budget)
+    assert sum(allocation) <= budget
+    assert float(key(costs, allocation)[0]) == pytest.approx(
+        optimum_by_milp(costs, budget), abs=1e-6
+    )
+
+
+def test_a_model_of_64_layers_equals_an_integer_program() -> None:
+    costs = np.random.default_rng(0).gamma(1.0, size=(64, 8)).cumsum(1)[:, ::-1].tolist()
+    allocation = solve_allocation(costs, 256)
+    found = float(key(costs, allocation)[0])
+    assert found == pytest.approx(optimum_by_milp(costs, 256), rel=1e-6)
+
+
+def test_rounding_does_not_decide_ties() -> None:
+    tiny = 2.0**-52  # lost in a float sum with 1e9
+    costs = [[1.0, 1.0 - tiny], [1e9, 1e9]]
+    assert solve_allocation(costs, 4) == [2, 1]
+
+
+def test_equal_costs_take_the_fewest_activations() -> None:
+    assert solve_allocation([[1.0, 1.0, 1.0], [2.0, 2.0]], 5) == [1, 1]
+
+
+def test_more_experts_than_the_budget_can_be_worse() -> None:
+    assert solve_allocation([[0.0, 5.0], [3.0, 0.0]], 4) == [1, 2]
+
+
+@pytest.mark.parametrize("cost", [math.nan, math.inf, -math.inf])
+def test_costs_that_are_no_numbers_are_rejected(cost: float) -> None:
+    with pytest.raises(ProfileError, match=r"cost of 2 experts in MoE layer 1 is -?(nan|inf)"):
+        solve_allocation([[1.0], [1.0, cost]], 3)
+
+
+def test_a_budget_below_one_each_is_rejected() -> None:
+    with pytest.raises(BudgetError, match="1 activations are too few for 2 layers"):
+        solve_allocation([[1.0], [1.0]], 1)
+    with pytest.raises(BudgetError, match="1 activations are too few for 2 layers"):
+        uniform_allocation([8, 8], 1)
+
+
+@pytest.mark.parametrize(
+    ("requested", "activations"),
+    [
+        ("0.5", 15),
+        ("0.1", 3),  # 0.1 * 30 is 3.0000000000000004 or 2.9999999999999996 in other orders
+        (0.1, 3),
+        ("0.7", 21),  # 0.7 * 30 is 20.999999999999996
+        (0.7, 21),
+        ("1.0", 30),
+        ("1.", 30),
+        (1.0, 30),
+        (".25", 7),
+        (" 0.5 ", 15),
+        ("3", 3),
+        ("30", 30),
+        (12, 12),
+    ],
+)
+def test_budget_is_a_fraction_or_a_count(requested: str | float, activations: int) -> None:
+    budget = parse_budget(requested, [10, 10, 10])
+    assert (budget.activations, budget.original) == (activations, 30)
+    assert budget.requested == float(requested)
+    assert isinstance(budget.requested, int) == ("." not in str(requested))
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        ("1", r"budget 1 means one activation per token, but there are 3 MoE layers.*1\.0"),
+        ("2", r"budget 2 is below .* from 0\.1 to 1\.0, .* from 3 .* to 30"),
+        (0, "budget 0 is below"),
+        (-3, "budget -3 is below"),
+        ("31", r"budget 31 is above .* to 30"),
+        ("0.09", r"budget 0\.09 of 30 activations per token is 2, too few for 3 MoE layers"),
+        ("1.5", r"budget 1\.5 is no fraction in \(0, 1\]"),
+        ("0.0", r"budget 0\.0 is no fraction"),
+        (-0.5, r"budget -0\.5 is no fraction"),
+        ("50%", "budget '50%' is no positive number"),
+        ("-0.5", "budget '-0.5' is no positive number"),
+        ("nan", "budget 'nan' is no positive number"),
+        (math.nan, "budget nan is no positive number"),
+        (math.inf, "budget inf is no positive number"),
+        ("half", "budget 'half' is no positive number"),
+        ("", "budget '' is no positive number"),
+        ("1e-1", "budget '1e-1' is no positive number"),
+    ],
+)
+def test_budget_out_of_range_is_rejected(requested: str | float, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        parse_budget(requested, [10, 10, 10])
+
+
+def test_one_activation_is_legal_for_a_single_layer() -> None:
+    assert parse_budget("1", [8]).activations == 1
+
+
+def test_smallest_fraction_named_in_an_error_is_legal() -> None:
+    with pytest.raises(BudgetError, match=r"from 0\.143 to"):
+        parse_budget("0.1", [7, 7, 7])
+    assert parse_budget("0.143", [7, 7, 7]).activations == 3
+
+
+@pytest.mark.parametrize(
+    ("experts", "budget", "expected"),
+    [
+        ([8] * 6, 24, [4] * 6),
+        ([8] * 6, 27, [4, 5, 4, 5, 4, 5]),
+        ([8] * 6, 48, [8] * 6),
+        ([8] * 6, 6, [1] * 6),
+        ([8, 2, 8], 15, [6, 2, 7]),
+        ([8, 2, 8], 99, [8, 2, 8]),
+    ],
+)
+def test_uniform_allocation(experts: list[int], budget: int, expected: list[int]) -> None:
+    assert uniform_allocation(experts, budget) == expected
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 90))
+def test_uniform_allocation_uses_all_it_can(experts: list[int], more: int) -> None:
+    budget = len(experts) + more
+    allocation = uniform_allocation(experts, budget)
+    assert sum(allocation) == min(budget, sum(experts))
+    assert all(1 <= k <= most for k, most in zip(allocation, experts, strict=True))
+    growable = [k for k, most in zip(allocation, experts, strict=True) if k < most]
+    assert all(k <= min(growable, default=k) + 1 for k in allocation)
+
+
+LAYERS = tuple(MoeLayer(f"layers.{i}.mlp", f"layers.{i}.mlp.experts", i, 16, 3) for i in (1, 2))
+PROFILE = SensitivityProfile(
+    metric="kl",
+    model_fingerprint="f",
+    calibration_sha256="c",
+    tokens=64,
+    sequence_length=32,
+    seed=7,
+    layer_names=("layers.1.mlp", "layers.2.mlp"),
+    experts_per_token=(3, 3),
+    costs=((0.3, 0.2, 0.0), (9.0, 0.2, 0.0)),
+    baseline_loss=2.0,
+    seconds=1.0,
+)
+
+
+def plan(profile: SensitivityProfile | None, requested: str) -> AllocationPlan:
+    return make_plan(
+        LAYERS,
+        parse_budget(requested, [3, 3]),
+        source="model",
+        profile=profile,
+        redistribution="batch",
+        weights="keep",
+    )
+
+
+def test_plan_follows_the_profile_and_says_where_it_comes_from() -> None:
+    made = plan(PROFILE, "4")
+    assert [layer.k for layer in made.layers] == [1, 3]
+    assert [layer.name for layer in made.layers] == ["layers.1.mlp", "layers.2.mlp"]
+    assert made.sensitivity == {
+        "metric": "kl",
+        "tokens": 64,
+        "calibration_sha256": "c",
+        "seed": 7,
+    }
+    assert AllocationPlan.from_json(made.to_json()) == made
+
+
+def test_plan_without_profile_is_uniform() -> None:
+    made = plan(None, "0.84")
+    assert [layer.k for layer in made.layers] == [2, 3]
+    assert made.sensitivity == {}
+
+
+def test_plan_states_what_it_uses_of_the_budget() -> None:
+    flat = dataclasses.replace(PROFILE, costs=((0.0, 0.0, 0.0), (1.0, 0.0, 0.0)))
+    made = plan(flat, "5")
+    assert [layer.k for layer in made.layers] == [1, 2]
+    assert (made.budget.activations, made.budget.requested, made.budget.original) == (3, 5, 6)
+
+
+def test_an_incomplete_profile_is_rejected() -> None:
+    with pytest.raises(ProfileError, match="incomplete: 1 of 2 layers"):
+        plan(dataclasses.replace(PROFILE, costs=((0.3, 0.2, 0.0), None)), "4")
+
+
+def test_a_profile_of_other_layers_is_rejected() -> None:
+    other = dataclasses.replace(PROFILE, layer_names=("layers.0.mlp", "layers.1.mlp"))
+    with pytest.raises(ProfileError, match=r"2 MoE layers \(layers\.0\.mlp\.\.\., top-3\), but"):
+        plan(other, "4")
+
+
+def test_a_profile_survives_its_file() -> None:
+    text = PROFILE.to_json()
+    assert SensitivityProfile.from_json(text, path=Path("profile.json")) == PROFILE
