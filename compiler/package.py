@@ -162,6 +162,12 @@ def write_bundle_files(folder: Path, moe: MoeModel, graph: ir.Model, plan: Alloc
     (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", "utf-8")
 
 
+def eos_token_id(moe: MoeModel) -> int | list[int] | None:
+    """Return what ends a text, as the model's generation or own configuration says."""
+    generation = moe.model.generation_config.eos_token_id
+    return generation if generation is not None else moe.config.get_text_config().eos_token_id  # type: ignore[no-any-return]
+
+
 def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
     """Return the configuration with which onnxruntime-genai runs the graph.
 
@@ -169,7 +175,7 @@ def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
     """
     config = moe.config.get_text_config()
     generation = moe.model.generation_config
-    eos = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    eos = eos_token_id(moe)
     bos = generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id
     first_eos = eos[0] if isinstance(eos, list) else eos
     pad = moe.tokenizer.pad_token_id if moe.tokenizer.pad_token_id is not None else first_eos

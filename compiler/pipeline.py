@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,13 @@ from alloc_moe.compiler.allocate import make_plan, parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.load import load_model
-from alloc_moe.compiler.records import CompileOptions, MoeModel, SensitivityProfile
+from alloc_moe.compiler.records import CompileOptions, DType, MoeModel
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.compiler.verify import Verification, verify_artifact
 from alloc_moe.passes.default import normalize_passes, specialize_passes
 from alloc_moe.passes.lower_experts import Allocation
 from alloc_moe.passes.stamp_plan import StampPlanPass
-from alloc_moe.runtime.artifact import PLAN_KEY, AllocationPlan
+from alloc_moe.runtime.artifact import GENERATION_KEY, PLAN_KEY, AllocationPlan
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -107,6 +108,23 @@ def calibrate(
     return load_calibration(text, moe.tokenizer, moe.config, tokens=tokens, seed=seed)
 
 
+def export(moe: MoeModel, *, dtype: DType, trust_remote_code: bool = False) -> ir.Model:
+    """Return the model's graph, ready to be specialised for any number of plans."""
+    graph = export_graph(
+        moe.config, moe.reader, moe.layers, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    normalize_passes()(graph)
+    graph.metadata_props[GENERATION_KEY] = json.dumps(
+        {
+            "eos_token_id": package.eos_token_id(moe),
+            "context_length": getattr(
+                moe.config.get_text_config(), "max_position_embeddings", None
+            ),
+        }
+    )
+    return graph
+
+
 def specialize(graph: ir.Model, plan: AllocationPlan, *, device: str) -> ir.Model:
     """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared."""
     model = graph.clone()
@@ -127,14 +145,7 @@ def _build(
 ) -> tuple[AllocationPlan, Verification]:
     """Export, rewrite, write into `staged`, and verify what was written."""
     with _step(console, "Exporting the graph"):
-        graph = export_graph(
-            moe.config,
-            moe.reader,
-            moe.layers,
-            dtype=options.dtype,
-            trust_remote_code=options.trust_remote_code,
-        )
-        normalize_passes()(graph)
+        graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     model = specialize(graph, plan, device=options.device)
     path = staged / output.graph_name
     nbytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())  # type: ignore[union-attr]
@@ -162,6 +173,3 @@ def _versions() -> dict[str, str]:
     import onnxruntime
 
     return {**versions, "onnxruntime": onnxruntime.__version__}
-
-
-__all__ = ["Compiled", "SensitivityProfile", "calibrate", "compile_model", "load", "specialize"]

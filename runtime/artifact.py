@@ -13,6 +13,8 @@ from alloc_moe.runtime.errors import ArtifactError
 FORMAT = 1
 PLAN_KEY = "alloc_moe.plan"
 """Key of the plan in the ONNX model's metadata."""
+GENERATION_KEY = "alloc_moe.generation"
+"""Key of ``{"eos_token_id", "context_length"}`` in the metadata, for an artifact without other files."""
 PLAN_FILE = "allocation.json"
 """Name of the plan's file in a bundle folder."""
 MODEL_FILE = "model.onnx"

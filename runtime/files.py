@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_KEY, AllocationPlan
+from alloc_moe.runtime.artifact import GENERATION_KEY, MODEL_FILE, PLAN_KEY, AllocationPlan
 from alloc_moe.runtime.errors import ArtifactError
 from alloc_moe.runtime.onnx_file import OnnxFile, read_onnx_file
 
@@ -71,19 +71,31 @@ class ArtifactFiles:
         for name, section in _CONFIGURATIONS:
             ids = self._setting(name, section, "eos_token_id")
             if ids is not None:
-                return frozenset(ids if isinstance(ids, list) else [ids])
-        return frozenset()
+                return _ids(ids)
+        return _ids(self._recorded("eos_token_id"))
 
     def context_length(self) -> int | None:
         """Return the most tokens the model takes, prompt and answer together, if that is known."""
         length = self._setting("config.json", None, "max_position_embeddings")
         if length is None:
             length = self._setting("genai_config.json", "model", "context_length")
+        if length is None:
+            length = self._recorded("context_length")
         return length if isinstance(length, int) else None
+
+    def _recorded(self, key: str) -> Any:  # any JSON value
+        """Return what the compiler noted of the model in the metadata, for a graph that stands alone."""
+        return json.loads(self.onnx.metadata.get(GENERATION_KEY, "{}")).get(key)
 
     def _setting(self, name: str, section: str | None, key: str) -> Any:  # any JSON value
         settings = self.find_json(name)
         return (settings.get(section, {}) if section else settings).get(key)
+
+
+def _ids(ids: int | list[int] | None) -> frozenset[int]:
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])
 
 
 def find_artifact(path: str | Path) -> ArtifactFiles:
