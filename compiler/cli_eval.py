@@ -240,3 +240,7 @@ def _data(target: str, evaluation: Evaluation, plan: AllocationPlan) -> dict[str
         "activations_per_token": evaluation.activations_per_token,
         "plan": json.loads(plan.to_json()),
     }
+
+
+if __name__ == "__main__":
+    eval_command()
