@@ -2,134 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
-_SHARED: dict[str, Any] = {
-    "vocab_size": 288,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "bos_token_id": 256,
-    "eos_token_id": 256,
-    "pad_token_id": 257,
-    "tie_word_embeddings": False,
-}
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "olmoe": {
-        "model_type": "olmoe",
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_experts": 8,
-        "num_experts_per_tok": 4,
-    },
-    # A shared expert, a dense layer among the sparse ones, tied embeddings.
-    "qwen2_moe": {
-        "model_type": "qwen2_moe",
-        "intermediate_size": 96,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 8,
-        "num_experts_per_tok": 4,
-        "mlp_only_layers": [1],
-        "tie_word_embeddings": True,
-    },
-    # A router that renormalises its top-k weights.
-    "qwen3_moe": {
-        "model_type": "qwen3_moe",
-        "intermediate_size": 96,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 8,
-        "num_experts_per_tok": 4,
-        "norm_topk_prob": True,
-    },
-    "mixtral": {
-        "model_type": "mixtral",
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    # A first dense layer, latent attention, shared experts, group-limited routing, scaled weights.
-    "deepseek_v2": {
-        "model_type": "deepseek_v2",
-        "intermediate_size": 96,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 4,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 4,
-        "topk_group": 2,
-        "topk_method": "group_limited_greedy",
-        "routed_scaling_factor": 1.5,
-        "norm_topk_prob": False,
-        "kv_lora_rank": 32,
-        "q_lora_rank": None,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "head_dim": 16,
-    },
-}
-
-
-def byte_tokenizer() -> Any:
-    """Return a tokenizer of single bytes with an end and a padding token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|padding|>"
-    )
-
-
-def save_checkpoint(folder: Path, settings: dict[str, Any], *, seed: int = 0) -> Path:
-    """Write a random checkpoint whose routers are decisive enough to compare runs token by token."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    merged = {**_SHARED, **settings}
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**merged), dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3 if ".gate.weight" in name else 0.08)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    text = "the experts of a layer are chosen by its router; few of them are enough. " * 40
-    (folder / "calibration.txt").write_text(text, "utf-8")
-    return folder
+def _load_example(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "examples" / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function from a family's name to the folder of its checkpoint."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def make(family: str) -> Path:
-        if family not in made:
-            made[family] = save_checkpoint(tmp_path_factory.mktemp(family), FAMILIES[family])
-        return made[family]
+        # Loaded here, since it loads torch, which tests of the runtime do without.
+        examples = _load_example("random_checkpoints.py")
+        folder = tmp_path_factory.mktemp(family)
+        return examples.save_checkpoint(folder, examples.FAMILIES[family])  # type: ignore[no-any-return]
 
     return make

@@ -1,4 +1,4 @@
-"""The bundled trained model through the installed commands, against PyTorch and onnxruntime-genai."""
+"""The bundled model through the installed commands, against PyTorch and onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_text_streams_the_same_as_it_is_returned(bundle: Path) -> None:
 def _generate_in_pytorch(
     bundle: Path, ids: list[list[int]]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return tokens [rows, new] and their logits [rows, new, vocabulary] under the bundle's plan."""
+    """Return tokens [rows, new] and logits [rows, new, vocabulary] under the plan."""
     import torch
 
     from alloc_moe.compiler.load import load_model

@@ -1,7 +1,7 @@
 """Held-out perplexity of every way to spend the same activations: the table in README.
 
 The model is exported once. Every plan becomes an artifact of its own, which alloc-eval then runs on
-the held-out text; nothing is simulated. Results are kept, so an interrupted run goes on where it was.
+the held-out text; nothing is simulated. Results are kept: an interrupted run goes on where it was.
 
     python examples/benchmarks/quality.py examples/tiny-moe \
         --text examples/tiny-moe/heldout.txt -o quality
