@@ -6,8 +6,10 @@ from torch.nn import functional
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+SEQUENCE_LENGTH = 512
 
-def build_model(vocab_size: int, sequence_length: int) -> OlmoeForCausalLM:
+
+def build_model(vocab_size: int) -> OlmoeForCausalLM:
     """Return the untrained model in float32, with experts that are fast to train on a CPU."""
     config = OlmoeConfig(
         vocab_size=vocab_size,
@@ -18,7 +20,7 @@ def build_model(vocab_size: int, sequence_length: int) -> OlmoeForCausalLM:
         num_experts=32,
         num_experts_per_tok=8,
         norm_topk_prob=False,
-        max_position_embeddings=sequence_length,
+        max_position_embeddings=SEQUENCE_LENGTH,
         router_aux_loss_coef=0.01,
         tie_word_embeddings=False,
         # 0.02 suits a width of 2048; a narrow model needs larger weights for the same activations.
@@ -59,30 +61,24 @@ def looped_experts(
     return torch.zeros_like(hidden_states).index_add(0, token, weighted)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of a linear head that never holds all logits at once.
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of a linear head, called with hidden states, head weights and labels.
 
-    The logits (4096 tokens x 4096 words) are the largest tensor of a step by far. The gradient is
-    computed with the loss, chunk by chunk, so no chunk is kept or computed twice.
+    The logits are by far the largest tensor of a step. The gradient overwrites them while they are
+    at hand, which spares the passes over memory that autograd would need.
     """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Tensor) -> Tensor:
         hidden, weight, labels = inputs
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
-        loss = hidden.new_zeros(())
-        for part in torch.arange(len(hidden)).split(1024):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            target = labels[rows, None]
-            logits = hidden[rows] @ weight.T
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += (log_sum - logits.gather(1, target)).sum()
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            torch.mm(grad, weight, out=hidden_grad[rows])
-            weight_grad.addmm_(grad.T, hidden[rows])
-        ctx.save_for_backward(hidden_grad.div_(len(hidden)), weight_grad.div_(len(hidden)))
-        return loss / len(hidden)
+        target = labels[:, None]
+        logits = hidden @ weight.T  # [tokens, vocabulary]
+        log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+        loss = (log_sum - logits.gather(1, target)).mean()
+        grad = logits.sub_(log_sum).exp_().div_(len(hidden))
+        grad.scatter_add_(1, target, torch.full(target.shape, -1 / len(hidden)))
+        ctx.save_for_backward(grad @ weight, grad.T @ hidden)
+        return loss
 
     @staticmethod
     def backward(
