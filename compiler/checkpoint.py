@@ -1,8 +1,8 @@
 """A checkpoint's tensors under the names of the model's parameters, read one at a time.
 
-transformers 5 fuses and renames tensors while it loads (`model.layers.0.mlp.experts.7.up_proj.weight`
-becomes a slice of `model.layers.0.mlp.experts.gate_up_proj`). The reader applies the same conversion to
-single parameters, so that a graph's weights can be written without the model ever being in memory.
+transformers 5 fuses and renames tensors while it loads: `layers.0.mlp.experts.7.up_proj.weight`
+becomes a slice of `layers.0.mlp.experts.gate_up_proj`. The reader applies the same conversion to
+single parameters, so that a graph's weights can be written without the model being in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ _SAMPLE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one parameter comes from: checkpoint keys by pattern, and the conversion that joins them."""
+    """Where a parameter comes from: checkpoint keys, and the conversion that joins them."""
 
     keys: tuple[tuple[str, str], ...]  # (pattern, checkpoint key)
     converter: WeightConverter | None
@@ -78,7 +78,8 @@ def _check_shards(folder: Path, shards: dict[str, Path]) -> dict[str, Path]:
     for path in sorted(set(shards.values())):
         if not path.is_file():
             raise CheckpointError(
-                f"Shard {path.name} is named in {_INDEX} but missing in {folder}. Download it again."
+                f"Shard {path.name} is named in {_INDEX} but missing in {folder}. "
+                "Download it again."
             )
         missing = {key for key, shard in shards.items() if shard == path} - set(_shard_keys(path))
         if missing:
@@ -111,8 +112,8 @@ def open_shard(path: Path) -> Any:
 def fingerprint(folder: Path) -> str:
     """Return a hash that changes when the configuration or the weights do.
 
-    Configuration and safetensors headers are hashed whole, the weights by 64 blocks of 64 KiB spread
-    over each file: a full hash of a 30 GB checkpoint would take longer than its profile.
+    Configuration and safetensors headers are hashed whole, the weights by 64 blocks of 64 KiB
+    spread over each file: a full hash of a 30 GB checkpoint would take longer than its profile.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
@@ -164,7 +165,7 @@ class CheckpointReader:
         return name in self._sources
 
     def _load(self, key: str) -> torch.Tensor:
-        # Opened per tensor: a mapped shard keeps every page it has read resident until it is closed.
+        # Opened per tensor: a mapped shard keeps every page it has read until it is closed.
         try:
             with open_shard(self._shards[key]) as shard:
                 return shard.get_tensor(key).clone()  # type: ignore[no-any-return]
@@ -174,7 +175,7 @@ class CheckpointReader:
             ) from error
 
     def _convert(
-        self, source: _Source, loads: list[tuple[str, str, Callable[[], torch.Tensor]]]
+        self, source: _Source, loads: Sequence[tuple[str, str, Callable[[], torch.Tensor]]]
     ) -> dict[str, torch.Tensor]:
         if source.converter is None:
             return {source.first_target: loads[0][2]()}
@@ -190,7 +191,7 @@ class CheckpointReader:
         }
 
     def _map_sources(self) -> dict[str, _Source]:
-        """Mirror of transformers' convert_and_load_state_dict_in_model, without loading anything."""
+        """Mirror transformers' convert_and_load_state_dict_in_model, without loading anything."""
         transforms = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]

@@ -22,7 +22,8 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--calibration",
             metavar="FILE_OR_DATASET",
-            help="Text to calibrate on. Default: calibration.txt beside the model, else built-in text.",
+            help="Text to calibrate on. Default: calibration.txt beside the model, else a "
+            "built-in text.",
         ),
         click.option(
             "--tokens",
@@ -39,8 +40,8 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=_METRICS,
             default="kl",
             show_default=True,
-            help="What fewer experts in a layer cost: divergence from the full model, or the paper's "
-            "suffix perplexity.",
+            help="What fewer experts in a layer cost: divergence from the full model, or the "
+            "paper's suffix perplexity.",
         ),
         click.option(
             "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."

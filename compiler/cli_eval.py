@@ -1,4 +1,4 @@
-"""alloc-eval: the loss of an artifact or of an original model on a text, and the experts it executed.
+"""alloc-eval: the loss of an artifact or original model on a text, and the experts it executed.
 
 Artifacts need the base install only; torch is loaded for original models.
 """
@@ -208,8 +208,8 @@ def _plan(plan_file: Path | None, target: str, layers: list[tuple[str, int]]) ->
     found = [(layer.name, layer.k_original) for layer in plan.layers]
     if found != layers:
         raise ArtifactError(
-            f"The plan in {plan_file} is for {len(found)} MoE layers ({found[:1]}...), {target} has "
-            f"{len(layers)} ({layers[:1]}...). Give a plan made of this model."
+            f"The plan in {plan_file} is for {len(found)} MoE layers ({found[:1]}...), {target} "
+            f"has {len(layers)} ({layers[:1]}...). Give a plan made of this model."
         )
     return plan
 
@@ -219,7 +219,8 @@ def _summary(evaluation: Evaluation, plan: AllocationPlan) -> str:
     executed = evaluation.activations_per_token or ()
     return (
         f"Perplexity {evaluation.perplexity:.4f} (loss {evaluation.loss:.6f} nats per token) on "
-        f"{evaluation.tokens_scored} tokens, windows of {evaluation.window} every {evaluation.stride}\n"
+        f"{evaluation.tokens_scored} tokens, windows of {evaluation.window} "
+        f"every {evaluation.stride}\n"
         f"Experts executed per token: {sum(executed):.4f} of {plan.budget.original} "
         f"(plan: {plan.budget.activations})\n"
         f"By layer: {' '.join(f'{mean:.4f}' for mean in executed)}\n"

@@ -1,6 +1,6 @@
 """Model -> onnx_ir.Model with RoutedExperts nodes and lazy weights.
 
-The only file that touches the experimental exporter of transformers and private parts of torch.onnx.
+The only file that touches transformers' experimental exporter and private parts of torch.onnx.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from onnxscript.rewriter import onnx_fusions, rewrite
 from onnxscript.optimizer import FOLDED_FROM_KEY, optimize_ir
+from onnxscript.rewriter import onnx_fusions, rewrite
 from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.checkpoint import CheckpointReader
     from alloc_moe.compiler.records import MoeLayer
 
-# 23 keeps Attention, RMSNormalization and RotaryEmbedding whole; the exporter loses the last two in 24.
+# 23 keeps Attention, RMSNormalization and RotaryEmbedding whole; in 24 the exporter loses the last
+# two.
 OPSET = 23
 
-# Weights up to this many elements are read at once, so that the optimizer sees their real values: a
+# Weights up to this many elements are read at once, so that the optimizer sees their values. A
 # larger one is never folded.
 _SMALL = 1 << 13
 
@@ -104,7 +105,10 @@ def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
 
 
 def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Return what a decode step of several tokens is called with; left padding keeps the mask an input."""
+    """Return what a decode step of several tokens is called with.
+
+    The prompt is left-padded: without padding the mask would not be an input.
+    """
     mask = torch.ones((2, 5), dtype=torch.int64)
     mask[0, 0] = 0
     prompt = {"input_ids": torch.ones((2, 5), dtype=torch.int64), "attention_mask": mask}
@@ -117,7 +121,10 @@ def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, A
 
 
 def _dynamic_shapes(inputs: dict[str, Any]) -> Any:
-    """Return which dimensions vary: those that every axis of a cache could, but doesn't, cost minutes."""
+    """Return which dimensions vary.
+
+    Of a cache only batch and past: with every axis declared dynamic, export takes minutes.
+    """
     past = inputs["past_key_values"].get_seq_length()
 
     def varying(tensor: torch.Tensor) -> dict[int, Any]:
@@ -134,10 +141,10 @@ def _bind_weights(
     graph: ir.Model, reader: CheckpointReader, torch_dtype: torch.dtype, ir_dtype: ir.DataType
 ) -> None:
     for name, value in graph.graph.initializers.items():
-        if name not in reader:
+        zeros = value.const_value
+        if name not in reader or zeros is None:
             continue
-        shape = tuple(int(d) for d in value.const_value.shape)  # type: ignore[union-attr]
-        dtype = value.const_value.dtype  # type: ignore[union-attr]
+        shape, dtype = zeros.shape.numpy(), zeros.dtype
         # A float32 parameter inside a float16 model (a router's bias) stays float32.
         target = torch_dtype if dtype == ir_dtype else torch.float32
         read = functools.partial(_read_numpy, reader, name, target)
@@ -158,7 +165,7 @@ def _read_numpy(reader: CheckpointReader, name: str, dtype: torch.dtype) -> np.n
 
 def _optimize(graph: ir.Model) -> None:
     def should_fold(node: ir.Node) -> bool | None:
-        # A lazy weight would be read and its folded copy kept in memory; a pass of ours transposes lazily.
+        # Folding would read a lazy weight and keep the copy; our own pass transposes lazily.
         return False if any(_is_lazy(value) for value in node.inputs) else None
 
     common.RemoveUnusedNodesPass()(graph)

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from alloc_moe.compiler import package
@@ -94,7 +95,7 @@ def load(source: str, console: Console, *, trust_remote_code: bool) -> MoeModel:
 def calibrate(
     moe: MoeModel, text: str | None, console: Console, *, tokens: int, seed: int
 ) -> CalibrationSet:
-    """Return calibration tokens: of `text`, else of calibration.txt beside the model, else built in."""
+    """Return tokens of `text`, else of calibration.txt beside the model, else of built-in text."""
     beside = moe.folder / "calibration.txt"
     if text is None:
         built_in = Path(__file__).with_name("calibration.txt")
@@ -102,8 +103,8 @@ def calibrate(
         console.note(
             f"Calibrating on {text}"
             if beside.is_file()
-            else "Calibrating on the built-in text (public-domain English prose); give --calibration "
-            "with text like yours for a plan that fits it better"
+            else "Calibrating on the built-in text (public-domain English prose); "
+            "give --calibration with text like yours for a plan that fits it better"
         )
     return load_calibration(text, moe.tokenizer, moe.config, tokens=tokens, seed=seed)
 
@@ -148,7 +149,8 @@ def _build(
         graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     model = specialize(graph, plan, device=options.device)
     path = staged / output.graph_name
-    nbytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())  # type: ignore[union-attr]
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
     with console.progress("Writing weights", nbytes, unit="bytes") as progress:
         package.save_graph(model, path, advance=progress.advance)
     with _step(console, "Verifying against PyTorch"):
@@ -161,15 +163,13 @@ def _build(
 
 
 @contextlib.contextmanager
-def _step(console: Console, description: str) -> contextlib.AbstractContextManager[None]:
+def _step(console: Console, description: str) -> Iterator[None]:
     with console.progress(description, 1, unit="step") as progress:
         yield
         progress.advance(1)
 
 
 def _versions() -> dict[str, str]:
-    names: Sequence[str] = _RECORDED
-    versions = {name: importlib.metadata.version(name) for name in names}
-    import onnxruntime
-
+    versions = {name: importlib.metadata.version(name) for name in _RECORDED}
+    # Its distribution is onnxruntime or onnxruntime-gpu.
     return {**versions, "onnxruntime": onnxruntime.__version__}

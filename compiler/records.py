@@ -63,8 +63,8 @@ class MoeLayer:
 class MoeModel:
     """A loaded checkpoint.
 
-    ``model`` is in eval mode, float32 on the CPU; ``skeleton`` is the same without weights; ``reader``
-    reads single weights from the files in ``folder``.
+    ``model`` is in eval mode, float32 on the CPU; ``skeleton`` is the same without weights;
+    ``reader`` reads single weights from the files in ``folder``.
     """
 
     source: str
@@ -82,9 +82,9 @@ class MoeModel:
 class SensitivityProfile:
     """What fewer experts cost each layer.
 
-    ``costs[l][k - 1]`` is the cost of k experts in MoE layer l; it need not fall with k. A row is None
-    until that layer was measured. The first six fields say what was measured: a profile whose
-    fields differ from those asked for is refused.
+    ``costs[l][k - 1]`` is the cost of k experts in MoE layer l; it need not fall with k. A row is
+    None until that layer was measured. The first six fields say what was measured: a profile
+    whose fields differ from those asked for is refused.
     """
 
     metric: str

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,9 +23,9 @@ def routed_experts(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def lazy_tensor(
-    compute: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: ir.DataType, name: str
+    compute: Callable[[], np.ndarray], shape: Sequence[int], dtype: ir.DataType, name: str
 ) -> ir.LazyTensor:
-    """Return a tensor that `compute` makes when it is written, and that nothing keeps afterwards."""
+    """Return a tensor that `compute` makes when it is written; nothing keeps it afterwards."""
     return ir.LazyTensor(
         lambda: ir.Tensor(compute(), dtype=dtype, name=name),
         dtype=dtype,
@@ -39,7 +40,7 @@ def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     assert tensor.name is not None
     value = ir.Value(
         name=tensor.name,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )
@@ -47,7 +48,7 @@ def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def add_function(model: ir.Model, function: OnnxFunction) -> None:
+def add_function(model: ir.Model, function: OnnxFunction[..., Any]) -> None:
     """Make `function` a model-local function of `model`, which onnxruntime inlines."""
     local = ir.serde.deserialize_function(function.to_function_proto())
     model.functions[local.identifier()] = local

@@ -28,7 +28,7 @@ def specialize_passes(allocation: Allocation, *, pairs: bool) -> ir.passes.Seque
     return ir.passes.Sequential(
         LowerExpertsPass(allocation, pairs=pairs),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         common.TopologicalSortPass(),
     )

@@ -14,8 +14,8 @@ class FixDimsPass(ir.passes.InPlacePass):
     """Give every input and output dimension its role's name instead of the exporter's ``s44``.
 
     ``input_ids`` is [batch_size, sequence_length], a cache input has past_sequence_length where the
-    exporter left another symbol, a cache output has total_sequence_length there. Dimensions that the
-    exporter wrote as the string of a number become that number.
+    exporter left another symbol, a cache output has total_sequence_length there. Dimensions that
+    the exporter wrote as the string of a number become that number.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -36,7 +36,8 @@ class FixDimsPass(ir.passes.InPlacePass):
             for dim in value.shape or ():
                 if not isinstance(dim, int) and str(dim.value) not in roles:
                     raise ir.passes.PostconditionError(
-                        f"{value.name} has the dimension {dim.value!r}, which is none of {sorted(roles)}."
+                        f"{value.name} has the dimension {dim.value!r}, "
+                        f"which is none of {sorted(roles)}."
                     )
 
 

@@ -41,7 +41,8 @@ def _transposed(model: ir.Model, source: ir.Value, perm: tuple[int, ...]) -> ir.
         return model.graph.initializers[name]
     tensor = source.const_value
     assert tensor is not None
-    shape = tuple(int(tensor.shape[axis]) for axis in perm)
+    sizes = tensor.shape.numpy()
+    shape = tuple(sizes[axis] for axis in perm)
 
     def compute() -> np.ndarray:
         return np.ascontiguousarray(tensor.numpy().transpose(perm))

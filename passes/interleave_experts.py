@@ -14,8 +14,8 @@ class InterleaveExpertsPass(ir.passes.InPlacePass):
     """Interleave gate and up rows (gate 0, up 0, gate 1, ...) and undo a transposed layout.
 
     onnxruntime's CPU kernel takes SwiGLU weights interleaved only (``swiglu_fusion=1``), as
-    [experts, 2 * intermediate, hidden] and [experts, hidden, intermediate]. Done once, when the weights
-    are written.
+    [experts, 2 * intermediate, hidden] and [experts, hidden, intermediate]. Done once, when the
+    weights are written.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -62,7 +62,7 @@ def _rewrite(
             f"Input {index} of {node.name} is no initializer, so it can't be laid out offline."
         )
     tensor = source.const_value
-    shape = tuple(int(dim) for dim in tensor.shape)
+    shape = tensor.shape.numpy()
     if transposed:
         shape = (shape[0], shape[2], shape[1])
 

@@ -1,6 +1,7 @@
-"""Routing functions of the artifact: small onnxscript functions around a policy, all stock operators."""
+"""Routing functions of the artifact: onnxscript around a policy, all stock operators."""
 
-# mypy: disable-error-code="no-untyped-call, no-untyped-def, no-any-return, type-arg, valid-type, misc"
+# onnxscript is a language of its own: its values have no Python type for mypy to check.
+# mypy: disable-error-code="arg-type, misc, return-value, type-arg, type-var"
 from __future__ import annotations
 
 from onnxscript import BOOL, FLOAT, INT64, script
@@ -11,7 +12,10 @@ from alloc_moe.passes.base import OPSET
 
 @script(OPSET, default_opset=op)
 def real_tokens(attention_mask: INT64[...], input_ids: INT64[...]) -> BOOL[...]:
-    """Return [B, S]: which of this call's tokens are no padding; the mask [B, past + S] covers the past."""
+    """Return [B, S]: which of this call's tokens are no padding.
+
+    The mask [B, past + S] covers the past too.
+    """
     start = op.Neg(op.Shape(input_ids, start=1, end=2))
     end = op.Constant(value_ints=[9223372036854775807])
     current = op.Slice(attention_mask, start, end, op.Constant(value_ints=[1]))
@@ -28,7 +32,7 @@ def all_tokens(input_ids: INT64[...]) -> BOOL[...]:
 def rank_candidates(
     expert_weights: FLOAT[...], expert_ids: INT64[...], candidates: int
 ) -> tuple[FLOAT[...], INT64[...]]:
-    """Return the best `candidates` of each token, best first; routers need not return them sorted."""
+    """Return the best `candidates` of each token, best first; routers need not sort them."""
     weights, order = op.TopK(
         op.Cast(expert_weights, to=1),
         op.Reshape(op.Constant(value_int=candidates), op.Constant(value_ints=[1])),
@@ -56,9 +60,9 @@ def mask_lowering(
     """Return router probabilities [T, E] and row sums [T, 1] for an MoE op with k = K.
 
     The op takes the softmax over its top k: of log weights it returns the weights divided by their
-    sum, and an expert at `dropped` gets exactly zero, which onnxruntime's CPU kernel skips. A padding
-    token keeps nothing; all of its experts at `dropped` would tie and run, so one is let through with
-    a row sum of zero.
+    sum, and an expert at `dropped` gets exactly zero, which onnxruntime's CPU kernel skips. A
+    padding token keeps nothing; all of its experts at `dropped` would tie and run, so one is let
+    through with a row sum of zero.
     """
     tiny = op.Constant(value_float=1e-38)
     low = op.Constant(value_float=dropped)
@@ -84,8 +88,8 @@ def pairs_lowering(
 ) -> tuple[INT64[...], FLOAT[...], FLOAT[...], INT64[...]]:
     """Return what an MoE op with k = 1 needs to run the M kept pairs only.
 
-    token [M]: the token of each pair, in token order; router probabilities [M, E]; pair weights [M, 1];
-    slots [T, K]: the pair of each candidate, M where it was dropped.
+    token [M]: the token of each pair, in token order; router probabilities [M, E]; pair weights
+    [M, 1]; slots [T, K]: the pair of each candidate, M where it was dropped.
     """
     pairs = op.NonZero(keep)
     token = op.Squeeze(op.Slice(pairs, [0], [1], [0]), [0])
@@ -108,8 +112,8 @@ def pairs_lowering(
 def combine_pairs(outputs: FLOAT[...], weights: FLOAT[...], slots: INT64[...]) -> FLOAT[...]:
     """Return [T, H]: each token's weighted sum of its pairs' `outputs` [M, H].
 
-    Gathers through `slots`, with a row of zeros for dropped ones: ScatterND with reduction=add races on
-    duplicate indices in onnxruntime 1.32's CPU kernel.
+    Gathers through `slots`, with a row of zeros for dropped ones: ScatterND with reduction=add
+    races on duplicate indices in onnxruntime 1.32's CPU kernel.
     """
     weighted = op.Mul(outputs, op.CastLike(weights, outputs))
     width = op.Shape(outputs, start=1, end=2)

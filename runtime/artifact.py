@@ -1,4 +1,4 @@
-"""The artifact's contract: file names, metadata key and the plan's JSON, shared by compiler and runtime."""
+"""The artifact's contract between compiler and runtime: file names, metadata, the plan's JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAN_FILE = "allocation.json"
 MODEL_FILE = "model.onnx"
 """Name of the graph's file in a bundle folder."""
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
-"""Name of the value [rows, experts] that feeds layer's MoE op, log weights, DROPPED where not executed."""
+"""Name of the value [rows, experts] before a layer's MoE op: log weights, DROPPED if not run."""
 DROPPED = -1e4
 """What stands in the router probabilities for an expert that is not executed."""
 
@@ -40,7 +40,7 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Budget:
-    """``requested`` is what the user said, the other two count activations per token over all layers."""
+    """``requested`` is what the user said, the others are activations per token over all layers."""
 
     requested: float | int
     activations: int

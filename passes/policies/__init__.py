@@ -4,14 +4,16 @@ A policy is one onnxscript function that becomes a model-local function of the a
 
     policy(weights [T, K] float32, ids [T, K] int64, real [B, S] bool; k, ...) -> keep [T, K] bool
 
-``weights`` and ``ids`` are a token's candidates, best first; T = B * S tokens, batch-major; ``real`` is
-False for padding, which must keep nothing; further attributes are the policy's own. Both lowerings
-take the keep mask from here, so a new policy is one new file and one line in `POLICIES`.
+``weights`` and ``ids`` are a token's candidates, best first; T = B * S tokens, batch-major;
+``real`` is False for padding, which must keep nothing; further attributes are the policy's own.
+Both lowerings take the keep mask from here, so a new policy is one new file and one line in
+`POLICIES`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from onnxscript import OnnxFunction
 
@@ -23,7 +25,7 @@ from alloc_moe.passes.policies.top_k import keep_all
 class Policy:
     """A function and the attributes it is called with besides ``k``."""
 
-    function: OnnxFunction
+    function: OnnxFunction[..., Any]
     attributes: dict[str, list[int]] = field(default_factory=dict)
 
 
