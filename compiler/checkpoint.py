@@ -56,11 +56,12 @@ def find_shards(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            shards = {key: folder / name for key, name in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{index} is no safetensors index ({error!r}). Download it again."
             ) from error
-        return _check_shards(folder, {key: folder / name for key, name in weight_map.items()})
+        return _check_shards(folder, shards)
     single = folder / _SINGLE
     if single.is_file():
         return dict.fromkeys(_shard_keys(single), single)

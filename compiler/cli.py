@@ -102,7 +102,8 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Type of weights and activations; the 16-bit ones are for --device cuda.",
+    help="Type of weights and activations; the 16-bit ones are for --device cuda, bfloat16 must be "
+    "compiled where CUDA is.",
 )
 @click.option(
     "--device",

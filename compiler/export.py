@@ -5,12 +5,7 @@ The only file that touches transformers' experimental exporter and private parts
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,9 +18,9 @@ from onnxscript.rewriter import onnx_fusions, rewrite
 from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation
-from transformers.utils import logging as transformers_logging
 
 from alloc_moe.compiler import experts_op
+from alloc_moe.compiler.quiet import quiet
 from alloc_moe.compiler.skeleton import build_skeleton, experts_function
 from alloc_moe.passes.base import lazy_tensor
 
@@ -74,8 +69,8 @@ def export_graph(
         padding and an empty cache included. Names and dimensions are the exporter's.
     """
     torch_dtype, ir_dtype = _DTYPES[dtype]
-    model = build_skeleton(config, torch_dtype, trust_remote_code=trust_remote_code)
-    with _quiet():
+    with quiet():
+        model = build_skeleton(config, torch_dtype, trust_remote_code=trust_remote_code)
         graph = _capture(model, [layer.experts_name for layer in layers])
         _bind_weights(graph, reader, torch_dtype, ir_dtype)
         _optimize(graph)
@@ -182,22 +177,3 @@ def _optimize(graph: ir.Model) -> None:
 
 def _is_lazy(value: ir.Value | None) -> bool:
     return value is not None and isinstance(value.const_value, ir.LazyTensor)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's prints, warnings and version notes off the user's terminal."""
-    level = transformers_logging.get_verbosity()
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in noisy]
-    transformers_logging.set_verbosity_error()
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        for logger, previous in zip(noisy, levels, strict=True):
-            logger.setLevel(previous)

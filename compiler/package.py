@@ -47,6 +47,8 @@ def parse_output(text: str, *, force: bool) -> Output:
         OutputError: It exists and `force` is not given, or nothing can be written there.
     """
     path = Path(text)
+    if path.name in ("", ".."):  # a folder named by its place, such as `.`
+        path = path.resolve()
     bundle = text.endswith(("/", os.sep)) or path.is_dir()
     if not bundle and path.suffix != ".onnx":
         raise OutputError(
@@ -58,14 +60,14 @@ def parse_output(text: str, *, force: bool) -> Output:
         raise OutputError(f"The folder {parent} for the output doesn't exist. Create it first.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"The folder {parent} can't be written to. Choose another output.")
+    if bundle and path.exists() and not _replaceable(path):
+        raise OutputError(
+            f"{path} is not a bundle that alloc-compile wrote, so it is not replaced. "
+            "Choose another output."
+        )
     taken = [p for p in ([path] if bundle else [path, data_path(path)]) if p.exists()]
     if taken and not force:
         raise OutputError(f"{taken[0]} exists. Give --force to replace it, or another output.")
-    if bundle and path.is_dir() and not _replaceable(path):
-        raise OutputError(
-            f"{path} is a folder that alloc-compile did not write, so it is not replaced. "
-            "Choose another output."
-        )
     return Output(path, bundle)
 
 
@@ -74,8 +76,8 @@ def data_path(graph: Path) -> Path:
     return graph.with_name(f"{graph.name}.data")
 
 
-def _replaceable(folder: Path) -> bool:
-    return (folder / PLAN_FILE).is_file() or not any(folder.iterdir())
+def _replaceable(path: Path) -> bool:
+    return path.is_dir() and ((path / PLAN_FILE).is_file() or not any(path.iterdir()))
 
 
 @contextlib.contextmanager
@@ -247,9 +249,16 @@ def _replace_folder(staged: Path, target: Path) -> None:
     for file in list(staged.iterdir()):
         if file != finished:
             os.replace(file, finished / file.name)
-    if target.exists():
-        os.replace(target, staged / "old")
-    os.replace(finished, target)
+    if not target.exists():
+        os.replace(finished, target)
+        return
+    old = staged / "old"
+    os.replace(target, old)
+    try:
+        os.replace(finished, target)
+    except OSError:
+        os.replace(old, target)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.load import load_model
 from alloc_moe.compiler.records import CompileOptions, DType, MoeModel
 from alloc_moe.compiler.sensitivity import measure_sensitivity
-from alloc_moe.compiler.verify import Verification, verify_artifact
+from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
 from alloc_moe.passes.default import normalize_passes, specialize_passes
 from alloc_moe.passes.lower_experts import Allocation
 from alloc_moe.passes.stamp_plan import StampPlanPass
@@ -53,6 +53,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         AllocMoeError: Anything that the user can act on; no output file was touched then.
     """
     output = package.parse_output(options.output, force=options.force)
+    check_verifiable(options.dtype)
     moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
     budget = parse_budget(options.budget, [layer.experts_per_token for layer in moe.layers])
     calibration = calibrate(

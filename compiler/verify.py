@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.reference import allocated
+from alloc_moe.runtime.providers import cuda_obstacle
 from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def verify_artifact(
     text = token_ids.reshape(-1)
     needed = sum(_PROMPT_LENGTHS) + 3 * _DECODE_STEPS
     text = np.resize(text, max(needed, text.size))
-    session = open_session(path, ep="cpu", count_activations=True, stop_spinning=True)
+    session = open_session(path, ep=_provider(dtype), count_activations=True, stop_spinning=True)
     for attempt in range(_ATTEMPTS):
         start = attempt * needed % (text.size - needed + 1)
         batch = _Batch.of(text[start : start + needed])
@@ -108,6 +109,21 @@ def verify_artifact(
             "so it was not written. Please report it with the model's config.json."
         )
     return result
+
+
+def check_verifiable(dtype: str) -> None:
+    """Raise VerificationError if this machine can't run an artifact of `dtype`."""
+    obstacle = cuda_obstacle() if _provider(dtype) == "cuda" else None
+    if obstacle is not None:
+        raise VerificationError(
+            f"A {dtype} artifact runs on CUDA only and is verified there, but {obstacle}. "
+            "Use --dtype float16, or compile on a machine with CUDA."
+        )
+
+
+def _provider(dtype: str) -> Literal["cpu", "cuda"]:
+    # onnxruntime's CPU provider computes float16 by way of float32; it has no bfloat16 at all.
+    return "cuda" if dtype == "bfloat16" else "cpu"
 
 
 @dataclass(frozen=True)
