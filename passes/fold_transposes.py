@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
@@ -16,33 +18,38 @@ class FoldTransposesPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
-        for node in list(model.graph):
-            if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
-                continue
-            source = node.inputs[0]
-            if source is None or not source.is_initializer() or source.const_value is None:
-                continue
-            folded = _transposed(model, source, _permutation(node, source))
+        for node, weight in list(_transposed_weights(model)):
+            folded = _transposed(model, weight, node.attributes.get("perm"))
             ir.convenience.replace_all_uses_with(node.outputs[0], folded)
             model.graph.remove(node, safe=True)
             modified = True
         return ir.passes.PassResult(model, modified=modified)
 
+    def ensures(self, model: ir.Model) -> None:
+        left = [weight.name for _, weight in _transposed_weights(model)]
+        if left:
+            raise ir.passes.PostconditionError(
+                f"The weights {left} are still transposed at run time."
+            )
 
-def _permutation(node: ir.Node, source: ir.Value) -> tuple[int, ...]:
-    attribute = node.attributes.get("perm")
-    rank = len(source.const_value.shape)  # type: ignore[union-attr]
-    return tuple(attribute.as_ints()) if attribute is not None else tuple(reversed(range(rank)))
+
+def _transposed_weights(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
+    for node in model.graph:
+        if node.op_type == "Transpose" and node.domain in ("", "ai.onnx"):
+            source = node.inputs[0]
+            if source is not None and source.is_initializer() and source.const_value is not None:
+                yield node, source
 
 
-def _transposed(model: ir.Model, source: ir.Value, perm: tuple[int, ...]) -> ir.Value:
-    name = f"{source.name}.transposed.{''.join(map(str, perm))}"
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
-    tensor = source.const_value
+def _transposed(model: ir.Model, weight: ir.Value, attribute: ir.Attr | None) -> ir.Value:
+    tensor = weight.const_value
     assert tensor is not None
     sizes = tensor.shape.numpy()
-    shape = tuple(sizes[axis] for axis in perm)
+    perm = attribute.as_ints() if attribute is not None else tuple(reversed(range(len(sizes))))
+    name = f"{weight.name}.transposed.{''.join(map(str, perm))}"
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    shape = [sizes[axis] for axis in perm]
 
     def compute() -> np.ndarray:
         return np.ascontiguousarray(tensor.numpy().transpose(perm))
