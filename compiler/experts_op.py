@@ -42,11 +42,12 @@ def register() -> Callable[..., torch.Tensor]:
         transposed: bool,
         interleaved: bool,
     ) -> torch.Tensor:
-        # Only shapes matter: the operator is traced, and run once on zero weights to find the inputs.
+        # Only shapes matter: it is traced, and run once on zero weights to find the inputs.
         return torch.zeros_like(hidden)
 
     routed_experts.register_fake(lambda hidden, *_: torch.empty_like(hidden))
-    return torch.ops.alloc_moe.routed_experts.default  # type: ignore[no-any-return]
+    overload: Callable[..., torch.Tensor] = torch.ops.alloc_moe.routed_experts.default
+    return overload
 
 
 def _register_schema() -> None:
@@ -106,7 +107,7 @@ def onnx_translation(
 
 
 def experts_forward(model: PreTrainedModel, names: list[str]) -> Callable[..., torch.Tensor]:
-    """Return the experts function for `model` that records the operator; `names` are its experts modules."""
+    """Return the experts function that records the operator for `names`, `model`'s experts."""
     operator = register()
     index = {id(model.get_submodule(name)): layer for layer, name in enumerate(names)}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OnnxFunction
@@ -16,10 +17,15 @@ MICROSOFT = "com.microsoft"
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 DROPPED = -1e4
 
+_Attribute = int | float | str | list[int]
+
 
 @dataclass(frozen=True)
 class Allocation:
-    """What the lowering needs of a plan: `experts_per_token[l]` and how tokens share a layer's activations."""
+    """What the lowering needs of a plan.
+
+    ``experts_per_token[l]`` is the k of layer l, ``redistribution`` a name in `POLICIES`.
+    """
 
     experts_per_token: Sequence[int]
     redistribution: str
@@ -31,8 +37,8 @@ class LowerExpertsPass(ir.passes.InPlacePass):
 
     Args:
         allocation: The plan's part that the graph depends on.
-        pairs: Compact the kept (token, expert) pairs and run the op with k = 1, for execution providers
-            whose kernel doesn't skip experts of weight zero. Otherwise mask the dropped ones.
+        pairs: Compact the kept (token, expert) pairs and run the op with k = 1, for execution
+            providers whose kernel doesn't skip experts of weight zero. Otherwise mask the dropped.
     """
 
     def __init__(self, allocation: Allocation, *, pairs: bool) -> None:
@@ -54,7 +60,7 @@ class LowerExpertsPass(ir.passes.InPlacePass):
 
     def _lower_node(self, builder: _Builder, node: ir.Node, real: ir.Value) -> None:
         layer = node.attributes["layer"].as_int()
-        hidden, expert_ids, expert_weights = node.inputs[:3]
+        _, expert_ids, expert_weights = node.inputs[:3]
         assert expert_ids is not None
         assert expert_ids.shape is not None
         trained = int(expert_ids.shape[1])  # type: ignore[arg-type]
@@ -102,7 +108,10 @@ class _Builder:
         self._prefix = before.name or "routed_experts"
 
     def call(
-        self, function: OnnxFunction, inputs: Sequence[ir.Value | None], **attributes: object
+        self,
+        function: OnnxFunction[..., Any],
+        inputs: Sequence[ir.Value | None],
+        **attributes: _Attribute,
     ) -> Sequence[ir.Value]:
         """Call a model-local function."""
         add_function(self.model, function)
@@ -113,7 +122,7 @@ class _Builder:
         op_type: str,
         inputs: Sequence[ir.Value | None],
         domain: str = "",
-        attributes: dict[str, object] | None = None,
+        attributes: Mapping[str, _Attribute] | None = None,
         outputs: int = 1,
     ) -> Sequence[ir.Value]:
         name = f"{self._prefix}.{op_type}"
@@ -179,8 +188,10 @@ def _moe(
     # Absent optional inputs at the end are not even listed.
     gate_up, gate_up_bias, down, down_bias = (*node.inputs[3:7], None)[:4]
     assert gate_up is not None
+    assert gate_up.dtype is not None
     if gate_up.dtype != ir.DataType.FLOAT:
-        (probabilities,) = builder.op("Cast", [probabilities], attributes={"to": gate_up.dtype})
+        to = {"to": int(gate_up.dtype)}
+        (probabilities,) = builder.op("Cast", [probabilities], attributes=to)
     return builder.op(
         "MoE",
         [hidden, probabilities, gate_up, gate_up_bias, down, down_bias],
