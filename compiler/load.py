@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.moe import _default_apply_gate
 
 from alloc_moe.compiler import architectures
 from alloc_moe.compiler.checkpoint import CheckpointReader, find_shards, fingerprint
-from alloc_moe.compiler.errors import AllocMoeError, CheckpointError, UnsupportedModelError
+from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
+from alloc_moe.compiler.quiet import first_line, quiet
 from alloc_moe.compiler.records import MoeLayer, MoeModel
 from alloc_moe.compiler.skeleton import build_skeleton, experts_modules, probe_experts_per_token
 
@@ -29,8 +30,8 @@ def load_model(source: str, *, trust_remote_code: bool = False) -> MoeModel:
     """Load a checkpoint and find its MoE layers.
 
     Args:
-        source: A folder in the Hugging Face layout, or the id of a model on the hub; only an id that is
-            no folder here is downloaded.
+        source: A folder in the Hugging Face layout, or the id of a model on the hub; only an id
+            that is no folder here is downloaded.
         trust_remote_code: Run Python files of the checkpoint, as transformers understands it.
 
     Returns:
@@ -88,7 +89,7 @@ def resolve_folder(source: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"There is no folder {source!r}, and the hub gave no model of that name "
-            f"({str(error).splitlines()[0]}). Check the path, or the id and the network."
+            f"({first_line(error)}). Check the path, or the id and the network."
         ) from error
 
 
@@ -100,11 +101,11 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         UnsupportedModelError: transformers doesn't know the model type, or we know it can't work.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(
-            f"transformers can't read {folder / 'config.json'}: {reason} "
+            f"transformers can't read {folder / 'config.json'}: {first_line(error)} "
             "Use a model type that transformers 5 knows, or --trust-remote-code for your own."
         ) from error
     reason = architectures.UNSUPPORTED.get(config.model_type, "")
@@ -122,11 +123,12 @@ def build_skeleton_or_refuse(
         UnsupportedModelError: The configuration is none of a causal language model.
     """
     try:
-        return build_skeleton(config, torch.float32, trust_remote_code=trust_remote_code)
+        with quiet():
+            return build_skeleton(config, torch.float32, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise UnsupportedModelError(
             f"{config.model_type} is no causal language model that transformers can build: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -147,7 +149,7 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
             name=name.rpartition(".")[0],
             experts_name=name,
             decoder_layer=_decoder_index(name),
-            num_experts=int(module.gate_up_proj.shape[0]),  # type: ignore[union-attr, arg-type]
+            num_experts=module.get_parameter("gate_up_proj").shape[0],
             experts_per_token=per_token[name],
         )
         for name, module in experts.items()
@@ -183,18 +185,13 @@ def _why_no_experts(model: PreTrainedModel) -> str:
 
 
 def _check_experts(model: PreTrainedModel, name: str, module: Any) -> None:
-    gate = type(module)._apply_gate if module.has_gate else None
-    silu = (
-        isinstance(getattr(module, "act_fn", None), torch.nn.SiLU)
-        or "silu" in str(getattr(module, "act_fn", "")).lower()
-    )
-    if gate is _default_apply_gate and silu and not module.has_post_expert_norm:
-        return
-    raise UnsupportedModelError(
-        f"{model.config.model_type}'s experts ({name}) are gated by "
-        f"{getattr(module, 'act_fn', None)}{'' if module.has_gate else ' without a gate'}; "
-        "onnxruntime's MoE operator computes SiLU-gated experts only."
-    )
+    if not architectures.is_silu_gated(module):
+        gate = "" if module.has_gate else " without a gate"
+        raise UnsupportedModelError(
+            f"{model.config.model_type}'s experts ({name}) compute "
+            f"{getattr(module, 'act_fn', type(module).__name__)}{gate}; onnxruntime's MoE operator "
+            "computes SiLU-gated experts only."
+        )
 
 
 def _decoder_index(name: str) -> int:
@@ -208,34 +205,40 @@ def _decoder_index(name: str) -> int:
 
 def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} has no tokenizer that transformers can load "
-            f"({str(error).strip().splitlines()[0]}). Put tokenizer.json and tokenizer_config.json there."
+            f"({first_line(error)}). Put tokenizer.json and tokenizer_config.json there."
         ) from error
+    # Without files transformers makes an empty tokenizer of the model's family.
+    names = sorted(set(tokenizer.vocab_files_names.values()))
+    if not any((folder / name).is_file() for name in names):
+        raise CheckpointError(
+            f"{folder} has no tokenizer: none of {', '.join(names)} is there. "
+            "Put tokenizer.json and tokenizer_config.json there."
+        )
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"The tokenizer in {folder} has no tokenizer.json, which the runtime needs. "
-            "Convert it with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))."
+            "Convert it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
     return tokenizer
 
 
 def _load_weights(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation="sdpa",
-        )
-    except AllocMoeError:
-        raise
-    except Exception as error:
+        with quiet():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            ).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"transformers can't load the weights in {folder}: {str(error).splitlines()[0]}"
+            f"transformers can't load the weights in {folder}: {first_line(error)}"
         ) from error
-    return model.eval()  # type: ignore[no-any-return]
+    return model

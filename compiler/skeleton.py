@@ -22,12 +22,12 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """Return the model of `config` with zero weights that take no memory.
 
-    Every parameter is one zero, expanded to its shape: unlike a meta tensor it is on the CPU, so the
-    model runs and exports as any other. Buffers hold their real values.
+    Every parameter is one zero, expanded to its shape: unlike a meta tensor it is on the CPU, so
+    the model runs and exports as any other. Buffers hold their real values.
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     replaced: dict[int, torch.nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -37,7 +37,8 @@ def build_skeleton(
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, replaced.setdefault(id(parameter), zero))
     model.tie_weights()
-    return model.eval()  # type: ignore[no-any-return]
+    skeleton: PreTrainedModel = model.eval()
+    return skeleton
 
 
 def experts_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:

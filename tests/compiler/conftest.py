@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
     from alloc_moe.compiler.records import MoeModel
+    from alloc_moe.runtime.artifact import AllocationPlan
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,3 +42,40 @@ def moe_model(checkpoint: Callable[[str], Path]) -> Callable[[str], MoeModel]:
         return loaded[family]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def exported(moe_model: Callable[[str], MoeModel]) -> Callable[[str], ir.Model]:
+    """Return a function from a family's name to its normalised graph, exported once."""
+    from alloc_moe.compiler.pipeline import export
+
+    return functools.cache(lambda family: export(moe_model(family), dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def plan_for() -> Callable[..., AllocationPlan]:
+    """Return a function from a model and the k of each layer to a plan."""
+    from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer
+
+    def make(
+        moe: MoeModel,
+        ks: Sequence[int],
+        *,
+        redistribution: str = "batch",
+        weights: str = "keep",
+    ) -> AllocationPlan:
+        layers = tuple(
+            PlannedLayer(layer.name, layer.num_experts, layer.experts_per_token, k)
+            for layer, k in zip(moe.layers, ks, strict=True)
+        )
+        original = sum(layer.k_original for layer in layers)
+        budget = Budget(sum(ks), sum(ks), original)
+        return AllocationPlan(moe.source, budget, redistribution, weights, layers)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> NDArray[np.int64]:
+    """Return text of random bytes [windows, tokens]."""
+    return np.random.default_rng(3).integers(0, 256, (8, 64))
