@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from alloc_moe.compiler import package
 from alloc_moe.compiler.allocate import make_plan, parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
+from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.load import load_model
 from alloc_moe.compiler.records import CompileOptions, DType, MoeModel
@@ -116,6 +118,7 @@ def export(moe: MoeModel, *, dtype: DType, trust_remote_code: bool = False) -> i
         moe.config, moe.reader, moe.layers, dtype=dtype, trust_remote_code=trust_remote_code
     )
     normalize_passes()(graph)
+    _check_inputs(graph, moe)
     graph.metadata_props[GENERATION_KEY] = json.dumps(
         {
             "eos_token_id": package.eos_token_id(moe),
@@ -125,6 +128,16 @@ def export(moe: MoeModel, *, dtype: DType, trust_remote_code: bool = False) -> i
         }
     )
     return graph
+
+
+def _check_inputs(graph: ir.Model, moe: MoeModel) -> None:
+    known = re.compile(r"input_ids|attention_mask|position_ids|past_key_values\.\d+\.(key|value)")
+    unknown = [v.name for v in graph.graph.inputs if not known.fullmatch(v.name or "")]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{moe.config.model_type} keeps more state than keys and values ({unknown[0]}), sliding "
+            "windows or recurrent layers, which the runtimes can't carry from call to call."
+        )
 
 
 def specialize(graph: ir.Model, plan: AllocationPlan, *, device: str) -> ir.Model:
