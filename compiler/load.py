@@ -76,17 +76,21 @@ def resolve_folder(source: str) -> Path:
                 "Give the folder that save_pretrained wrote."
             )
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise CheckpointError(
             f"{source!r} is neither a folder nor a model id of the form owner/name. Check the path."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     logger.info("Downloading %s from the hub", source)
     try:
         return Path(snapshot_download(source, allow_patterns=_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"There is no folder {source!r}, and the hub gave no model of that name "
             f"({first_line(error)}). Check the path, or the id and the network."

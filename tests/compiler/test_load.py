@@ -154,7 +154,9 @@ def test_a_configuration_that_is_none_is_reported(tmp_path: Path, content: str) 
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["./models/olmoe", "/no/such/folder", "olmoe", "a/b/c"])
+@pytest.mark.parametrize(
+    "source", ["./models/olmoe", "./olmoe", "../olmoe", "/no/such/folder", "olmoe", "a/b/c"]
+)
 def test_a_path_that_is_not_there_is_never_downloaded(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,11 @@ def test_a_hub_id_is_downloaded_without_pickled_weights(
     assert source == "owner/name"
     assert "*.safetensors" in patterns
     assert not any("bin" in pattern or "pt" in pattern for pattern in patterns)
+
+
+def test_an_id_that_the_hub_forbids_is_reported() -> None:
+    with pytest.raises(CheckpointError, match=r"no folder 'owner/a--b', and the hub .*Cannot have"):
+        resolve_folder("owner/a--b")
 
 
 def test_a_hub_id_without_network_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,239 @@
+"""alloc-compile, alloc-profile and alloc-eval on a small model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner, Result
+
+from alloc_moe.compiler import pipeline
+from alloc_moe.compiler.cli import compile_command, need_compile_extra, profile_command
+from alloc_moe.compiler.cli_eval import eval_command
+from alloc_moe.runtime.errors import AllocMoeError
+from alloc_moe.runtime.files import find_artifact
+
+SHELL = "from alloc_moe.compiler.cli import compile_command; compile_command()"
+
+
+@pytest.fixture
+def model(
+    checkpoint: Callable[[str], Path],
+    exported: Callable[[str], ir.Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """A checkpoint whose export was done before."""
+    monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported("olmoe"))
+    return str(checkpoint("olmoe"))
+
+
+@pytest.fixture
+def artifact(model: str, tmp_path: Path) -> Path:
+    """An artifact of the model at half its budget, uniformly."""
+    outcome = compiled(model, tmp_path / "out.onnx", "--allocation", "uniform")
+    assert outcome.exit_code == 0
+    return tmp_path / "out.onnx"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("Few experts are enough for most of the tokens. " * 6)
+    return tmp_path / "text.txt"
+
+
+def compiled(model: str, output: Path, *options: str | Path) -> Result:
+    arguments = [model, "--budget", "0.5", "--tokens", "256", "-o", str(output)]
+    return CliRunner().invoke(compile_command, [*arguments, *map(str, options)])
+
+
+def evaluated(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(eval_command, list(map(str, arguments)))
+
+
+def test_a_compile_says_what_it_wrote(model: str, tmp_path: Path) -> None:
+    outcome = compiled(model, tmp_path / "out.onnx")
+    assert outcome.exit_code == 0, outcome.stderr
+    first, second, third = outcome.stdout.splitlines()
+    assert first == (
+        f"Wrote {tmp_path / 'out.onnx'}: 6 of 12 expert activations per token, redistribution batch"
+    )
+    ks = [layer.k for layer in find_artifact(tmp_path / "out.onnx").plan.layers]
+    assert second == f"Experts per layer: {' '.join(map(str, ks))}"
+    assert re.fullmatch(r"Largest logit error .* \d\.\de-\d\d over 54 tokens", third)
+
+
+def test_json_is_one_object_on_stdout(model: str, tmp_path: Path) -> None:
+    outcome = compiled(model, tmp_path / "out.onnx", "--json", "--profile", tmp_path / "p.json")
+    data = json.loads(outcome.stdout)
+    assert outcome.stdout.count("\n") == 1
+    plan = find_artifact(tmp_path / "out.onnx").plan
+    assert data == {
+        "output": str(tmp_path / "out.onnx"),
+        "profile": str(tmp_path / "p.json"),
+        "plan": json.loads(plan.to_json()),
+    }
+
+
+def test_quiet_says_nothing_but_the_result(model: str, tmp_path: Path) -> None:
+    outcome = compiled(model, tmp_path / "out.onnx", "-q", "--allocation", "uniform")
+    assert outcome.stderr == ""
+    assert outcome.stdout.startswith("Wrote ")
+
+
+def test_nothing_but_the_command_speaks(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """A real compile in a process of its own, with every library's notes at their defaults."""
+    arguments = [str(checkpoint("mixtral")), "--budget", "0.75", "--tokens", "256"]
+    done = subprocess.run(
+        [sys.executable, "-c", SHELL, *arguments, "-o", str(tmp_path / "out.onnx")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("\n") == 3
+    started = re.compile(
+        "Loading|mixtral: 2 MoE layers, 8 experts, top-2|Calibrating on|Profiling: |"
+        "Exporting the graph: |Writing weights: |Verifying against PyTorch: "
+    )
+    assert [line for line in done.stderr.splitlines() if not started.match(line)] == []
+    assert "\r" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", "0.01"), "budget 0.01"),
+        (("-o", "out"), "neither a file that ends in .onnx nor a folder"),
+        (("--calibration", "gone.txt"), "gone.txt"),
+    ],
+)
+def test_mistakes_are_one_paragraph_and_exit_code_1(
+    model: str, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    outcome = compiled(model, tmp_path / "out.onnx", "-q", *options)
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr.startswith("Error: ")
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model"],
+        ["model", "--budget", "0.5"],
+        ["model", "--budget", "0.5", "-o", "x.onnx", "--dtype", "int3"],
+        ["model", "--budget", "0.5", "-o", "x.onnx", "--tokens", "1"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(options: list[str]) -> None:
+    outcome = CliRunner().invoke(compile_command, options)
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert "Usage:" in outcome.stderr
+
+
+def test_debug_keeps_the_traceback(model: str, tmp_path: Path) -> None:
+    outcome = compiled(model, tmp_path / "out.onnx", "--budget", "0.01", "--debug")
+    assert isinstance(outcome.exception, AllocMoeError)
+
+
+def test_force_replaces(model: str, artifact: Path) -> None:
+    assert compiled(model, artifact, "--allocation", "uniform").exit_code == 1
+    assert compiled(model, artifact, "--allocation", "uniform", "--force").exit_code == 0
+
+
+def test_a_profile_made_before_is_taken(model: str, tmp_path: Path) -> None:
+    options = [model, "-o", str(tmp_path / "p.json"), "--tokens", "256"]
+    outcome = CliRunner().invoke(profile_command, [*options, "--json"])
+    assert outcome.exit_code == 0, outcome.stderr
+    data = json.loads(outcome.stdout)
+    assert (data["profile"], data["metric"]) == (str(tmp_path / "p.json"), "kl")
+    before = (tmp_path / "p.json").read_bytes()
+    outcome = compiled(model, tmp_path / "out.onnx", "--profile", tmp_path / "p.json")
+    assert "Profiling" not in outcome.stderr
+    assert (tmp_path / "p.json").read_bytes() == before
+    again = CliRunner().invoke(profile_command, options)
+    assert again.stdout.startswith(f"Wrote {tmp_path / 'p.json'}: kl of 3 MoE layers on 256 tokens")
+
+
+@pytest.mark.parametrize("command", [compile_command, profile_command, eval_command])
+def test_help_has_an_example(command: Any) -> None:
+    assert "\nExample" in CliRunner().invoke(command, ["--help"]).stdout
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from alloc_moe.compiler.cli import compile_command as c\n"
+        "c.main(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in ("torch", "onnx") else find(name),
+    )
+    with pytest.raises(
+        AllocMoeError, match=r"needs torch, onnx, which .* Install alloc-moe\[compile\]"
+    ):
+        need_compile_extra()
+
+
+def test_artifact_and_model_are_evaluated_alike(model: str, artifact: Path, text: Path) -> None:
+    options = ("--text", text, "--window", "64", "--json", "-q")
+    of_artifact = json.loads(evaluated(artifact, *options, "--ep", "cpu").stdout)
+    of_model = json.loads(evaluated(model, *options, "--plan", artifact).stdout)
+    assert of_artifact["loss"] == pytest.approx(of_model["loss"], rel=1e-5)
+    for key in ("tokens_scored", "tokens_run", "activations", "window", "stride"):
+        assert of_artifact[key] == of_model[key], key
+    assert of_artifact["plan"] == of_model["plan"]
+    full = json.loads(evaluated(model, *options).stdout)
+    assert full["activations_per_token"] == [4, 4, 4]
+
+
+def test_an_evaluation_shows_plan_and_executed_experts(artifact: Path, text: Path) -> None:
+    outcome = evaluated(artifact, "--text", text, "--ep", "cpu")
+    lines = outcome.stdout.splitlines()
+    assert lines[0].startswith("Perplexity ")
+    assert lines[1:] == [
+        "Experts executed per token: 6.0000 of 12 (plan: 6)",
+        "By layer: 2.0000 2.0000 2.0000",
+        "Plan:     2      2      2",
+    ]
+
+
+def test_options_of_the_other_kind_of_target_are_wrong_usage(
+    model: str, artifact: Path, text: Path
+) -> None:
+    outcome = evaluated(artifact, "--text", text, "--plan", artifact)
+    assert outcome.exit_code == 2
+    assert "--plan is for original models" in outcome.stderr
+    outcome = evaluated(model, "--text", text, "--decode")
+    assert outcome.exit_code == 2
+    assert "--decode is for artifacts" in outcome.stderr
+
+
+def test_a_plan_of_another_model_is_refused(
+    checkpoint: Callable[[str], Path], artifact: Path, text: Path
+) -> None:
+    outcome = evaluated(checkpoint("mixtral"), "--text", text, "--plan", artifact)
+    assert outcome.exit_code == 1
+    assert "is for 3 MoE layers" in outcome.stderr
+    assert "has 2" in outcome.stderr
+
+
+def test_a_text_that_cant_be_read_is_reported(artifact: Path) -> None:
+    outcome = evaluated(artifact, "--text", "gone.txt")
+    assert outcome.exit_code == 1
+    assert "gone.txt can't be read" in outcome.stderr
