@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from types import ModuleType
 
 import pytest
@@ -42,6 +45,21 @@ def test_many_budgets(
     assert {path.name for path in tmp_path.glob("*.onnx")} == {
         f"budget-{budget}.onnx" for budget in ("0.375", "0.5", "0.75")
     }
+
+
+@pytest.mark.slow
+def test_training_makes_a_model_that_loads(tmp_path: Path) -> None:
+    from alloc_moe.compiler.load import load_model
+
+    words = ["experts", "router", "layer", "token", "the", "of", "a", "few", "are", "enough"]
+    random = Random(0)
+    documents = [" ".join(random.choices(words, k=180)) for _ in range(40)]
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(documents), "utf-8")
+    command = [sys.executable, EXAMPLES / "train_tiny_moe.py", "--text", "text.txt"]
+    options = ["--work", "work", "--out", "out", "--minutes", "0.05", "--vocab-size", "300"]
+    subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True)
+    moe = load_model(str(tmp_path / "out"))
+    assert [layer.experts_per_token for layer in moe.layers] == [8] * 6
 
 
 def test_every_example_is_tested() -> None:

@@ -51,11 +51,18 @@ METHODS = (
 @click.argument("model")
 @click.option("--text", required=True, help="Held-out text.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
-@click.option("--budgets", default="0.25,0.375,0.5,0.75,1.0", show_default=True)
+@click.option("--budgets", default="0.25,0.375,0.5,0.75", show_default=True)
 @click.option("--tokens", default=8192, show_default=True, help="Calibration tokens.")
+@click.option("--stride", default=448, show_default=True, help="Tokens from window to window.")
 @click.option("--text-tokens", type=int, help="Evaluate on the text's first tokens only.")
 def main(
-    model: str, text: str, output: Path, budgets: str, tokens: int, text_tokens: int | None
+    model: str,
+    text: str,
+    output: Path,
+    budgets: str,
+    tokens: int,
+    stride: int,
+    text_tokens: int | None,
 ) -> None:
     """Measure all methods at all BUDGETS and print a Markdown table."""
     output.mkdir(exist_ok=True)
@@ -73,22 +80,31 @@ def main(
         for metric in ("kl", "ppl-suffix")
     }
     results = Results(output / "results.json")
-    limit = ["--tokens", str(text_tokens)] if text_tokens else []
-    results.get("full model", lambda: evaluate(model, text, limit))
+    settings = ["--stride", str(stride)]
+    settings += ["--tokens", str(text_tokens)] if text_tokens else []
+    results.get("full model", lambda: evaluate(model, text, settings))
     graph = pipeline.export(moe, dtype="float32")
-    for budget in budgets.split(","):
+    full = "1.0"
+    for budget in (full, *budgets.split(",")):
         for method in METHODS:
+            if budget == full and method.metric:
+                continue  # there is only one plan then
             path = output / "artifact.onnx"
 
             def measure(method: Method = method, budget: str = budget, path: Path = path) -> Any:
                 profile = profiles[method.metric] if method.metric else None
                 artifact = specialize(moe, graph, profile, method, budget)
                 package.save_graph(artifact, path)
-                return evaluate(str(path), text, limit)
+                return evaluate(str(path), text, settings)
 
             found = results.get(f"{method.name} @ {budget}", measure)
             check_activations(found)
     print(table(results, budgets.split(",")))
+    for method in METHODS:
+        if not method.metric:
+            ratio = results.get(f"{method.name} @ {full}", None)["loss"]
+            ratio -= results.get("full model", None)["loss"]
+            print(f"{method.name} at budget 1.0: loss {ratio:+.1e} against the original")
     for metric, profile in profiles.items():
         print(f"Profiling with {metric}: {profile.seconds:.0f} s for {profile.tokens} tokens")
 
