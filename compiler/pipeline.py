@@ -135,8 +135,8 @@ def _check_inputs(graph: ir.Model, moe: MoeModel) -> None:
     unknown = [v.name for v in graph.graph.inputs if not known.fullmatch(v.name or "")]
     if unknown:
         raise UnsupportedModelError(
-            f"{moe.config.model_type} keeps more state than keys and values ({unknown[0]}), sliding "
-            "windows or recurrent layers, which the runtimes can't carry from call to call."
+            f"{moe.config.model_type} keeps more state than keys and values ({unknown[0]}), "
+            "sliding windows or recurrent layers, which the runtimes can't carry from call to call."
         )
 
 

@@ -14,7 +14,7 @@ FORMAT = 1
 PLAN_KEY = "alloc_moe.plan"
 """Key of the plan in the ONNX model's metadata."""
 GENERATION_KEY = "alloc_moe.generation"
-"""Key of ``{"eos_token_id", "context_length"}`` in the metadata, for an artifact without other files."""
+"""Key of ``{"eos_token_id", "context_length"}`` in the metadata, for a graph that stands alone."""
 PLAN_FILE = "allocation.json"
 """Name of the plan's file in a bundle folder."""
 MODEL_FILE = "model.onnx"

@@ -84,7 +84,7 @@ class ArtifactFiles:
         return length if isinstance(length, int) else None
 
     def _recorded(self, key: str) -> Any:  # any JSON value
-        """Return what the compiler noted of the model in the metadata, for a graph that stands alone."""
+        """Return what the metadata say of the model, for a graph that stands alone."""
         return json.loads(self.onnx.metadata.get(GENERATION_KEY, "{}")).get(key)
 
     def _setting(self, name: str, section: str | None, key: str) -> Any:  # any JSON value

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from alloc_moe.compiler import pipeline
 from alloc_moe.compiler.cli import compile_command, need_compile_extra, profile_command
 from alloc_moe.compiler.cli_eval import eval_command
+from alloc_moe.runtime.artifact import PLAN_KEY
 from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.files import find_artifact
 
@@ -88,15 +89,32 @@ def test_quiet_says_nothing_but_the_result(model: str, tmp_path: Path) -> None:
     assert outcome.stdout.startswith("Wrote ")
 
 
-def test_nothing_but_the_command_speaks(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[subprocess.CompletedProcess[str], Path]:
     """A real compile in a process of its own, with every library's notes at their defaults."""
+    output = tmp_path_factory.mktemp("alone") / "out.onnx"
     arguments = [str(checkpoint("mixtral")), "--budget", "0.75", "--tokens", "256"]
     done = subprocess.run(
-        [sys.executable, "-c", SHELL, *arguments, "-o", str(tmp_path / "out.onnx")],
+        [sys.executable, "-c", SHELL, *arguments, "-o", str(output)],
         capture_output=True,
         text=True,
         check=True,
     )
+    return done, output
+
+
+def without_plan(path: Path) -> bytes:
+    model = ir.load(path)
+    del model.metadata_props[PLAN_KEY]
+    return ir.to_proto(model).SerializeToString()
+
+
+def test_nothing_but_the_command_speaks(
+    alone: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    done, _ = alone
     assert done.stdout.count("\n") == 3
     started = re.compile(
         "Loading|mixtral: 2 MoE layers, 8 experts, top-2|Calibrating on|Profiling: |"
@@ -104,6 +122,25 @@ def test_nothing_but_the_command_speaks(checkpoint: Callable[[str], Path], tmp_p
     )
     assert [line for line in done.stderr.splitlines() if not started.match(line)] == []
     assert "\r" not in done.stderr
+
+
+def test_two_exports_of_a_model_are_equal(
+    alone: tuple[subprocess.CompletedProcess[str], Path],
+    checkpoint: Callable[[str], Path],
+    exported: Callable[[str], ir.Model],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    _, first = alone
+    monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported("mixtral"))
+    second = tmp_path / "out.onnx"
+    assert compiled(str(checkpoint("mixtral")), second, "--budget", "0.75").exit_code == 0
+    data = ".onnx.data"
+    assert first.with_suffix(data).read_bytes() == second.with_suffix(data).read_bytes()
+    assert without_plan(first) == without_plan(second)
+    plans = [find_artifact(path).plan for path in (first, second)]
+    assert plans[0].layers == plans[1].layers
+    assert plans[0].sensitivity == plans[1].sensitivity
 
 
 @pytest.mark.parametrize(
@@ -166,7 +203,7 @@ def test_a_profile_made_before_is_taken(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [compile_command, profile_command, eval_command])
 def test_help_has_an_example(command: Any) -> None:
-    assert "\nExample" in CliRunner().invoke(command, ["--help"]).stdout
+    assert "\n  Example" in CliRunner().invoke(command, ["--help"]).stdout
 
 
 def test_help_needs_no_torch() -> None:

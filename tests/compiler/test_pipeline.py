@@ -20,10 +20,11 @@ from alloc_moe.compiler.errors import (
     CheckpointError,
     OutputError,
     ProfileError,
+    UnsupportedModelError,
     VerificationError,
 )
 from alloc_moe.compiler.pipeline import Compiled, compile_model
-from alloc_moe.compiler.records import CompileOptions
+from alloc_moe.compiler.records import CompileOptions, MoeModel
 from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE
 from alloc_moe.runtime.command import Console
 from alloc_moe.runtime.session import open_session
@@ -212,13 +213,29 @@ def test_a_model_that_is_not_there_is_reported(compile_to: Compile, tmp_path: Pa
         compile_to(tmp_path / "out.onnx", model="./gone")
 
 
+def test_state_that_runtimes_cant_carry_is_refused(
+    moe_model: Callable[[str], MoeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = ir.val("input.past_key_values.layers.0.conv_states", ir.DataType.FLOAT, ["b", 4])
+    node = ir.node("Identity", [state])
+    node.outputs[0].name = "logits"
+    node.outputs[0].type, node.outputs[0].shape = state.type, state.shape
+    graph = ir.Graph([state], node.outputs, nodes=[node], opset_imports={"": 23}, name="graph")
+    model = ir.Model(graph, ir_version=10)
+    monkeypatch.setattr(pipeline, "export_graph", lambda *_, **__: model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"olmoe keeps more state than keys and values \(input\.past"
+    ):
+        pipeline.export(moe_model("olmoe"), dtype="float32")
+
+
 def test_without_a_text_beside_the_model_the_built_in_one_is_taken(
-    moe_model: Callable[..., object],
+    moe_model: Callable[[str], MoeModel],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    moe = dataclasses.replace(moe_model("olmoe"), folder=tmp_path)  # type: ignore[type-var]
-    found = pipeline.calibrate(moe, None, Console(), tokens=256, seed=0)  # type: ignore[arg-type]
+    moe = dataclasses.replace(moe_model("olmoe"), folder=tmp_path)
+    found = pipeline.calibrate(moe, None, Console(), tokens=256, seed=0)
     assert found.tokens == 256
     assert "Calibrating on the built-in text" in capsys.readouterr().err
 
