@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 MAX_LOGIT_ERROR = 1e-3
 """The greatest difference of any logit that a float32 artifact may show."""
 
+MAX_KL = 0.1
+"""The greatest mean divergence, in nats per token, that rounding to 16 bits may explain."""
+
 _PROMPT_LENGTHS = (23, 14, 5)
 _DECODE_STEPS = 4
 # Router weights closer than this may be ranked differently by two correct float32 computations.
@@ -69,7 +72,8 @@ def verify_artifact(
         moe: The model it was made of.
         plan: The plan it was compiled for.
         token_ids: Text to take the prompts from [windows, tokens].
-        dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR`, others are reported.
+        dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR`, others in the
+            mean within `MAX_KL`.
 
     Raises:
         VerificationError: The logits differ by more, or the artifact executes other activations.
@@ -99,7 +103,13 @@ def verify_artifact(
     if not np.isfinite(result.kl):
         raise VerificationError(
             f"The artifact gives logits that are no numbers in {dtype}, so it was not written. "
-            "Use --dtype float32 or bfloat16."
+            "Use --dtype float32."
+        )
+    if result.kl > MAX_KL:
+        raise VerificationError(
+            f"The artifact's predictions diverge from PyTorch's by {result.kl:.2g} nats per token, "
+            f"more than {dtype} explains (allowed: {MAX_KL:g}), so it was not written. "
+            "Use --dtype float32."
         )
     # In the masked lowering each padding token runs one expert per layer; the reference runs none.
     pads = int((batch.mask == 0).sum())

@@ -129,6 +129,22 @@ def test_logits_that_are_no_numbers_are_refused(
         verify_artifact(tmp_path / "out.onnx", moe, plan, token_ids, dtype=dtype)
 
 
+def test_a_wrong_16_bit_artifact_is_refused(
+    specialized: ir.Model,
+    moe: MoeModel,
+    plan: AllocationPlan,
+    token_ids: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    def edit(array: NDArray[np.float32]) -> None:
+        array *= -1
+
+    change(specialized, "model.norm.weight", edit)
+    package.save_graph(specialized, tmp_path / "out.onnx")
+    with pytest.raises(VerificationError, match="nats per token, more than float16 explains"):
+        verify_artifact(tmp_path / "out.onnx", moe, plan, token_ids, dtype="float16")
+
+
 def test_short_texts_are_repeated(
     specialized: ir.Model,
     moe: MoeModel,
