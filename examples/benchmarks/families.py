@@ -1,57 +1,67 @@
 """Largest logit error of compiled artifacts against PyTorch, by family: the table in README.
 
-Small random checkpoints are compiled end to end at 60 % of their activations with the command line,
-for both lowerings and all redistributions; each artifact runs in onnxruntime on the CPU.
+Small random checkpoints go through the compiler's stages: profile, allocation at 60 % of their
+activations, export, and then both lowerings and all redistributions, each artifact being verified
+in onnxruntime on the CPU over a left-padded batch, prefill and decode.
 
     python examples/benchmarks/families.py
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from alloc_moe.compiler import package, pipeline
+from alloc_moe.compiler.allocate import make_plan, parse_budget
+from alloc_moe.compiler.records import Redistribution
+from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler.verify import verify_artifact
+from alloc_moe.runtime.command import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from random_checkpoints import FAMILIES, save_checkpoint
 
-REDISTRIBUTIONS = ("none", "batch", "sequence")
+REDISTRIBUTIONS: tuple[Redistribution, ...] = ("none", "batch", "sequence")
 
 
-def compile_artifact(checkpoint: Path, output: Path, *options: str) -> dict[str, Any]:
-    """Run alloc-compile in a process of its own and return its plan."""
-    command = Path(sys.executable).with_name("alloc-compile")
-    run = subprocess.run(
-        [command, checkpoint, "--budget", "0.6", "-o", output, "--json", "-q", *options],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    plan: dict[str, Any] = json.loads(run.stdout)["plan"]
-    return plan
+def family_row(folder: Path, family: str) -> str:
+    """Return a Markdown row: the plan, and the largest logit error of each artifact."""
+    console = Console(quiet=True)
+    checkpoint = save_checkpoint(folder / "model", FAMILIES[family])
+    moe = pipeline.load(str(checkpoint), console, trust_remote_code=False)
+    text = pipeline.calibrate(moe, None, console, tokens=512, seed=0)
+    profile = measure_sensitivity(moe, text, metric="kl")
+    budget = parse_budget("0.6", [layer.experts_per_token for layer in moe.layers])
+    graph = pipeline.export(moe, dtype="float32")
+    errors = []
+    for device in ("cpu", "cuda"):
+        for redistribution in REDISTRIBUTIONS:
+            plan = make_plan(
+                moe.layers,
+                budget,
+                source=family,
+                profile=profile,
+                redistribution=redistribution,
+                weights="keep",
+            )
+            package.save_graph(pipeline.specialize(graph, plan, device=device), folder / "out.onnx")
+            found = verify_artifact(folder / "out.onnx", moe, plan, text.ids, dtype="float32")
+            errors.append(f"{found.max_abs_logit_error:.1e}")
+    ks = " ".join(str(layer.k) for layer in plan.layers)
+    trained = " ".join(str(layer.k_original) for layer in plan.layers)
+    return f"| {family} | {trained} -> {ks} | " + " | ".join(errors) + " |"
 
 
 def main() -> None:
     """Print a Markdown table."""
-    print("| family | plan | " + " | ".join(REDISTRIBUTIONS) + " | pairs lowering |")
-    print("|---|---|" + "---|" * (len(REDISTRIBUTIONS) + 1))
-    for family, settings in FAMILIES.items():
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            checkpoint = save_checkpoint(folder / "model", settings)
-            profile = ("--tokens", "512", "--profile", str(folder / "profile.json"))
-            errors = []
-            for redistribution in (*REDISTRIBUTIONS, "batch"):
-                device = "cuda" if len(errors) == len(REDISTRIBUTIONS) else "cpu"
-                options = (*profile, "--redistribute", redistribution, "--device", device)
-                output = folder / f"{len(errors)}.onnx"
-                plan = compile_artifact(checkpoint, output, *options)
-                errors.append(f"{plan['verify']['max_abs_logit_error']:.1e}")
-            ks = " ".join(str(layer["k"]) for layer in plan["layers"])
-            print(f"| {family} | {ks} | " + " | ".join(errors) + " |", flush=True)
+    names = [*REDISTRIBUTIONS, *(f"{name}, pairs" for name in REDISTRIBUTIONS)]
+    print("| family | experts per token | " + " | ".join(names) + " |")
+    print("|---|---|" + "---|" * len(names))
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            print(family_row(Path(folder), family), flush=True)
 
 
 if __name__ == "__main__":
