@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from alloc_moe.runtime.cli import ep_option, threads_option
 from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Models: run under this plan (allocation.json, or an artifact) in PyTorch.",
 )
-@click.option("--ep", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of onnxruntime.")
+@ep_option
+@threads_option
 @click.option("--tokenizer", type=click.Path(), help="tokenizer.json, if it isn't found.")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Models: run Python code of the checkpoint."

@@ -50,6 +50,8 @@ def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
 
 def add_function(model: ir.Model, function: OnnxFunction[..., Any]) -> None:
     """Make `function` a model-local function of `model`, which onnxruntime inlines."""
+    if (DOMAIN, function.name, "") in model.functions:
+        return
     local = ir.serde.deserialize_function(function.to_function_proto())
     model.functions[local.identifier()] = local
     model.opset_imports.setdefault(DOMAIN, OPSET.version)
