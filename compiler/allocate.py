@@ -132,10 +132,12 @@ def make_plan(
         ProfileError: The profile is of other layers, incomplete, or holds a cost that is no number.
     """
     if profile is None:
-        allocation = uniform_allocation([la.experts_per_token for la in layers], budget.activations)
+        allocation = uniform_allocation(
+            [la.experts_per_token for la in layers], int(budget.activations)
+        )
         sensitivity = {}
     else:
-        allocation = solve_allocation(_profiled_costs(profile, layers), budget.activations)
+        allocation = solve_allocation(_profiled_costs(profile, layers), int(budget.activations))
         sensitivity = {
             "metric": profile.metric,
             "tokens": profile.tokens,

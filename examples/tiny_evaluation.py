@@ -9,7 +9,7 @@ from tiny_model import SEQUENCE_LENGTH
 from tiny_tokenizer import Tokens
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 QUICK_TOKENS = 32 * SEQUENCE_LENGTH  # enough to follow the run
 
@@ -22,7 +22,7 @@ def evaluation_batches(tokens: Tokens, max_tokens: int | None = None) -> Iterato
 
 
 @torch.inference_mode()
-def evaluate(model: OlmoeForCausalLM, tokens: Tokens, max_tokens: int | None = None) -> float:
+def evaluate(model: PreTrainedModel, tokens: Tokens, max_tokens: int | None = None) -> float:
     """Return the mean negative log-likelihood per token in nats.
 
     Sequences of SEQUENCE_LENGTH without overlap: the first tokens of each have little context.
@@ -36,7 +36,7 @@ def evaluate(model: OlmoeForCausalLM, tokens: Tokens, max_tokens: int | None = N
 
 
 @torch.inference_mode()
-def expert_use(model: OlmoeForCausalLM, tokens: Tokens) -> list[list[float]]:
+def expert_use(model: PreTrainedModel, tokens: Tokens) -> list[list[float]]:
     """Return for each layer the fraction of tokens that each expert receives.
 
     The fractions of a layer add up to the number of experts per token.
@@ -55,7 +55,7 @@ def expert_use(model: OlmoeForCausalLM, tokens: Tokens) -> list[list[float]]:
 
 @torch.inference_mode()
 def sample(
-    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, *, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, *, seed: int
 ) -> str:
     """Return a continuation of the prompt, the prompt included."""
     torch.manual_seed(seed)

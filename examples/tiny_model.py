@@ -1,35 +1,55 @@
-"""The architecture of the tiny example model, and the parts that make it train fast on a CPU."""
+"""The architectures of the tiny example models, and what makes them train fast on a CPU."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SEQUENCE_LENGTH = 512
 
+_SHARED: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": SEQUENCE_LENGTH,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False,
+    # 0.02 suits a width of 2048; a narrow model needs larger weights for the same activations.
+    "initializer_range": 0.05,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+FAMILIES = {
+    "olmoe": (
+        OlmoeConfig,
+        {"intermediate_size": 64, "num_hidden_layers": 6, "norm_topk_prob": False},
+    ),
+    # Its router renormalises: the weights of a token's experts add up to one.
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "moe_intermediate_size": 64,
+            "num_hidden_layers": 5,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+            "num_key_value_heads": 2,
+        },
+    ),
+}
 
-def build_model(vocab_size: int) -> OlmoeForCausalLM:
-    """Return the untrained model in float32, with experts that are fast to train on a CPU."""
-    config = OlmoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_experts=32,
-        num_experts_per_tok=8,
-        norm_topk_prob=False,
-        max_position_embeddings=SEQUENCE_LENGTH,
-        router_aux_loss_coef=0.01,
-        tie_word_embeddings=False,
-        # 0.02 suits a width of 2048; a narrow model needs larger weights for the same activations.
-        initializer_range=0.05,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
+
+def build_model(vocab_size: int, family: str = "olmoe") -> PreTrainedModel:
+    """Return an untrained model in float32, with experts that are fast to train on a CPU."""
+    config_class, own = FAMILIES[family]
+    model = AutoModelForCausalLM.from_config(
+        config_class(vocab_size=vocab_size, **_SHARED, **own), dtype=torch.float32
     )
-    model = OlmoeForCausalLM(config)
     ALL_EXPERTS_FUNCTIONS.register("looped", looped_experts)
     model.set_experts_implementation("looped")
     return model

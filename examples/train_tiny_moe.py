@@ -33,7 +33,13 @@ import tiny_corpus
 import tiny_trigram
 import torch
 from tiny_evaluation import QUICK_TOKENS, bits_per_byte, evaluate, expert_use, sample
-from tiny_model import SEQUENCE_LENGTH, LinearCrossEntropy, build_model, load_balancing_loss
+from tiny_model import (
+    FAMILIES,
+    SEQUENCE_LENGTH,
+    LinearCrossEntropy,
+    build_model,
+    load_balancing_loss,
+)
 from tiny_muon import Muon
 from tiny_tokenizer import Tokens, encode, train_tokenizer, wrap_tokenizer
 from tokenizers import Tokenizer
@@ -41,7 +47,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    OlmoeForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -78,7 +84,7 @@ class Texts:
     calibration: str
 
 
-def build_optimizers(model: OlmoeForCausalLM, pool: Executor) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: PreTrainedModel, pool: Executor) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices inside the layers and AdamW for everything else."""
     matrices, stacked, tables, vectors = [], [], [], []
     for name, parameter in model.named_parameters():
@@ -126,7 +132,7 @@ def learning_rate(step: int, elapsed_fraction: float) -> float:
 
 
 def train_step(
-    model: OlmoeForCausalLM,
+    model: PreTrainedModel,
     optimizers: Sequence[torch.optim.Optimizer],
     pool: Executor,
     batch: Tensor,
@@ -146,7 +152,7 @@ def train_step(
     return loss, balance
 
 
-def add_gradients(model: OlmoeForCausalLM, sequence: Tensor, share: float) -> tuple[float, float]:
+def add_gradients(model: PreTrainedModel, sequence: Tensor, share: float) -> tuple[float, float]:
     """Add the gradients of one sequence; torch locks each parameter while it adds.
 
     Threads that take a sequence at a time keep two cores busier than two threads within each
@@ -194,7 +200,7 @@ def load_checkpoint(
 
 
 def train(
-    model: OlmoeForCausalLM,
+    model: PreTrainedModel,
     train_ids: Tokens,
     heldout_ids: Tokens,
     checkpoint: Path,
@@ -257,11 +263,11 @@ def log_progress(
     )
 
 
-def export(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the model in bfloat16 and the tokenizer, in the layout of Hugging Face."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    copy = OlmoeForCausalLM(model.config).to(torch.bfloat16)
+    copy = type(model)(model.config).to(torch.bfloat16)
     copy.load_state_dict(state)
     copy.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=1)
     copy.save_pretrained(folder)
@@ -298,7 +304,7 @@ def load_or_train_tokenizer(text: str, work: Path, vocab_size: int) -> PreTraine
 
 
 def finish(
-    model: OlmoeForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: Texts,
     progress: Progress,
@@ -348,6 +354,7 @@ def to_json(report: Mapping[str, object]) -> str:
 @click.option("--text", multiple=True, type=click.Path(path_type=Path), help="Your text instead.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="For checkpoints.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model folder.")
+@click.option("--family", type=click.Choice(list(FAMILIES)), default="olmoe", show_default=True)
 @click.option("--minutes", default=100.0, show_default=True, help="Wall time of the training.")
 @click.option("--vocab-size", default=4096, show_default=True, help="Size of the vocabulary.")
 @click.option("--threads", default=2, show_default=True, help="Sequences trained on at once.")
@@ -357,6 +364,7 @@ def main(
     text: tuple[Path, ...],
     work: Path,
     out: Path,
+    family: str,
     minutes: float,
     vocab_size: int,
     threads: int,
@@ -376,7 +384,7 @@ def main(
     tokenizer = load_or_train_tokenizer(texts.train, work, vocab_size)
     train_ids, heldout_ids = encode(tokenizer, texts.train), encode(tokenizer, texts.heldout)
     logger.info("%d training tokens, %d held-out tokens", len(train_ids), len(heldout_ids))
-    model = build_model(len(tokenizer))
+    model = build_model(len(tokenizer), family)
     progress = train(
         model,
         train_ids,

@@ -19,23 +19,31 @@ PLAN_FILE = "allocation.json"
 """Name of the plan's file in a bundle folder."""
 MODEL_FILE = "model.onnx"
 """Name of the graph's file in a bundle folder."""
+PRICE_INPUT = "alloc_moe.price"
+"""Name of the overridable input that sets the price of an activation: float32, no dimensions."""
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 """Name of the value [rows, experts] before a layer's MoE op: log weights, DROPPED if not run."""
 DROPPED = -1e4
 """What stands in the router probabilities for an expert that is not executed."""
+_OPTIONAL = ("price", "dial", "cap", "correction")
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
     """What the plan gives one MoE layer.
 
-    ``k`` is the mean number of routed experts per token, ``k_original`` the number as trained.
+    ``k`` is the mean number of routed experts per token, ``k_original`` the number as trained. It
+    is whole where the redistribution executes it exactly; where candidates are kept by their score
+    it is the mean over the calibration tokens. ``threshold`` is the least score kept, where each
+    layer has its own; ``sizes[e]``, for ``price``, multiplies the weight of expert e in its score.
     """
 
     name: str
     experts: int
     k_original: int
-    k: int
+    k: float
+    threshold: float | None = None
+    sizes: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,26 @@ class Budget:
     """``requested`` is what the user said, the others are activations per token over all layers."""
 
     requested: float | int
-    activations: int
+    activations: float
     original: int
+
+
+@dataclass(frozen=True)
+class DialPoint:
+    """At ``price``, ``activations`` per token over all layers: a mean over calibration tokens."""
+
+    activations: float
+    price: float
 
 
 @dataclass(frozen=True)
 class AllocationPlan:
     """How many experts each layer activates per token, and how tokens share them.
 
-    The invariant: ``sum(layer.k) == budget.activations <= budget asked for``.
+    The invariant: ``sum(layer.k) == budget.activations <= budget asked for``. ``price`` is the
+    least score kept in all layers, for the redistribution of that name; ``dial`` lists other prices
+    by falling activations. ``cap`` limits every call to that multiple of each layer's k.
+    ``correction`` says how the experts' weights were changed to make up for dropped experts.
     """
 
     source: str
@@ -59,13 +78,20 @@ class AllocationPlan:
     redistribution: str
     weights: str
     layers: tuple[PlannedLayer, ...]
+    price: float | None = None
+    dial: tuple[DialPoint, ...] = ()
+    cap: float | None = None
+    correction: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verify: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return the plan as one JSON object, keys in a fixed order."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+        """Return the plan as one JSON object, keys in a fixed order; what is unset is left out."""
+        data = dataclasses.asdict(self)
+        data["layers"] = [_without_unset(layer) for layer in data["layers"]]
+        optional = _without_unset({key: data.pop(key) for key in _OPTIONAL})
+        return json.dumps({"format": FORMAT, **data, **optional}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> AllocationPlan:
@@ -86,13 +112,26 @@ class AllocationPlan:
                 budget=_pick(Budget, data["budget"]),
                 redistribution=data["redistribution"],
                 weights=data["weights"],
-                layers=tuple(_pick(PlannedLayer, layer) for layer in data["layers"]),
+                layers=tuple(_layer(layer) for layer in data["layers"]),
+                price=data.get("price"),
+                dial=tuple(_pick(DialPoint, point) for point in data.get("dial", ())),
+                cap=data.get("cap"),
+                correction=data.get("correction", {}),
                 sensitivity=data.get("sensitivity", {}),
                 verify=data.get("verify", {}),
                 versions=data.get("versions", {}),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"The allocation plan can't be read: {error!r}.") from error
+
+
+def _layer(data: Mapping[str, Any]) -> PlannedLayer:
+    layer: PlannedLayer = _pick(PlannedLayer, data)
+    return layer if layer.sizes is None else dataclasses.replace(layer, sizes=tuple(layer.sizes))
+
+
+def _without_unset(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value not in (None, (), {})}
 
 
 def _pick(cls: type[Any], data: Mapping[str, Any]) -> Any:
