@@ -27,6 +27,10 @@ class VerificationError(AllocMoeError):
     """The compiled graph doesn't compute what PyTorch computes with the same plan."""
 
 
+class SweepError(AllocMoeError):
+    """Results of a sweep can't be read."""
+
+
 class OutputError(AllocMoeError):
     """The output can't be written where it was asked for."""
 
@@ -38,6 +42,7 @@ __all__ = [
     "CheckpointError",
     "OutputError",
     "ProfileError",
+    "SweepError",
     "UnsupportedModelError",
     "VerificationError",
 ]
