@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.sampling import Sampling, sample
-from alloc_moe.runtime.session import ArtifactSession
+from alloc_moe.runtime.session import ArtifactSession, Cache
 
 _PAD = 0  # any token: the attention mask keeps it out
 GREEDY = Sampling()
+
+Step = Callable[[NDArray[np.int64], NDArray[np.int64], Any], tuple[NDArray[np.floating], Any]]
+"""``step(ids [batch, sequence], mask [batch, past + sequence], cache)`` -> logits, cache."""
 
 
 def generate(
@@ -70,6 +75,39 @@ def generate_steps(
     if not prompts:
         return
     ends = session.files.eos_ids() if eos_ids is None else eos_ids
+
+    def step(
+        tokens: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache | None
+    ) -> tuple[NDArray[np.floating], Cache]:
+        output = session.run(tokens, attention_mask=mask, cache=cache)
+        return output.logits, output.cache
+
+    yield from decode(
+        step,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        is_last=lambda _, token: token in ends,
+    )
+
+
+def decode(
+    step: Step,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    is_last: Callable[[int, int], bool],
+) -> Iterator[list[int | None]]:
+    """Yield what `generate_steps` does, of any model and for any rule that ends a row.
+
+    Args:
+        step: The model; the cache it gets is None at first, then what it gave the call before.
+        prompts: The token ids of each prompt: at least one prompt, and none empty.
+        max_new_tokens: The most tokens a row gets.
+        sampling: How tokens are chosen.
+        is_last: Told every new token as ``is_last(row, token)``, it says whether the row ends.
+    """
     generators = sampling.generators(len(prompts))
     column = max(len(prompt) for prompt in prompts)
     tokens = np.full((len(prompts), column), _PAD, np.int64)
@@ -80,16 +118,15 @@ def generate_steps(
     ended = np.zeros(len(prompts), bool)
     cache = None
     for _ in range(max_new_tokens):
-        output = session.run(tokens, attention_mask=mask[:, :column], cache=cache)
-        chosen = sample(output.logits[:, -1], sampling, generators)
+        logits, cache = step(tokens, mask[:, :column], cache)
+        chosen = sample(logits[:, -1], sampling, generators)
         yield [None if end else int(token) for token, end in zip(chosen, ended, strict=True)]
-        ended |= [int(token) in ends for token in chosen]
+        ended |= [not ended[row] and is_last(row, int(token)) for row, token in enumerate(chosen)]
         if ended.all():
             return
         mask[:, column] = ~ended
         column += 1
         tokens = np.where(ended, _PAD, chosen)[:, None]
-        cache = output.cache
 
 
 def _check(
