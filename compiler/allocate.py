@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 
-import numpy as np
-import numpy.typing as npt
-
 from alloc_moe.compiler.errors import BudgetError, ProfileError
+from alloc_moe.compiler.knapsack import solve_allocation
 from alloc_moe.compiler.records import MoeLayer, Redistribution, SensitivityProfile, Weights
 from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer
 
@@ -49,45 +47,6 @@ def parse_budget(requested: str | float, experts_per_token: Sequence[int]) -> Bu
             f"for {layers} MoE layers, which need one each. {legal}"
         )
     return Budget(float(number), activations, original)
-
-
-def solve_allocation(costs: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Return the k of each layer that minimises the summed cost within the budget, exactly.
-
-    The grouped knapsack D[l, b] = min over k of D[l-1, b-k] + S[l, k], in O(L * B * K). Costs are
-    added as the exact rationals that the floats are, so neither rounding nor the order of layers
-    decides. Of plans of equal cost the one with the fewest activations is taken; of those, the one
-    whose last layer has fewest, then its last but one, and so on.
-
-    Args:
-        costs: ``costs[l][k - 1]`` is the cost of k experts in layer l. Rows may differ in length,
-            and cost need not fall with k.
-        budget: The most activations all layers may have together.
-
-    Raises:
-        BudgetError: Fewer activations than layers.
-        ProfileError: A cost is NaN or infinite.
-    """
-    if any(len(row) == 0 for row in costs):
-        raise ValueError("Each layer needs the cost of at least one expert.")
-    if budget < len(costs):
-        raise BudgetError(f"{budget} activations are too few for {len(costs)} layers.")
-    budget = min(budget, sum(len(row) for row in costs))
-    keys = _lexicographic_keys(costs, budget)
-
-    best = [np.zeros(budget + 1, dtype=object)]  # best[l][b]: the first l layers, at most b in all
-    for layer, row in enumerate(keys):
-        best.append(_add_layer(best[-1], row, layers_before=layer))
-
-    allocation = []
-    left = budget
-    for layer in reversed(range(len(keys))):
-        row = keys[layer]
-        choices = range(1, min(len(row), left - layer) + 1)
-        k = next(k for k in choices if best[layer][left - k] + row[k - 1] == best[layer + 1][left])
-        allocation.append(k)
-        left -= k
-    return allocation[::-1]
 
 
 def uniform_allocation(experts_per_token: Sequence[int], budget: int) -> list[int]:
@@ -211,31 +170,3 @@ def _profiled_costs(
 def _layers_in_words(layers: Sequence[tuple[str, int]]) -> str:
     counts = sorted({k for _, k in layers})
     return f"{len(layers)} MoE layers ({layers[0][0]}..., top-{'/'.join(map(str, counts))})"
-
-
-def _lexicographic_keys(costs: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
-    """Integers whose sums order plans by cost first and activations second."""
-    for layer, row in enumerate(costs):
-        for k, cost in enumerate(row, start=1):
-            if not math.isfinite(cost):
-                raise ProfileError(
-                    f"The cost of {k} experts in MoE layer {layer} is {cost}, which can't be "
-                    "compared: the model's output on the calibration text wasn't finite. Check its "
-                    "weights."
-                )
-    exact = [[Fraction(float(cost)) for cost in row] for row in costs]
-    scale = math.lcm(*(cost.denominator for row in exact for cost in row)) * (budget + 1)
-    return [[int(cost * scale) + k for k, cost in enumerate(row, start=1)] for row in exact]
-
-
-def _add_layer(
-    before: npt.NDArray[np.object_], row: Sequence[int], *, layers_before: int
-) -> npt.NDArray[np.object_]:
-    """One step of the recurrence; infinite where the budget is below one per layer."""
-    after = np.full_like(before, math.inf)
-    for k, key in enumerate(row[: len(before) - layers_before - 1], start=1):
-        reached = after[
-            layers_before + k :
-        ]  # infinity is compared only: adding to it could overflow
-        np.minimum(reached, before[layers_before:-k] + key, out=reached)
-    return after
