@@ -160,6 +160,7 @@ def _evaluate_model(
     import torch
 
     from alloc_moe.compiler.pipeline import load
+    from alloc_moe.compiler.policies import layer_parameters
     from alloc_moe.compiler.reference import allocated
     from alloc_moe.runtime.evaluate import default_window, evaluate
 
@@ -181,7 +182,7 @@ def _evaluate_model(
         allocated(
             moe.model,
             moe.layers,
-            [layer.k for layer in plan.layers],
+            layer_parameters(plan),
             redistribution=plan.redistribution,  # type: ignore[arg-type]
             weights=plan.weights,  # type: ignore[arg-type]
         ) as activations,

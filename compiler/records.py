@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Allocation = Literal["sensitivity", "uniform"]
 Metric = Literal["kl", "ppl-suffix"]
-Redistribution = Literal["none", "batch", "sequence"]
+Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
 Weights = Literal["keep", "renorm"]
 DType = Literal["float32", "float16", "bfloat16"]
 Device = Literal["cpu", "cuda"]

@@ -11,11 +11,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from alloc_moe.compiler.policies import (
+    POLICIES,
+    SCORED,
+    LayerParameters,
+    adjust_weights,
+    rank_candidates,
+)
 from alloc_moe.compiler.records import MoeLayer, Redistribution, Weights
 
 if TYPE_CHECKING:
@@ -27,133 +34,6 @@ ExpertsCall = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tenso
 _IMPLEMENTATION = "alloc_moe_reference"
 _CALL = "_alloc_moe_call"
 _PAIRS = 8192  # (token, expert) pairs evaluated at a time
-
-
-@dataclass(frozen=True)
-class LayerParameters:
-    """What a policy may know of its layer: ``k``, the mean number of experts per real token."""
-
-    k: int
-
-
-class Kept(NamedTuple):
-    """Which candidates run, and by how much the closest decision was taken.
-
-    ``margin`` is the least difference between a kept and a dropped weight that competed; infinite
-    where nothing was decided. Two computations whose rounding differs by more may decide otherwise.
-    """
-
-    mask: torch.Tensor  # [tokens, candidates] bool
-    margin: float
-
-
-Policy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LayerParameters], Kept]
-"""``policy(weights [T, K], ids [T, K], real [B, S], parameters)``, candidates ranked, T = B * S."""
-
-
-def rank_candidates(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights and ids [tokens, candidates] by falling weight; equal ones keep their order.
-
-    Some routers, DeepSeek's among them, return their candidates unsorted.
-    """
-    ranked, order = torch.sort(weights, dim=-1, descending=True, stable=True)
-    return ranked, ids.gather(-1, order)
-
-
-def keep_mask(
-    redistribution: Redistribution,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    real: torch.Tensor,
-    parameters: LayerParameters,
-) -> torch.Tensor:
-    """Return which candidates run.
-
-    Args:
-        redistribution: Which tokens share the layer's activations.
-        weights: Router weights [tokens, candidates], ranked by `rank_candidates`.
-        ids: The candidates' experts [tokens, candidates].
-        real: [batch, sequence] bool, False at padding; tokens are the batch's rows in a row.
-        parameters: What the plan gives the layer.
-
-    Returns:
-        [tokens, candidates] bool: exactly ``k`` per real token in the mean, none of a pad.
-    """
-    return POLICIES[redistribution](weights, ids, real, parameters).mask
-
-
-def _none(
-    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
-) -> Kept:
-    """Each token its first k."""
-    k, candidates = parameters.k, weights.shape[1]
-    first = torch.arange(candidates, device=weights.device) < k
-    gaps = (weights[:, k - 1] - weights[:, k])[real.flatten()] if k < candidates else weights[:0]
-    return Kept(real.reshape(-1, 1) & first, _least(gaps))
-
-
-def _batch(
-    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
-) -> Kept:
-    """All real tokens of the call share one pool."""
-    return _share(weights, ids, real, parameters, pools=1)
-
-
-def _sequence(
-    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
-) -> Kept:
-    """Each row of the batch is a pool, so that no request depends on its batch mates."""
-    return _share(weights, ids, real, parameters, pools=real.shape[0])
-
-
-POLICIES: Mapping[Redistribution, Policy] = {"none": _none, "batch": _batch, "sequence": _sequence}
-
-
-def _share(
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    real: torch.Tensor,
-    parameters: LayerParameters,
-    *,
-    pools: int,
-) -> Kept:
-    """Rank 1 always runs; the largest other weights of each pool win what is left.
-
-    Of equal weights the earlier token's wins, and within a token the better ranked.
-    """
-    tokens, candidates = weights.shape
-    if parameters.k in (1, candidates):  # nothing to share
-        return _none(weights, ids, real, parameters)
-    size = tokens // max(pools, 1) * (candidates - 1)
-    competes = real.reshape(-1, 1).expand(-1, candidates - 1).reshape(pools, size)
-    winners = (parameters.k - 1) * real.reshape(pools, -1).sum(1, keepdim=True)  # [pools, 1]
-
-    contest = weights[:, 1:].reshape(pools, size).masked_fill(~competes, -math.inf)
-    falling, order = torch.sort(contest, dim=1, descending=True, stable=True)
-    wins = torch.arange(size, device=weights.device) < winners  # [pools, size]
-    others = torch.zeros_like(wins).scatter(1, order, wins).reshape(tokens, candidates - 1)
-
-    edges = wins[:, :-1] & ~wins[:, 1:] & falling[:, 1:].isfinite()
-    gaps = (falling[:, :-1] - falling[:, 1:])[edges]
-    alone = real.flatten() & ~others[:, 0]  # here it matters which candidate ranks first
-    lead = (weights[:, 0] - weights[:, 1])[alone]
-    return Kept(torch.cat([real.reshape(-1, 1), others], dim=1), min(_least(gaps), _least(lead)))
-
-
-def _least(gaps: torch.Tensor) -> float:
-    return gaps.detach().min().item() if gaps.numel() else math.inf
-
-
-def adjust_weights(mode: Weights, weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Return the weights [tokens, candidates] that combine the experts, zero where dropped.
-
-    ``keep`` leaves them as the router gave them; ``renorm`` gives the kept ones the sum of all.
-    """
-    kept = weights.masked_fill(~keep, 0)
-    if mode == "keep":
-        return kept
-    share = kept.sum(-1, keepdim=True)
-    return kept * torch.where(share > 0, weights.sum(-1, keepdim=True) / share, 1)
 
 
 def run_pairs(
@@ -200,7 +80,7 @@ class Activations:
 def allocated(
     model: PreTrainedModel,
     layers: Sequence[MoeLayer],
-    ks: Sequence[int],
+    parameters: Sequence[LayerParameters],
     *,
     redistribution: Redistribution,
     weights: Weights,
@@ -213,23 +93,26 @@ def allocated(
     Args:
         model: A causal language model; call it whole, as ``model(...)`` or ``model.generate(...)``.
         layers: Its MoE layers.
-        ks: The k of each, up to its K.
-        redistribution: Which tokens share a layer's activations.
+        parameters: What the plan gives each, see `layer_parameters`.
+        redistribution: How a layer's activations are shared out.
         weights: Whether the kept experts' weights are scaled up to the sum of all.
 
     Yields:
         The count of what is executed.
     """
-    for layer, k in zip(layers, ks, strict=True):
-        if not 1 <= k <= layer.experts_per_token:
-            raise ValueError(f"k is {k} in {layer.name}, not in 1..{layer.experts_per_token}.")
+    for layer, given in zip(layers, parameters, strict=True):
+        most = layer.experts_per_token
+        if not 1 <= given.k <= most:
+            raise ValueError(f"k is {given.k} in {layer.name}, not in 1..{most}.")
+        if redistribution not in SCORED and given.k != int(given.k):
+            raise ValueError(f"k is {given.k} in {layer.name}; {redistribution!r} needs it whole.")
     activations = Activations([0] * len(layers))
     call = _Call(activations)
     calls = {
         layer.experts_name: functools.partial(
-            _run_allocated, call, index, LayerParameters(k), redistribution, weights
+            _run_allocated, call, index, given, redistribution, weights
         )
-        for index, (layer, k) in enumerate(zip(layers, ks, strict=True))
+        for index, (layer, given) in enumerate(zip(layers, parameters, strict=True))
     }
     order = list(inspect.signature(model.forward).parameters)
 

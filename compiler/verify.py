@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import VerificationError
+from alloc_moe.compiler.policies import layer_parameters
 from alloc_moe.compiler.reference import allocated
 from alloc_moe.runtime.providers import cuda_obstacle
 from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
@@ -178,13 +179,12 @@ def _reference(
 ) -> tuple[NDArray[np.float32], list[int], float]:
     logits = []
     cache = None
-    ks = [layer.k for layer in plan.layers]
     with (
         torch.inference_mode(),
         allocated(
             moe.model,
             moe.layers,
-            ks,
+            layer_parameters(plan),
             redistribution=cast("Redistribution", plan.redistribution),
             weights=cast("Weights", plan.weights),
         ) as activations,

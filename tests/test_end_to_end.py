@@ -131,6 +131,7 @@ def _generate_in_pytorch(
     import torch
 
     from alloc_moe.compiler.load import load_model
+    from alloc_moe.compiler.policies import layer_parameters
     from alloc_moe.compiler.reference import allocated
     from alloc_moe.runtime.files import find_artifact
 
@@ -139,10 +140,10 @@ def _generate_in_pytorch(
     longest = max(map(len, ids))
     padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-    ks = [layer.k for layer in plan.layers]
+    given = layer_parameters(plan)
     with (
         torch.inference_mode(),
-        allocated(moe.model, moe.layers, ks, redistribution="batch", weights="keep"),
+        allocated(moe.model, moe.layers, given, redistribution="batch", weights="keep"),
     ):
         output = moe.model.generate(
             padded,

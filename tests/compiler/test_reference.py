@@ -5,19 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from alloc_moe.compiler.policies import LayerParameters
 from alloc_moe.compiler.records import MoeModel, Redistribution
 from alloc_moe.compiler.reference import (
-    POLICIES,
     Activations,
-    LayerParameters,
-    adjust_weights,
     allocated,
-    keep_mask,
     library_experts,
-    rank_candidates,
     replaced_experts,
     run_pairs,
 )
@@ -42,135 +36,8 @@ def left_padded(batch: int, length: int) -> torch.Tensor:
     return torch.arange(length)[None] >= pads
 
 
-def kept(
-    redistribution: Redistribution, weights: torch.Tensor, real: torch.Tensor, k: int
-) -> torch.Tensor:
-    ids = torch.zeros_like(weights, dtype=torch.long)
-    return keep_mask(redistribution, weights, ids, real, LayerParameters(k))
-
-
-def test_candidates_are_ranked_and_ties_keep_their_order() -> None:
-    weights = torch.tensor([[0.1, 0.4, 0.1, 0.2]])
-    ranked, ids = rank_candidates(weights, torch.tensor([[7, 3, 5, 1]]))
-    assert ranked.tolist() == [pytest.approx([0.4, 0.2, 0.1, 0.1])]
-    assert ids.tolist() == [[3, 1, 7, 5]]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    redistribution=st.sampled_from(REDISTRIBUTIONS),
-    batch=st.integers(1, 4),
-    length=st.integers(1, 7),
-    candidates=st.integers(1, 6),
-    seed=st.integers(0, 99),
-    data=st.data(),
-)
-def test_exactly_k_per_real_token_run_and_no_pad(
-    redistribution: Redistribution,
-    batch: int,
-    length: int,
-    candidates: int,
-    seed: int,
-    data: st.DataObject,
-) -> None:
-    k = data.draw(st.integers(1, candidates))
-    real = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.7
-    weights, _ = routing(batch, length, candidates, seed=seed)
-    weights = (weights * 20).round()  # plenty of ties
-    mask = kept(redistribution, weights, real, k)
-    assert int(mask.sum()) == k * int(real.sum())
-    assert not mask[~real.flatten()].any()
-    assert torch.equal(mask[:, 0], real.flatten())
-    if redistribution == "sequence":
-        assert torch.equal(mask.view(batch, -1).sum(1), k * real.sum(1))
-
-
-def test_none_keeps_the_first_k() -> None:
-    weights, _ = routing(2, 3, 4)
-    mask = kept("none", weights, torch.ones(2, 3, dtype=torch.bool), 2)
-    assert mask.tolist() == [[True, True, False, False]] * 6
-
-
-@pytest.mark.parametrize("redistribution", ["batch", "sequence"])
-def test_the_largest_weights_of_a_pool_win(redistribution: Redistribution) -> None:
-    weights = torch.tensor([[0.5, 0.40, 0.30], [0.9, 0.05, 0.01], [0.6, 0.20, 0.10]])
-    mask = kept(redistribution, weights, torch.ones(1, 3, dtype=torch.bool), 2)
-    assert mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
-
-
-def test_pools_differ_between_batch_and_sequence() -> None:
-    weights = torch.tensor([[0.5, 0.4, 0.3], [0.9, 0.05, 0.01]])
-    real = torch.ones(2, 1, dtype=torch.bool)
-    assert kept("batch", weights, real, 2).tolist() == [[True, True, True], [True, False, False]]
-    assert kept("sequence", weights, real, 2).tolist() == [[True, True, False]] * 2
-
-
-@pytest.mark.parametrize("redistribution", ["batch", "sequence"])
-def test_equal_weights_go_to_the_earlier_token_then_the_better_rank(
-    redistribution: Redistribution,
-) -> None:
-    mask = kept(redistribution, torch.ones(4, 3), torch.ones(1, 4, dtype=torch.bool), 2)
-    assert mask.tolist() == [[True] * 3, [True] * 3, [True, False, False], [True, False, False]]
-
-
-def test_pads_neither_compete_nor_count() -> None:
-    weights, _ = routing(3, 8, 4)
-    real = left_padded(3, 8)
-    padded = kept("batch", weights, real, 2)
-    alone = kept(
-        "batch", weights[real.flatten()], torch.ones(1, int(real.sum()), dtype=torch.bool), 2
-    )
-    assert torch.equal(padded[real.flatten()], alone)
-    extreme = torch.where(real.reshape(-1, 1), weights, 1e9)
-    assert torch.equal(kept("batch", extreme, real, 2), padded)
-
-
-def test_sequence_does_not_depend_on_batch_mates() -> None:
-    weights, _ = routing(4, 6, 4)
-    real = left_padded(4, 6)
-    mask = kept("sequence", weights, real, 3).view(4, 6, 4)
-    order = torch.tensor([2, 0, 3, 1])
-    shuffled = kept("sequence", weights.view(4, 6, 4)[order].flatten(0, 1), real[order], 3)
-    assert torch.equal(shuffled.view(4, 6, 4), mask[order])
-    for row in range(4):
-        alone = kept("sequence", weights.view(4, 6, 4)[row], real[row : row + 1], 3)
-        assert torch.equal(alone, mask[row])
-
-
-@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_a_single_token_gets_its_top_k(redistribution: Redistribution, k: int) -> None:
-    weights, _ = routing(1, 1, 4)
-    mask = kept(redistribution, weights, torch.ones(1, 1, dtype=torch.bool), k)
-    assert mask.tolist() == [[rank < k for rank in range(4)]]
-
-
-@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
-def test_margin_is_that_of_the_closest_decision(redistribution: Redistribution) -> None:
-    weights = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.3, 0.2]])
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    real = torch.ones(1, 2, dtype=torch.bool)
-    policy = POLICIES[redistribution]
-    expected = {"none": 0.1, "batch": 0.1, "sequence": 0.1}[redistribution]
-    assert policy(weights, ids, real, LayerParameters(2)).margin == pytest.approx(expected)
-    assert policy(weights, ids, real, LayerParameters(3)).margin == math.inf
-    assert policy(weights, ids, real, LayerParameters(1)).margin == pytest.approx(0.4)
-    assert policy(weights, ids, ~real, LayerParameters(2)).margin == math.inf
-
-
-def test_margin_counts_a_close_first_rank() -> None:
-    weights = torch.tensor([[0.9, 0.8, 0.7], [0.5, 0.49, 0.1]])
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    real = torch.ones(1, 2, dtype=torch.bool)
-    assert POLICIES["batch"](weights, ids, real, LayerParameters(2)).margin == pytest.approx(0.01)
-
-
-def test_weights_are_kept_or_scaled_to_the_sum_of_all() -> None:
-    weights = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.2, 0.2], [0.1, 0.1, 0.1]])
-    keep = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
-    torch.testing.assert_close(adjust_weights("keep", weights, keep), weights * keep)
-    expected = torch.tensor([[0.625, 0.375, 0.0], [0.6, 0.2, 0.2], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(adjust_weights("renorm", weights, keep), expected)
+def given(*ks: float) -> list[LayerParameters]:
+    return [LayerParameters(k) for k in ks]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,7 +86,7 @@ def run(
         allocated(
             moe.model,
             moe.layers,
-            ks,
+            given(*ks),
             redistribution=redistribution,
             weights=weights,  # type: ignore[arg-type]
         ) as activations,
@@ -317,7 +184,7 @@ def test_with_a_cache_the_last_columns_of_the_mask_are_the_current_tokens(
     with (
         torch.inference_mode(),
         allocated(
-            moe.model, moe.layers, [1, 2, 4], redistribution="sequence", weights="keep"
+            moe.model, moe.layers, given(1, 2, 4), redistribution="sequence", weights="keep"
         ) as activations,
     ):
         first = moe.model(
@@ -341,7 +208,7 @@ def test_generation_runs_under_a_plan(moe_model: Models) -> None:
     moe = moe_model("olmoe")
     ids = token_ids(moe, batch=1, length=5)
     with allocated(
-        moe.model, moe.layers, [1, 2, 3], redistribution="batch", weights="keep"
+        moe.model, moe.layers, given(1, 2, 3), redistribution="batch", weights="keep"
     ) as activations:
         moe.model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert activations.tokens == 5 + 3
@@ -351,7 +218,7 @@ def test_generation_runs_under_a_plan(moe_model: Models) -> None:
 def test_inputs_embeds_count_as_tokens(moe_model: Models) -> None:
     moe = moe_model("olmoe")
     with allocated(
-        moe.model, moe.layers, [1, 2, 3], redistribution="batch", weights="keep"
+        moe.model, moe.layers, given(1, 2, 3), redistribution="batch", weights="keep"
     ) as activations:
         moe.model(inputs_embeds=torch.randn(2, 4, moe.config.hidden_size))
     assert activations.executed == [8, 16, 24]
@@ -364,7 +231,7 @@ def test_everything_is_restored_after_an_error(moe_model: Models) -> None:
     expected = moe.model(input_ids=ids).logits
     with (
         pytest.raises(RuntimeError, match="stop"),
-        allocated(moe.model, moe.layers, [1, 1, 1], redistribution="none", weights="keep"),
+        allocated(moe.model, moe.layers, given(1, 1, 1), redistribution="none", weights="keep"),
     ):
         raise RuntimeError("stop")
     assert moe.model.get_experts_implementation() == before
@@ -377,7 +244,7 @@ def test_an_inner_block_gives_way_to_the_outer(moe_model: Models) -> None:
     ids = token_ids(moe)
     name = moe.layers[0].experts_name
     with allocated(
-        moe.model, moe.layers, [1, 1, 1], redistribution="none", weights="keep"
+        moe.model, moe.layers, given(1, 1, 1), redistribution="none", weights="keep"
     ) as activations:
         with replaced_experts(moe.model, {name: lambda experts, hidden, ids, weights: hidden}):
             moe.model(input_ids=ids)

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from alloc_moe.compiler import sensitivity
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.errors import OutputError, ProfileError, UnsupportedModelError
+from alloc_moe.compiler.policies import LayerParameters
 from alloc_moe.compiler.records import Metric, MoeModel, SensitivityProfile
 from alloc_moe.compiler.reference import allocated
 from alloc_moe.compiler.sensitivity import measure_sensitivity
@@ -44,7 +45,13 @@ def logits(moe: MoeModel, ks: list[int]) -> torch.Tensor:
     """Run the whole model with k experts in each layer."""
     with (
         torch.inference_mode(),
-        allocated(moe.model, moe.layers, ks, redistribution="none", weights="keep"),
+        allocated(
+            moe.model,
+            moe.layers,
+            [LayerParameters(k) for k in ks],
+            redistribution="none",
+            weights="keep",
+        ),
     ):
         return moe.model(input_ids=torch.from_numpy(CALIBRATION.ids)).logits.double()
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from alloc_moe.compiler.records import Redistribution, Weights
-from alloc_moe.compiler.reference import (
+from alloc_moe.compiler.policies import (
     LayerParameters,
     adjust_weights,
     keep_mask,
     rank_candidates,
 )
+from alloc_moe.compiler.records import Redistribution, Weights
 from alloc_moe.passes import lower_experts
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS, add_initializer
 from alloc_moe.passes.default import specialize_passes

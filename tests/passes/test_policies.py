@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.policies import LayerParameters, keep_mask, rank_candidates
 from alloc_moe.compiler.records import Redistribution
-from alloc_moe.compiler.reference import LayerParameters, keep_mask, rank_candidates
 from alloc_moe.passes import routing
 from alloc_moe.passes.base import DOMAIN, add_function
 from alloc_moe.passes.policies import POLICIES
