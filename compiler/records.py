@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.checkpoint import CheckpointReader
 
 Allocation = Literal["sensitivity", "uniform"]
-Metric = Literal["kl", "ppl-suffix"]
+Metric = Literal["kl", "ppl-suffix", "output", "fisher"]
 Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
 Weights = Literal["keep", "renorm"]
 DType = Literal["float32", "float16", "bfloat16"]
@@ -79,15 +80,32 @@ class MoeModel:
 
 
 @dataclass(frozen=True)
+class PartialSums:
+    """Sums over the first `windows` calibration windows, of a measurement that was interrupted."""
+
+    windows: int
+    loss: float
+    layers: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class SensitivityProfile:
     """What fewer experts cost each layer.
 
     ``costs[l][k - 1]`` is the cost of k experts in MoE layer l; it need not fall with k. A row is
     None until that layer was measured. The first six fields say what was measured: a profile
-    whose fields differ from those asked for is refused.
+    whose fields differ from those asked for is refused, and so is one of another redistribution.
+
+    ``expert_sizes[l][e]`` is how much expert e of MoE layer l adds, before the router's weight: for
+    ``fisher`` in nats, for ``output`` the norm (root mean squares over the tokens that have e among
+    their candidates). None where the metric gives none.
+
+    ``redistribution`` says which of a token's candidates ran at a mean of k: its first k (none),
+    the largest weights of its window (sequence, which is also what batch means for one window), or
+    the weights above a threshold of the layer (threshold).
     """
 
-    metric: str
+    metric: Metric
     model_fingerprint: str
     calibration_sha256: str
     tokens: int
@@ -98,6 +116,9 @@ class SensitivityProfile:
     costs: tuple[tuple[float, ...] | None, ...]
     baseline_loss: float
     seconds: float
+    redistribution: Redistribution = "none"
+    expert_sizes: tuple[tuple[float, ...] | None, ...] = ()
+    partial: PartialSums | None = None
 
     @property
     def complete(self) -> bool:
@@ -118,12 +139,20 @@ class SensitivityProfile:
         try:
             data: dict[str, Any] = json.loads(text)
             data.pop("format")
-            rows = [None if row is None else tuple(row) for row in data.pop("costs")]
-            names, counts = data.pop("layer_names"), data.pop("experts_per_token")
-            return cls(
-                **data, costs=tuple(rows), layer_names=tuple(names), experts_per_token=tuple(counts)
-            )
+            for name in ("layer_names", "experts_per_token"):
+                data[name] = tuple(data[name])
+            data["costs"] = _rows(data["costs"])
+            # Files of earlier versions have neither of these two.
+            data["expert_sizes"] = _rows(data.get("expert_sizes", [None] * len(data["costs"])))
+            if partial := data.pop("partial", None):
+                partial["layers"] = _rows(partial["layers"])
+                data["partial"] = PartialSums(**partial)
+            return cls(**data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(
                 f"{path} is no sensitivity profile ({error!r}). Give another file, or delete it."
             ) from error
+
+
+def _rows(rows: Sequence[Sequence[float] | None]) -> tuple[Any, ...]:
+    return tuple(None if row is None else tuple(row) for row in rows)

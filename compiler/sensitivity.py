@@ -2,17 +2,13 @@
 
 ``kl``: the mean over tokens of KL(full model || only layer l at k), in nats. ``ppl-suffix``, the
 paper's: perplexity with layer l at k, every later layer at top-1, every earlier one at K.
-
-Nothing before layer l changes, so what enters its decoder layer is kept and only the rest replayed.
-Expert outputs at k are prefix sums, in rank order, of those at K: each layer's experts run once,
-and the sums for every k go through the rest of the model as one batch.
+``output`` and ``fisher`` take one pass for all layers; see the modules that measure them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -22,18 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from alloc_moe.compiler.errors import OutputError, ProfileError, UnsupportedModelError
-from alloc_moe.compiler.records import Metric, MoeLayer, MoeModel, SensitivityProfile
-from alloc_moe.compiler.reference import (
-    ExpertsCall,
-    library_experts,
-    rank_candidates,
-    replaced_experts,
-    run_pairs,
+from alloc_moe.compiler.records import (
+    Metric,
+    MoeLayer,
+    MoeModel,
+    PartialSums,
+    Redistribution,
+    SensitivityProfile,
 )
-from alloc_moe.compiler.replay import DecoderStack
+from alloc_moe.compiler.sensitivity_fisher import FisherRun
+from alloc_moe.compiler.sensitivity_keep import Keep, make_keep, measured_redistribution
+from alloc_moe.compiler.sensitivity_output import OutputRun
+from alloc_moe.compiler.sensitivity_replay import ReplayRun
+from alloc_moe.compiler.sensitivity_sums import LayerSums
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration import CalibrationSet
@@ -41,10 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TOKENS_PER_BATCH = 4096  # of all k together: bounds the memory of activations
-_LOGITS_PER_BATCH = 2**22  # of all k together, 16 MB in float32
-_FEWEST_POSITIONS = 32  # of a batch of logits, however large the vocabulary
-_REPLAY_TOLERANCE = 1e-3  # relative; a wrong replay is off by far more
+_TOKENS_PER_BATCH = 1024  # of the metrics that take one pass: bounds the memory of activations
+_SECONDS_PER_SAVE = 30.0  # of those metrics: at most this much is measured again after a kill
 
 _COMPARED = {
     "metric": "the metric",
@@ -55,6 +52,7 @@ _COMPARED = {
     "tokens": "the number of tokens",
     "sequence_length": "the sequence length",
     "seed": "the seed",
+    "redistribution": "the redistribution",
 }
 
 
@@ -63,19 +61,24 @@ def measure_sensitivity(
     calibration: CalibrationSet,
     *,
     metric: Metric,
+    redistribution: Redistribution = "none",
     path: Path | None = None,
     console: Console | None = None,
 ) -> SensitivityProfile:
     """Return the cost of each number of experts in each MoE layer.
 
-    The router's weights are taken as they are, without redistribution.
+    The router's weights are taken as they are.
 
     Args:
         moe_model: The model, in float32.
         calibration: The tokens to measure on.
         metric: What cost means.
-        path: Where the profile is saved after every layer. If there is one already, only layers
-            that it lacks are measured, with the same result as without the interruption.
+        redistribution: Which of a layer's candidates run at a mean of k. Each calibration window is
+            a pool of its own, so that ``batch`` means ``sequence``; for ``price``, which takes the
+            experts' sizes and no costs, these are as for ``none``.
+        path: Where the profile is saved after every layer, for ``output`` and ``fisher`` every half
+            minute. If there is one already, only what it lacks is measured, with the same result as
+            without the interruption.
         console: Where progress is reported.
 
     Raises:
@@ -83,23 +86,36 @@ def measure_sensitivity(
         UnsupportedModelError: The model can't be run in parts, or gives no finite output.
         OutputError: The file can't be written.
     """
-    profile = _empty_profile(moe_model, calibration, metric)
+    policy = measured_redistribution(redistribution)
+    profile = _empty_profile(moe_model, calibration, metric, policy)
     if path is not None and path.exists():
         profile = _resume(profile, path)
     if profile.complete:
         return profile
     if path is not None:
         _save(profile, path)  # finds out now, not after the first layer, whether that is possible
+    if metric in ("output", "fisher"):
+        return _measure_windows(moe_model, calibration, profile, path, console)
+    return _measure_layers(moe_model, calibration, profile, path, console)
+
+
+def _measure_layers(
+    moe_model: MoeModel,
+    calibration: CalibrationSet,
+    profile: SensitivityProfile,
+    path: Path | None,
+    console: Console | None,
+) -> SensitivityProfile:
+    """Complete a profile layer by layer."""
+    start = time.monotonic()
     todo = [layer for layer, row in enumerate(profile.costs) if row is None]
-    run = _Run(moe_model, calibration, metric)
+    policy: Redistribution = profile.redistribution
+    batches = _batches(moe_model, calibration)
+    keep = None if policy == "none" else make_keep(moe_model, batches, policy)
+    run = ReplayRun(moe_model, calibration, metric=profile.metric, keep=keep)
     total = sum(run.operations(layer) for layer in todo)
     with _progress(console, total) as advance, torch.inference_mode():
-        start = time.monotonic()
-        baseline = run.enter(todo[0])
-        if not math.isfinite(baseline):
-            raise UnsupportedModelError(
-                f"The model's loss on the calibration text is {baseline}: its weights are broken."
-            )
+        baseline = _finite(run.enter(todo[0]))
         for layer in todo:
             row = run.measure(layer, advance)
             logger.debug("%s costs %s", moe_model.layers[layer].name, row)
@@ -117,189 +133,81 @@ def measure_sensitivity(
     return profile
 
 
-class _Run:
-    """A model and its calibration windows, with what enters one decoder layer."""
+def _measure_windows(
+    moe_model: MoeModel,
+    calibration: CalibrationSet,
+    profile: SensitivityProfile,
+    path: Path | None,
+    console: Console | None,
+) -> SensitivityProfile:
+    """Complete a profile of all layers at once, some calibration windows after others."""
+    # PyTorch's inference mode, should the caller be in it, makes tensors that gradients can't use.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        start = saved = time.monotonic()
+        zeros = tuple(LayerSums.of(layer).row() for layer in moe_model.layers)
+        partial = profile.partial or PartialSums(0, 0.0, zeros)
+        sums = [
+            LayerSums.of(layer, row)
+            for layer, row in zip(moe_model.layers, partial.layers, strict=True)
+        ]
+        batches = _batches(moe_model, calibration)
+        keep = make_keep(moe_model, batches, profile.redistribution)
+        add = _one_pass(moe_model, profile, keep)
+        windows, loss = 0, partial.loss
+        with _progress(console, len(calibration.ids), unit="windows") as advance:
+            for ids in batches:
+                windows += len(ids)
+                if windows > partial.windows:
+                    loss += _finite(add(ids, windows - len(ids), sums))
+                    now = time.monotonic()
+                    profile = dataclasses.replace(profile, seconds=profile.seconds + now - start)
+                    start = now
+                    if path is not None and now - saved >= _SECONDS_PER_SAVE:
+                        rows = tuple(layer_sums.row() for layer_sums in sums)
+                        profile = dataclasses.replace(
+                            profile, partial=PartialSums(windows, loss, rows)
+                        )
+                        _save(profile, path)
+                        saved = now
+                advance(len(ids))
+    profile = dataclasses.replace(
+        profile,
+        costs=tuple(layer_sums.mean_costs() for layer_sums in sums),
+        expert_sizes=tuple(layer_sums.sizes() for layer_sums in sums),
+        baseline_loss=loss / calibration.ids[:, 1:].size,
+        partial=None,
+    )
+    if path is not None:
+        _save(profile, path)
+    return profile
 
-    def __init__(self, moe_model: MoeModel, calibration: CalibrationSet, metric: Metric) -> None:
-        self._model = moe_model.model
-        self._layers = moe_model.layers
-        self._metric = metric
-        self._stack = DecoderStack(self._model, self._layers[0])
-        self._vocabulary = moe_model.config.get_text_config().vocab_size
-        most = max(layer.experts_per_token for layer in self._layers)
-        windows = max(1, _TOKENS_PER_BATCH // (most * calibration.sequence_length))
-        ids = torch.from_numpy(calibration.ids).to(self._model.device)
-        self._batches = torch.split(ids, windows)  # of [windows, sequence]
-        self._at = 0
-        self._entering: list[torch.Tensor] = []  # hidden states at decoder layer `_at`, per batch
-        self._full: list[torch.Tensor] = []  # hidden states at the end of the full model, per batch
 
-    def enter(self, layer: int) -> float:
-        """Run the full model once and keep what enters MoE layer `layer`; return the mean loss."""
-        self._at = self._layers[layer].decoder_layer
-        end = len(self._stack)
-        loss = 0.0
-        with replaced_experts(self._model, {}):
-            for ids in self._batches:
-                hidden = self._stack.run(ids, None, start=0, stop=self._at)
-                full = self._stack.run(ids, hidden, start=self._at, stop=end)
-                self._entering.append(hidden)
-                self._full.append(full)
-                loss += self._losses(ids, full[None]).item()
-        return loss / _targets(self._batches)
+def _one_pass(
+    moe_model: MoeModel, profile: SensitivityProfile, keep: Keep
+) -> Callable[[torch.Tensor, int, Sequence[LayerSums]], float]:
+    """Return what adds windows, given the index of the first, to sums, and returns their loss."""
+    if profile.metric == "fisher":
+        return FisherRun(moe_model, keep, seed=profile.seed).add
+    output = OutputRun(moe_model, keep)
+    return lambda ids, _, sums: output.add(ids, sums)
 
-    def measure(self, layer: int, advance: Callable[[float], None]) -> tuple[float, ...]:
-        """Return the costs of MoE layer `layer` for k = 1..K."""
-        self._go_to(self._layers[layer].decoder_layer)
-        ks = self._measured_ks(layer)
-        sums = torch.zeros(len(ks), dtype=torch.float64)
-        work = self.operations(layer) / len(self._batches)
-        self._check_replay(layer)
-        for batch in range(len(self._batches)) if ks else ():
-            hidden = self._replay(layer, batch, ks)  # [ks, windows, sequence, hidden]
-            if self._metric == "kl":
-                sums += self._divergences(hidden, self._full[batch])
-            else:
-                sums += self._losses(self._batches[batch], hidden)
-            advance(work)
-        if self._metric == "kl":  # by definition nothing changes at K
-            return (*(sums / sum(ids.numel() for ids in self._batches)).tolist(), 0.0)
-        return tuple((sums / _targets(self._batches)).exp().tolist())
 
-    def operations(self, layer: int) -> float:
-        """Return the GFLOP of measuring MoE layer `layer`, roughly: those of the weights."""
-        first = self._layers[layer].decoder_layer
-        variants = len(self._measured_ks(layer))
-        top_1 = self._metric == "ppl-suffix"
-        active = sum(
-            self._active_parameters(index, top_1=top_1 and index > first)
-            for index in range(first, len(self._stack))
+def _batches(moe_model: MoeModel, calibration: CalibrationSet) -> Sequence[torch.Tensor]:
+    """Return the calibration windows, as many at a time as one pass takes."""
+    ids = torch.from_numpy(calibration.ids).to(moe_model.model.device)
+    return torch.split(ids, max(1, _TOKENS_PER_BATCH // calibration.sequence_length))
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise UnsupportedModelError(
+            f"The model's loss on the calibration text is {loss}: its weights are broken."
         )
-        head = self._model.get_output_embeddings()
-        head_parameters = 0 if head is None else head.weight.numel()
-        per_token = variants * active + (variants + (not top_1)) * head_parameters
-        return 2e-9 * per_token * sum(ids.numel() for ids in self._batches)
-
-    def _active_parameters(self, index: int, *, top_1: bool) -> float:
-        parameters = sum(p.numel() for p in self._stack[index].parameters())
-        for layer in self._layers:
-            if layer.decoder_layer == index:
-                experts = self._model.get_submodule(layer.experts_name).parameters()
-                idle = layer.num_experts - (1 if top_1 else layer.experts_per_token)
-                parameters -= sum(p.numel() for p in experts) * idle // layer.num_experts
-        return parameters
-
-    def _measured_ks(self, layer: int) -> list[int]:
-        last = self._layers[layer].experts_per_token
-        return list(range(1, last if self._metric == "kl" else last + 1))
-
-    def _go_to(self, decoder_layer: int) -> None:
-        """Move the kept hidden states on to a later decoder layer."""
-        with replaced_experts(self._model, {}):
-            for batch, ids in enumerate(self._batches):
-                self._entering[batch] = self._stack.run(
-                    ids, self._entering[batch], start=self._at, stop=decoder_layer
-                )
-        self._at = decoder_layer
-
-    def _replay(self, layer: int, batch: int, ks: Sequence[int]) -> torch.Tensor:
-        """Return the hidden states at the end [ks, windows, sequence, hidden], per k of `layer`."""
-        calls: dict[str, ExpertsCall] = {
-            self._layers[layer].experts_name: functools.partial(_prefix_sums, ks)
-        }
-        if self._metric == "ppl-suffix":
-            calls |= {later.experts_name: _top_1 for later in self._layers[layer + 1 :]}
-        with replaced_experts(self._model, calls):
-            hidden = self._stack.run(
-                self._batches[batch].repeat(len(ks), 1),
-                _repeat(self._entering[batch], len(ks)),
-                start=self._at,
-                stop=len(self._stack),
-            )
-        return hidden.view(len(ks), -1, *hidden.shape[1:])
-
-    def _check_replay(self, layer: int) -> None:
-        """Replay the full model from `layer` on; layers may depend on more than their input."""
-        name = self._layers[layer].experts_name
-        prefix_sums = functools.partial(_prefix_sums, [self._layers[layer].experts_per_token])
-        full = self._full[0]
-        with replaced_experts(self._model, {name: prefix_sums}):
-            replayed = self._stack.run(
-                self._batches[0], self._entering[0], start=self._at, stop=len(self._stack)
-            )
-        if (replayed - full).abs().max() > _REPLAY_TOLERANCE * full.abs().max():
-            raise UnsupportedModelError(
-                f"{self._model.config.model_type} can't be profiled: its decoder layers from "
-                f"{self._at} on don't depend on that layer's input alone. Use uniform allocation."
-            )
-
-    def _divergences(self, hidden: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-        """Return the KL divergences [ks], summed over tokens, of states [ks, ..., hidden]."""
-        stacked = torch.cat([full[None], hidden]).flatten(1, 2)  # [1 + ks, positions, hidden]
-        sums = torch.zeros(len(hidden), dtype=torch.float64)
-        for _, logits in self._logits(stacked):
-            log_p = logits[0].log_softmax(-1)
-            p = log_p.exp()
-            for index, logits_q in enumerate(logits[1:]):
-                difference = log_p - logits_q.log_softmax(-1)
-                sums[index] += difference.mul_(p).sum(-1).double().sum().cpu()
-        return sums
-
-    def _losses(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the next-token losses [ks], summed over windows, of states [ks, ..., hidden]."""
-        targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # the last predicts nothing
-        sums = torch.zeros(len(hidden), dtype=torch.float64)
-        for positions, logits in self._logits(hidden.flatten(1, 2)):
-            for index, logits_k in enumerate(logits):
-                loss = F.cross_entropy(logits_k, targets[positions], reduction="none")
-                sums[index] += loss.double().sum().cpu()
-        return sums
-
-    def _logits(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield logits [variants, some positions, vocabulary] of [variants, positions, hidden]."""
-        variants, positions = hidden.shape[:2]
-        size = max(_FEWEST_POSITIONS, _LOGITS_PER_BATCH // (variants * self._vocabulary))
-        for start in range(0, positions, size):
-            part = slice(start, min(start + size, positions))
-            logits = self._stack.head(hidden[:, part].flatten(0, 1))
-            yield part, logits.view(variants, -1, logits.shape[1])
-
-
-def _prefix_sums(
-    ks: Sequence[int],
-    experts: torch.nn.Module,
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """Return the outputs at each k of inputs that are the same len(ks) times over."""
-    tokens = len(hidden) // len(ks)
-    ranked, ranked_ids = rank_candidates(weights[:tokens], ids[:tokens])
-    most = max(ks)
-    inputs = hidden[:tokens].repeat_interleave(most, 0)
-    pairs = run_pairs(experts, inputs, ranked_ids[:, :most].flatten(), ranked[:, :most].flatten())
-    sums = pairs.view(tokens, most, -1).cumsum(1)  # [tokens, k, hidden]
-    return torch.cat([sums[:, k - 1] for k in ks])
-
-
-def _top_1(
-    experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    ranked, ranked_ids = rank_candidates(weights, ids)
-    return library_experts(experts, hidden, ranked_ids[:, :1], ranked[:, :1])
-
-
-def _targets(batches: Sequence[torch.Tensor]) -> int:
-    """Return the number of tokens that are predicted: all but the first of each window."""
-    return sum(ids[:, 1:].numel() for ids in batches)
-
-
-def _repeat(hidden: torch.Tensor, times: int) -> torch.Tensor:
-    return hidden.repeat(times, *[1] * (hidden.dim() - 1))
+    return loss
 
 
 def _empty_profile(
-    moe_model: MoeModel, calibration: CalibrationSet, metric: Metric
+    moe_model: MoeModel, calibration: CalibrationSet, metric: Metric, policy: Redistribution
 ) -> SensitivityProfile:
     layers: tuple[MoeLayer, ...] = moe_model.layers
     return SensitivityProfile(
@@ -314,6 +222,8 @@ def _empty_profile(
         costs=(None,) * len(layers),
         baseline_loss=0.0,
         seconds=0.0,
+        redistribution=policy,
+        expert_sizes=(None,) * len(layers),
     )
 
 
@@ -367,13 +277,15 @@ def _save(profile: SensitivityProfile, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _progress(console: Console | None, total: float) -> Iterator[Callable[[float], None]]:
-    """Yield a function that reports GFLOP as done, in whole ones."""
+def _progress(
+    console: Console | None, total: float, *, unit: str = "GFLOP"
+) -> Iterator[Callable[[float], None]]:
+    """Yield a function that reports work as done, in whole units."""
     if console is None:
         yield lambda _: None
         return
     done = 0.0
-    with console.progress("Profiling", max(1, round(total)), unit="GFLOP") as progress:
+    with console.progress("Profiling", max(1, round(total)), unit=unit) as progress:
 
         def advance(work: float) -> None:
             nonlocal done

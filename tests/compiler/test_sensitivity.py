@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from alloc_moe.compiler import sensitivity
+from alloc_moe.compiler import sensitivity, sensitivity_replay
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.errors import OutputError, ProfileError, UnsupportedModelError
 from alloc_moe.compiler.policies import LayerParameters
@@ -36,9 +36,9 @@ CALIBRATION = CalibrationSet(
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make 5 windows take 3 batches, and a window's logits several."""
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 4 * 24)
-    monkeypatch.setattr(sensitivity, "_LOGITS_PER_BATCH", 20 * 4 * 288)
-    monkeypatch.setattr(sensitivity, "_FEWEST_POSITIONS", 1)
+    monkeypatch.setattr(sensitivity_replay, "_TOKENS_PER_BATCH", 2 * 4 * 24)
+    monkeypatch.setattr(sensitivity_replay, "_LOGITS_PER_BATCH", 20 * 4 * 288)
+    monkeypatch.setattr(sensitivity_replay, "_FEWEST_POSITIONS", 1)
 
 
 def logits(moe: MoeModel, ks: list[int]) -> torch.Tensor:
@@ -131,7 +131,7 @@ class _StopError(Exception):
 
 
 def interrupt_after(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = sensitivity._Run.measure
+    measure = sensitivity.ReplayRun.measure
     left = [layers]
 
     def stop(self: Any, *args: Any) -> tuple[float, ...]:
@@ -140,7 +140,7 @@ def interrupt_after(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
         left[0] -= 1
         return measure(self, *args)
 
-    monkeypatch.setattr(sensitivity._Run, "measure", stop)
+    monkeypatch.setattr(sensitivity.ReplayRun, "measure", stop)
 
 
 @pytest.mark.parametrize("metric", ["kl", "ppl-suffix"])
@@ -170,7 +170,7 @@ def test_a_complete_profile_is_returned_without_a_run(
 ) -> None:
     moe, path = moe_model("mixtral"), tmp_path / "profile.json"
     first = measure_sensitivity(moe, CALIBRATION, metric="kl", path=path)
-    monkeypatch.setattr(sensitivity, "_Run", None)
+    monkeypatch.setattr(sensitivity, "ReplayRun", None)
     assert measure_sensitivity(moe, CALIBRATION, metric="kl", path=path) == first
 
 
@@ -232,7 +232,7 @@ def test_a_damaged_profile_is_refused(moe_model: Models, saved: Path) -> None:
 def test_an_impossible_path_is_reported_before_any_work(
     moe_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sensitivity, "_Run", None)
+    monkeypatch.setattr(sensitivity, "ReplayRun", None)
     with pytest.raises(OutputError, match=r"can't be saved as .*: No such file or directory"):
         measure_sensitivity(
             moe_model("mixtral"), CALIBRATION, metric="kl", path=tmp_path / "no" / "profile.json"

@@ -1,0 +1,152 @@
+"""``fisher``: what dropped experts cost the loss, to second order, for all layers in one pass.
+
+S[l, k] = 1/2 E[(g . d_k)^2], in nats per token. d_k is the change of the layer's routed output at
+k: minus the weighted outputs of the candidates that are dropped. g is the gradient, at that output,
+of the summed loss, with labels drawn from the model's own predictions: the mean of g g^T is then
+the Fisher information of the output, and S is close to the divergence that ``kl`` measures.
+
+The gradient of the loss with respect to a candidate's weight is g . f_e, f_e being its expert's
+output. So neither g nor any f_e is kept: one number per candidate gives every cost and every size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from alloc_moe.compiler.policies import rank_candidates
+from alloc_moe.compiler.records import MoeModel
+from alloc_moe.compiler.reference import library_experts, replaced_experts
+from alloc_moe.compiler.replay import DecoderStack
+from alloc_moe.compiler.sensitivity_keep import Keep
+from alloc_moe.compiler.sensitivity_sums import LayerSums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOGITS_PER_BATCH = 2**22  # 16 MB in float32
+
+
+class FisherRun:
+    """Adds up the costs and expert sizes of every MoE layer, some calibration windows at a time."""
+
+    def __init__(self, moe_model: MoeModel, keep: Keep, *, seed: int) -> None:
+        self._model = moe_model.model
+        self._layers = moe_model.layers
+        self._stack = DecoderStack(self._model, self._layers[0])
+        self._vocabulary = moe_model.config.get_text_config().vocab_size
+        self._keep = keep
+        self._seed = seed
+        # Per layer: weights, ids, and a tensor whose gradient is that of the weights.
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, ids: torch.Tensor, first: int, sums: Sequence[LayerSums]) -> float:
+        """Add what windows [windows, sequence] give to `sums`.
+
+        Args:
+            ids: Token ids.
+            first: Which window of the calibration set the first is: labels are drawn per window,
+                so that they don't depend on how many windows are run together.
+            sums: Of each layer.
+
+        Returns:
+            The next-token loss, summed.
+        """
+        calls = {
+            layer.experts_name: functools.partial(self._watch, index)
+            for index, layer in enumerate(self._layers)
+        }
+        with torch.enable_grad(), _frozen(self._model), replaced_experts(self._model, calls):
+            end = self._stack.run(ids, None, start=0, stop=len(self._stack))
+            loss, gradient = self._losses(ids, end.detach().flatten(0, 1), first)
+            end.backward(gradient.view_as(end))  # type: ignore[no-untyped-call]
+        for index, layer_sums in enumerate(sums):
+            self._add_layer(index, layer_sums)
+        self._seen.clear()
+        return loss
+
+    def _watch(
+        self,
+        index: int,
+        experts: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run a layer's experts so that the gradient of their weights is found afterwards."""
+        ranked, ranked_ids = rank_candidates(weights, ids)
+        probe = torch.zeros_like(ranked, requires_grad=True)
+        self._seen[index] = ranked.detach(), ranked_ids, probe
+        # Their activations, most of the model's, are computed again when the gradient gets here.
+        outputs: torch.Tensor = checkpoint(
+            library_experts,
+            experts,
+            hidden,
+            ranked_ids,
+            ranked + probe,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        return outputs
+
+    def _add_layer(self, index: int, sums: LayerSums) -> None:
+        weights, ids, probe = self._seen[index]
+        assert probe.grad is not None
+        sums.add_pairs(ids, probe.grad.double().square())
+        changes = weights.double() * probe.grad  # [tokens, candidates], of the loss
+        for k in range(1, weights.shape[1]):  # by definition nothing changes at K
+            dropped = ~self._keep(index, k, weights, ids)
+            sums.costs[k - 1] += (changes * dropped).sum(1).square().sum().cpu()
+        sums.whole += 2 * len(weights)
+
+    def _losses(
+        self, ids: torch.Tensor, end: torch.Tensor, first: int
+    ) -> tuple[float, torch.Tensor]:
+        """Return the next-token loss, and the gradient at `end` of that of labels drawn here."""
+        targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # the last predicts nothing
+        random = [
+            np.random.default_rng([self._seed, first + window]).random(ids.shape[1])
+            for window in range(len(ids))
+        ]
+        uniform = torch.from_numpy(np.concatenate(random)).to(end.device)
+        loss, gradients = 0.0, []
+        size = max(1, _LOGITS_PER_BATCH // self._vocabulary)
+        for start in range(0, len(end), size):
+            part = slice(start, start + size)
+            hidden = end[part].clone().requires_grad_()
+            logits = self._stack.head(hidden)
+            labels = _draw(logits.detach(), uniform[part])
+            F.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            assert hidden.grad is not None
+            gradients.append(hidden.grad)
+            found = F.cross_entropy(logits.detach(), targets[part], reduction="none")
+            loss += found.double().sum().item()
+        return loss, torch.cat(gradients)
+
+
+def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Return one token of each distribution, given a number in [0, 1) for each."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    last = torch.full_like(uniform, logits.shape[1] - 1, dtype=torch.long)
+    found = torch.searchsorted(cumulative, uniform[:, None], right=True)[:, 0]
+    return torch.minimum(found, last)
+
+
+@contextlib.contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Compute no gradients of parameters while the block lasts."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,74 @@
+"""``output``: how much dropped experts change their layer's output, for all layers in one pass.
+
+S[l, k] = E||d_k||^2 / E||y_K||^2, d_k being the change at k of the layer's routed output y.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from alloc_moe.compiler.policies import rank_candidates
+from alloc_moe.compiler.records import MoeModel
+from alloc_moe.compiler.reference import replaced_experts, run_pairs
+from alloc_moe.compiler.replay import DecoderStack
+from alloc_moe.compiler.sensitivity_keep import Keep
+from alloc_moe.compiler.sensitivity_sums import LayerSums
+
+_LOGITS_PER_BATCH = 2**22  # 16 MB in float32
+
+
+class OutputRun:
+    """Adds up the costs and expert sizes of every MoE layer, some calibration windows at a time."""
+
+    def __init__(self, moe_model: MoeModel, keep: Keep) -> None:
+        self._model = moe_model.model
+        self._layers = moe_model.layers
+        self._stack = DecoderStack(self._model, self._layers[0])
+        self._vocabulary = moe_model.config.get_text_config().vocab_size
+        self._keep = keep
+
+    def add(self, ids: torch.Tensor, sums: Sequence[LayerSums]) -> float:
+        """Add windows [windows, sequence] to `sums`; return the next-token loss, summed."""
+        calls = {
+            layer.experts_name: functools.partial(self._add_layer, index, sums[index])
+            for index, layer in enumerate(self._layers)
+        }
+        with torch.no_grad(), replaced_experts(self._model, calls):
+            end = self._stack.run(ids, None, start=0, stop=len(self._stack)).flatten(0, 1)
+            targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+            size = max(1, _LOGITS_PER_BATCH // self._vocabulary)
+            loss = 0.0
+            for start in range(0, len(end), size):
+                logits = self._stack.head(end[start : start + size])
+                part = F.cross_entropy(logits, targets[start : start + size], reduction="none")
+                loss += part.double().sum().item()
+        return loss
+
+    def _add_layer(
+        self,
+        index: int,
+        sums: LayerSums,
+        experts: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        ranked, ranked_ids = rank_candidates(weights, ids)
+        tokens, candidates = ranked.shape
+        inputs = hidden.repeat_interleave(candidates, 0)
+        pairs = run_pairs(experts, inputs, ranked_ids.flatten(), torch.ones_like(ranked).flatten())
+        outputs = pairs.view(tokens, candidates, -1).double()
+        sums.add_pairs(ranked_ids, outputs.square().sum(-1))
+        weighted = outputs * ranked[..., None].double()
+        # [tokens, candidates, candidates]: the square of any sum of outputs is a sum of these.
+        products = weighted @ weighted.transpose(1, 2)
+        sums.whole += products.sum().cpu()
+        for k in range(1, candidates):  # by definition nothing changes at K
+            dropped = (~self._keep(index, k, ranked, ranked_ids)).double()
+            squares = torch.einsum("tj,tjk,tk->", dropped, products, dropped)
+            sums.costs[k - 1] += squares.cpu()
+        return weighted.sum(1).to(hidden.dtype)
