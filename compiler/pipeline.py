@@ -22,6 +22,7 @@ from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.policies import layer_parameters
 from alloc_moe.compiler.records import CompileOptions, DType, MoeModel
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
@@ -65,7 +66,12 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     if options.allocation == "sensitivity" and budget.activations < budget.original:
         profile_path = options.profile or output.profile_path
         profile = measure_sensitivity(
-            moe, calibration, metric=options.sensitivity, path=profile_path, console=console
+            moe,
+            calibration,
+            metric=options.sensitivity,
+            redistribution=options.redistribution,
+            path=profile_path,
+            console=console,
         )
     plan = make_plan(
         moe.layers,
@@ -143,7 +149,16 @@ def _check_inputs(graph: ir.Model, moe: MoeModel) -> None:
 def specialize(graph: ir.Model, plan: AllocationPlan, *, device: str) -> ir.Model:
     """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared."""
     model = graph.clone()
-    allocation = Allocation([layer.k for layer in plan.layers], plan.redistribution, plan.weights)
+    parameters = layer_parameters(plan)
+    allocation = Allocation(
+        [given.k for given in parameters],
+        plan.redistribution,
+        plan.weights,
+        thresholds=[given.threshold for given in parameters],
+        sizes=[layer.sizes for layer in plan.layers],
+        cap=plan.cap,
+        dial=plan.redistribution == "price" and plan.cap is None,
+    )
     specialize_passes(allocation, pairs=device == "cuda")(model)
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
     return model

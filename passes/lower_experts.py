@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import OnnxFunction
 
 from alloc_moe.passes import routing
-from alloc_moe.passes.base import DOMAIN, add_function, routed_experts
-from alloc_moe.passes.policies import POLICIES, TOP_K
+from alloc_moe.passes.base import DOMAIN, add_function, add_initializer, routed_experts
+from alloc_moe.passes.policies import POLICIES, SCORES, TOP_K
+from alloc_moe.passes.policies.scored import cap_call, keep_scored
 
 MICROSOFT = "com.microsoft"
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 DROPPED = -1e4
+PRICE_INPUT = "alloc_moe.price"
 
 _Attribute = int | float | str | list[int]
 
@@ -24,12 +28,19 @@ _Attribute = int | float | str | list[int]
 class Allocation:
     """What the lowering needs of a plan.
 
-    ``experts_per_token[l]`` is the k of layer l, ``redistribution`` a name in `POLICIES`.
+    ``experts_per_token[l]`` is the k of layer l, ``redistribution`` a name in `POLICIES` or
+    `SCORES`. For the latter, scores of ``thresholds[l]`` or more are kept, and ``cap`` limits calls
+    to that multiple of k. ``sizes[l]`` are those of the experts, for ``price``, whose threshold is
+    the same in all layers; with ``dial`` it is an input of the graph that may be left out.
     """
 
-    experts_per_token: Sequence[int]
+    experts_per_token: Sequence[float]
     redistribution: str
     weights: str = "keep"
+    thresholds: Sequence[float] = ()
+    sizes: Sequence[Sequence[float] | None] = ()
+    cap: float | None = None
+    dial: bool = False
 
 
 class LowerExpertsPass(ir.passes.InPlacePass):
@@ -59,25 +70,60 @@ class LowerExpertsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def _lower_node(self, builder: _Builder, node: ir.Node, real: ir.Value) -> None:
-        layer = node.attributes["layer"].as_int()
-        _, expert_ids, expert_weights = node.inputs[:3]
-        assert expert_ids is not None
-        assert expert_ids.shape is not None
-        trained = int(expert_ids.shape[1])  # type: ignore[arg-type]
-        k = self._allocation.experts_per_token[layer]
+        scored = self._allocation.redistribution in SCORES and _trained(node) > 1
+        choose = self._choose_by_score if scored else self._choose_k
+        chosen = choose(builder, node, real)
+        if self._allocation.weights == "renorm" and chosen.dropped:
+            (weights,) = builder.call(
+                routing.renormalize, [node.inputs[2], chosen.weights, chosen.keep]
+            )
+            chosen = dataclasses.replace(chosen, weights=weights)
+        output = self._lower(builder, node, chosen)
+        ir.convenience.replace_all_uses_with(node.outputs[0], output)
+        builder.model.graph.remove(node, safe=True)
+
+    def _choose_k(self, builder: _Builder, node: ir.Node, real: ir.Value) -> _Routing:
+        """Keep k candidates of each token, or as many in the mean."""
+        layer, trained = _layer(node), _trained(node)
+        k = int(self._allocation.experts_per_token[layer])
         # With k = 1 or k = K there is nothing to compete for.
         pooled = self._allocation.redistribution != "none" and 1 < k < trained
         policy = POLICIES[self._allocation.redistribution] if pooled else TOP_K
         candidates = trained if pooled else k
-        ranked, ids = builder.call(
-            routing.rank_candidates, [expert_weights, expert_ids], candidates=candidates
-        )
+        ranked, ids = _rank(builder, node, candidates)
         (keep,) = builder.call(policy.function, [ranked, ids, real], k=k, **policy.attributes)
-        if self._allocation.weights == "renorm" and k < trained:
-            (ranked,) = builder.call(routing.renormalize, [expert_weights, ranked, keep])
-        output = self._lower(builder, node, _Routing(ranked, ids, keep, candidates, layer))
-        ir.convenience.replace_all_uses_with(node.outputs[0], output)
-        builder.model.graph.remove(node, safe=True)
+        return _Routing(ranked, ids, keep, candidates, layer, dropped=k < trained)
+
+    def _choose_by_score(self, builder: _Builder, node: ir.Node, real: ir.Value) -> _Routing:
+        """Keep the candidates whose score reaches the threshold, if the cap has room."""
+        allocation, layer, trained = self._allocation, _layer(node), _trained(node)
+        ranked, ids = _rank(builder, node, trained)
+        sizes = allocation.sizes[layer] if layer < len(allocation.sizes) else None
+        (scores,) = builder.call(
+            SCORES[allocation.redistribution],
+            [ranked, ids, None if sizes is None else builder.constant(f"sizes.{layer}", sizes)],
+        )
+        (keep,) = builder.call(keep_scored, [scores, real, self._threshold(builder, layer)])
+        quota = trained - 1.0
+        if allocation.cap is not None:
+            quota = min(trained, allocation.cap * allocation.experts_per_token[layer]) - 1
+        if quota < trained - 1:
+            # In double precision, as the reference computes it.
+            limit = builder.constant(f"quota.{layer}", quota, np.float64)
+            (keep,) = builder.call(cap_call, [scores, keep, real, limit])
+        return _Routing(ranked, ids, keep, trained, layer, dropped=True)
+
+    def _threshold(self, builder: _Builder, layer: int) -> ir.Value:
+        threshold = self._allocation.thresholds[layer]
+        if self._allocation.redistribution != "price":
+            return builder.constant(f"threshold.{layer}", threshold)
+        if PRICE_INPUT in builder.model.graph.initializers:
+            return builder.model.graph.initializers[PRICE_INPUT]
+        price = builder.constant(PRICE_INPUT.partition(".")[2], threshold)
+        if self._allocation.dial:
+            # An initializer that is an input too: a value to be left out or overridden.
+            builder.model.graph.inputs.append(price)
+        return price
 
     def ensures(self, model: ir.Model) -> None:
         left = [node.name for node in routed_experts(model)]
@@ -87,13 +133,17 @@ class LowerExpertsPass(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Routing:
-    """A layer's ranked candidates [T, candidates] and which of them are kept."""
+    """A layer's ranked candidates [T, candidates] and which of them are kept.
+
+    ``dropped`` is whether some of the router's may be left out.
+    """
 
     weights: ir.Value
     ids: ir.Value
     keep: ir.Value
     candidates: int
     layer: int
+    dropped: bool
 
 
 class _Builder:
@@ -106,6 +156,14 @@ class _Builder:
     def at(self, before: ir.Node) -> None:
         self._before = before
         self._prefix = before.name or "routed_experts"
+
+    def constant(
+        self, name: str, value: float | Sequence[float], dtype: type[np.floating] = np.float32
+    ) -> ir.Value:
+        """Add an initializer."""
+        return add_initializer(
+            self.model, ir.tensor(np.asarray(value, dtype), name=f"{DOMAIN}.{name}")
+        )
 
     def call(
         self,
@@ -143,6 +201,23 @@ def _real_tokens(builder: _Builder) -> ir.Value:
     else:
         (real,) = builder.call(routing.real_tokens, [mask, ids])
     return real
+
+
+def _layer(node: ir.Node) -> int:
+    return node.attributes["layer"].as_int()
+
+
+def _trained(node: ir.Node) -> int:
+    """The number of candidates that the router gives a token."""
+    ids = node.inputs[1]
+    assert ids is not None
+    assert ids.shape is not None
+    return int(ids.shape[1])  # type: ignore[arg-type]
+
+
+def _rank(builder: _Builder, node: ir.Node, candidates: int) -> Sequence[ir.Value]:
+    _, ids, weights = node.inputs[:3]
+    return builder.call(routing.rank_candidates, [weights, ids], candidates=candidates)
 
 
 def _lower_mask(builder: _Builder, node: ir.Node, routing_: _Routing) -> ir.Value:

@@ -340,7 +340,8 @@ def test_experts_that_are_left_are_reported() -> None:
         LowerExpertsPass(Allocation([2], "batch"), pairs=False).ensures(layer(random_experts()))
 
 
-def test_passes_and_runtime_agree_on_the_counted_value() -> None:
+def test_passes_and_runtime_agree_on_the_counted_value_and_the_price() -> None:
     # passes may not import runtime, so each has its own copy.
+    assert lower_experts.PRICE_INPUT == artifact.PRICE_INPUT
     assert lower_experts.ROUTER_PROBS == artifact.ROUTER_PROBS
     assert lower_experts.DROPPED == artifact.DROPPED
