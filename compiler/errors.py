@@ -23,6 +23,10 @@ class BudgetError(AllocMoeError):
     """The activation budget can't be met by any plan."""
 
 
+class CostError(AllocMoeError):
+    """What experts cost can't be told or measured as asked for."""
+
+
 class VerificationError(AllocMoeError):
     """The compiled graph doesn't compute what PyTorch computes with the same plan."""
 
@@ -40,6 +44,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "CheckpointError",
+    "CostError",
     "OutputError",
     "ProfileError",
     "SweepError",

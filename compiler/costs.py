@@ -1,0 +1,175 @@
+"""What k experts use up in each layer: activations, bytes of weights, or milliseconds.
+
+The prices of the allocation: an activation budget weighs the experts of all layers alike, but where
+layers differ in shape, or where a batch's tokens share experts, neither their bytes nor their time
+are proportional to k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from alloc_moe.compiler.errors import CostError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from alloc_moe.compiler.records import MoeLayer
+    from alloc_moe.runtime.command import Console
+
+CostKind = Literal["activations", "bytes", "latency"]
+
+_UNITS: dict[CostKind, str] = {
+    "activations": "activations per token",
+    "bytes": "bytes",
+    "latency": "ms",
+}
+# Quantised types go here with their scales: int4 in blocks of 32 with a float32 scale is 4 + 1.
+_BITS_PER_WEIGHT = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Size of the routed experts of one MoE layer, and how many a token activates as trained."""
+
+    experts: int
+    experts_per_token: int
+    hidden: int
+    intermediate: int
+    biased: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Weights of one expert: gate, up and down projections."""
+        biases = 2 * self.intermediate + self.hidden if self.biased else 0
+        return 3 * self.hidden * self.intermediate + biases
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What the routed experts of a decode step of ``batch`` tokens use up.
+
+    ``prices[l][k - 1]``, in ``unit``, is what k experts per token use up in MoE layer l; it need
+    not rise with k where it was measured.
+    """
+
+    kind: CostKind
+    unit: str
+    batch: int
+    dtype: str
+    prices: tuple[tuple[float, ...], ...]
+
+    @property
+    def original(self) -> Fraction:
+        """What the model as trained uses up: the sum of every layer's last price."""
+        return self.total([len(row) for row in self.prices])
+
+    @property
+    def cheapest(self) -> Fraction:
+        """What no plan is below."""
+        return sum((Fraction(min(row)) for row in self.prices), Fraction(0))
+
+    def total(self, allocation: Sequence[int]) -> Fraction:
+        """Return the exact sum of the prices of a plan."""
+        pairs = zip(self.prices, allocation, strict=True)
+        return sum((Fraction(row[k - 1]) for row, k in pairs), Fraction(0))
+
+    def to_plan(self, allocation: Sequence[int], limit: Fraction) -> dict[str, Any]:
+        """Return what the plan says of its cost."""
+        return {
+            "kind": self.kind,
+            "unit": self.unit,
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "limit": float(limit),
+            "planned": float(self.total(allocation)),
+            "original": float(self.original),
+        }
+
+
+def expert_shapes(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> tuple[ExpertShape, ...]:
+    """Return the shape of each layer's experts; a model without weights will do."""
+    shapes = []
+    for layer in layers:
+        module: Any = model.get_submodule(layer.experts_name)
+        _, rows, columns = module.down_proj.shape  # [experts, hidden, intermediate]
+        hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
+        shapes.append(
+            ExpertShape(
+                layer.num_experts,
+                layer.experts_per_token,
+                hidden,
+                intermediate,
+                bool(module.has_bias),
+            )
+        )
+    return tuple(shapes)
+
+
+def measure_costs(
+    kind: CostKind,
+    shapes: Sequence[ExpertShape],
+    *,
+    dtype: str,
+    batch: int = 1,
+    path: Path | None = None,
+    console: Console | None = None,
+) -> CostTable:
+    """Return the price of every k in every layer.
+
+    Args:
+        kind: ``activations``, where k experts cost k; ``bytes`` of expert weights that a decode
+            step reads; or ``latency``, milliseconds of the layer's MoE operator measured here.
+        shapes: Of each MoE layer.
+        dtype: Type of the artifact's weights.
+        batch: Tokens in a decode step. With more than one, tokens share experts: see
+            `distinct_experts`. What one token activates doesn't depend on it.
+        path: Where measured latencies are kept and looked up; None measures anew.
+        console: Where progress is told.
+
+    Raises:
+        CostError: The kind can't be told for this type of weights.
+    """
+    price: Callable[[ExpertShape], tuple[float, ...]]
+    if kind == "latency":
+        from alloc_moe.compiler.latency import measure_latencies
+
+        latencies = measure_latencies(shapes, dtype=dtype, batch=batch, path=path, console=console)
+        price = latencies.__getitem__
+    elif kind == "bytes":
+
+        def price(shape: ExpertShape) -> tuple[float, ...]:
+            return _bytes_read(shape, dtype=dtype, batch=batch)
+
+    else:
+
+        def price(shape: ExpertShape) -> tuple[float, ...]:
+            return tuple(float(k) for k in range(1, shape.experts_per_token + 1))
+
+    prices = tuple(price(shape) for shape in shapes)
+    return CostTable(kind, _UNITS[kind], batch, dtype, prices)
+
+
+def distinct_experts(experts: int, k: int, batch: int) -> Fraction:
+    """Return how many of a layer's experts run for `batch` tokens of k each, in expectation.
+
+    Under uniform routing: each token picks k of E, all equally likely and independently of the
+    other tokens, so an expert is left out by all with probability (1 - k/E)^batch. Real routing is
+    less even and runs fewer. One token runs exactly k.
+    """
+    return experts * (1 - (1 - Fraction(k, experts)) ** batch)
+
+
+def _bytes_read(shape: ExpertShape, *, dtype: str, batch: int) -> tuple[float, ...]:
+    if dtype not in _BITS_PER_WEIGHT:
+        raise CostError(
+            f"The bytes of {dtype} weights aren't known: only those of "
+            f"{', '.join(_BITS_PER_WEIGHT)} are. Use --cost activations."
+        )
+    nbytes = Fraction(_BITS_PER_WEIGHT[dtype]) * shape.parameters / 8
+    ks = range(1, shape.experts_per_token + 1)
+    return tuple(float(distinct_experts(shape.experts, k, batch) * nbytes) for k in ks)
