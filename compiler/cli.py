@@ -12,8 +12,9 @@ from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.pipeline import Compiled
+    from alloc_moe.compiler.records import Metric, Redistribution
 
-_METRICS = click.Choice(["kl", "ppl-suffix"])
+_METRICS = click.Choice(["kl", "ppl-suffix", "fisher", "output"])
 
 
 def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,8 +41,18 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=_METRICS,
             default="kl",
             show_default=True,
-            help="What fewer experts in a layer cost: divergence from the full model, or the "
-            "paper's suffix perplexity.",
+            help="What fewer experts in a layer cost: divergence from the full model (kl), or its "
+            "estimate from one pass with gradients (fisher); the paper's suffix perplexity; the "
+            "change of the layer's output.",
+        ),
+        click.option(
+            "--redistribute",
+            "redistribution",
+            type=click.Choice(["batch", "sequence", "none"]),
+            default="batch",
+            show_default=True,
+            help="Tokens that share a layer's activations: all of a call, those of a sequence, or "
+            "none. Sensitivities are measured that way, too.",
         ),
         click.option(
             "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."
@@ -81,14 +92,6 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     default="sensitivity",
     show_default=True,
     help="Experts per layer: optimal for the profile, or the same everywhere (no profile needed).",
-)
-@click.option(
-    "--redistribute",
-    "redistribution",
-    type=click.Choice(["batch", "sequence", "none"]),
-    default="batch",
-    show_default=True,
-    help="Tokens that share a layer's activations: all of a call, those of a sequence, or none.",
 )
 @click.option(
     "--weights",
@@ -148,7 +151,8 @@ def profile_command(
     calibration: str | None,
     tokens: int,
     seed: int,
-    sensitivity: str,
+    sensitivity: Metric,
+    redistribution: Redistribution,
     trust_remote_code: bool,
 ) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
@@ -158,7 +162,14 @@ def profile_command(
 
     moe = load(model, console, trust_remote_code=trust_remote_code)
     text = calibrate(moe, calibration, console, tokens=tokens, seed=seed)
-    profile = measure_sensitivity(moe, text, metric=sensitivity, path=output, console=console)  # type: ignore[arg-type]
+    profile = measure_sensitivity(
+        moe,
+        text,
+        metric=sensitivity,
+        redistribution=redistribution,
+        path=output,
+        console=console,
+    )
     console.result(
         f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on {profile.tokens} "
         f"tokens, {profile.seconds:.1f} s",

@@ -20,7 +20,12 @@ def main(model: str, folder: str, *, tokens: int = 8192) -> None:
     target = Path(folder)
     target.mkdir(exist_ok=True)
     profile = measure_sensitivity(
-        moe, text, metric="kl", path=target / "profile.json", console=console
+        moe,
+        text,
+        metric="kl",
+        redistribution="batch",
+        path=target / "profile.json",
+        console=console,
     )
     graph = pipeline.export(moe, dtype="float32")
     for requested in ("0.375", "0.5", "0.75"):

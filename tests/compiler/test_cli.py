@@ -201,6 +201,18 @@ def test_a_profile_made_before_is_taken(model: str, tmp_path: Path) -> None:
     assert again.stdout.startswith(f"Wrote {tmp_path / 'p.json'}: kl of 3 MoE layers on 256 tokens")
 
 
+def test_a_profile_of_another_redistribution_is_refused(model: str, tmp_path: Path) -> None:
+    options = [model, "-o", str(tmp_path / "p.json"), "--tokens", "256", "--sensitivity", "fisher"]
+    assert CliRunner().invoke(profile_command, [*options, "--redistribute", "none"]).exit_code == 0
+    outcome = compiled(
+        model, tmp_path / "out.onnx", "--profile", tmp_path / "p.json", "--sensitivity", "fisher"
+    )
+    assert outcome.exit_code == 1
+    assert "the redistribution (there none, now sequence) changed" in " ".join(
+        outcome.stderr.split()
+    )
+
+
 @pytest.mark.parametrize("command", [compile_command, profile_command, eval_command])
 def test_help_has_an_example(command: Any) -> None:
     assert "\n  Example" in CliRunner().invoke(command, ["--help"]).stdout

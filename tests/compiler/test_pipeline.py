@@ -45,13 +45,13 @@ from alloc_moe.runtime.command import Console
 moment, graph, model, output = sys.argv[1:]
 torch.set_num_threads(1)
 pipeline.export = lambda moe, **_: ir.load(graph)
-measure, save = sensitivity._Run.measure, package.save_graph
+measure, save = sensitivity.ReplayRun.measure, package.save_graph
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "profiling":
-    sensitivity._Run.measure = lambda self, layer, advance: (
+    sensitivity.ReplayRun.measure = lambda self, layer, advance: (
         die() if layer == 1 else measure(self, layer, advance)
     )
 else:
@@ -82,13 +82,13 @@ def compile_to(
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers whose sensitivity is measured during the test."""
     layers: list[int] = []
-    measure = sensitivity._Run.measure
+    measure = sensitivity.ReplayRun.measure
 
-    def record(self: sensitivity._Run, layer: int, advance: Callable[[float], None]) -> object:
+    def record(self: sensitivity.ReplayRun, layer: int, advance: Callable[[float], None]) -> object:
         layers.append(layer)
         return measure(self, layer, advance)
 
-    monkeypatch.setattr(sensitivity._Run, "measure", record)
+    monkeypatch.setattr(sensitivity.ReplayRun, "measure", record)
     return layers
 
 

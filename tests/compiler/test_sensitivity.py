@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -165,6 +166,57 @@ def test_a_resumed_profile_is_identical(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("metric", ["output", "fisher"])
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_resumed_profile_of_one_pass_is_identical(
+    moe_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, batches: int
+) -> None:
+    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+    monkeypatch.setattr(sensitivity, "_SECONDS_PER_SAVE", 0)
+    moe = moe_model("olmoe")
+    whole = measure_sensitivity(moe, CALIBRATION, metric=metric)
+    path = tmp_path / "profile.json"
+    counted: list[int] = []
+    make = sensitivity._one_pass
+
+    def counting(most: int, *args: Any) -> Callable[..., float]:
+        add = make(*args)
+
+        def count(ids: torch.Tensor, first: int, sums: Any) -> float:
+            if len(counted) == most:
+                raise _StopError
+            counted.append(first)
+            return add(ids, first, sums)
+
+        return count
+
+    monkeypatch.setattr(sensitivity, "_one_pass", functools.partial(counting, batches))
+    with pytest.raises(_StopError):
+        measure_sensitivity(moe, CALIBRATION, metric=metric, path=path)
+    partial = SensitivityProfile.from_json(path.read_text(), path=path)
+    assert (partial.partial.windows if partial.partial else 0) == 2 * batches
+    assert not partial.complete
+    monkeypatch.setattr(sensitivity, "_one_pass", functools.partial(counting, 3))
+    resumed = measure_sensitivity(moe, CALIBRATION, metric=metric, path=path)
+    assert counted == [0, 2, 4]
+    assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(whole, seconds=0)
+    assert SensitivityProfile.from_json(path.read_text(), path=path) == resumed
+    assert resumed.partial is None
+
+
+def test_profiles_of_earlier_versions_are_read(moe_model: Models, saved: Path) -> None:
+    data = json.loads(saved.read_text())
+    for name in ("redistribution", "expert_sizes", "partial"):
+        del data[name]
+    before = SensitivityProfile.from_json(saved.read_text(), path=saved)
+    saved.write_text(json.dumps(data))
+    assert measure_sensitivity(moe_model("mixtral"), CALIBRATION, metric="kl", path=saved) == before
+    with pytest.raises(ProfileError, match=r"the redistribution \(there none, now sequence\)"):
+        measure_sensitivity(
+            moe_model("mixtral"), CALIBRATION, metric="kl", redistribution="batch", path=saved
+        )
+
+
 def test_a_complete_profile_is_returned_without_a_run(
     moe_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +291,7 @@ def test_an_impossible_path_is_reported_before_any_work(
         )
 
 
-@pytest.mark.parametrize("metric", ["kl", "ppl-suffix"])
+@pytest.mark.parametrize("metric", ["kl", "ppl-suffix", "output", "fisher"])
 def test_progress_ends_at_its_total(
     moe_model: Models, metric: Metric, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,14 +299,15 @@ def test_progress_ends_at_its_total(
     assert capsys.readouterr().err.startswith("Profiling: ")
 
 
+@pytest.mark.parametrize("metric", ["kl", "ppl-suffix", "output", "fisher"])
 def test_broken_weights_are_reported(
-    moe_model: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    moe_model: Models, monkeypatch: pytest.MonkeyPatch, metric: Metric
 ) -> None:
     moe = moe_model("mixtral")
     weight = moe.model.get_output_embeddings().weight
     monkeypatch.setattr(weight, "data", torch.full_like(weight.data, math.nan))
     with pytest.raises(UnsupportedModelError, match="loss on the calibration text is nan"):
-        measure_sensitivity(moe, CALIBRATION, metric="kl")
+        measure_sensitivity(moe, CALIBRATION, metric=metric)
 
 
 def test_layers_that_depend_on_more_than_their_input_are_reported(
