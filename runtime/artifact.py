@@ -25,7 +25,7 @@ ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 """Name of the value [rows, experts] before a layer's MoE op: log weights, DROPPED if not run."""
 DROPPED = -1e4
 """What stands in the router probabilities for an expert that is not executed."""
-_OPTIONAL = ("price", "dial", "cap", "correction")
+_OPTIONAL = ("price", "dial", "cap", "correction", "cost")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class AllocationPlan:
     least score kept in all layers, for the redistribution of that name; ``dial`` lists other prices
     by falling activations. ``cap`` limits every call to that multiple of each layer's k.
     ``correction`` says how the experts' weights were changed to make up for dropped experts.
+    ``cost``, where the budget was one of bytes or milliseconds, holds ``limit``, ``planned`` and
+    ``original`` in its ``unit``, for a decode step of ``batch`` tokens.
     """
 
     source: str
@@ -82,6 +84,7 @@ class AllocationPlan:
     dial: tuple[DialPoint, ...] = ()
     cap: float | None = None
     correction: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verify: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -117,6 +120,7 @@ class AllocationPlan:
                 dial=tuple(_pick(DialPoint, point) for point in data.get("dial", ())),
                 cap=data.get("cap"),
                 correction=data.get("correction", {}),
+                cost=data.get("cost", {}),
                 sensitivity=data.get("sensitivity", {}),
                 verify=data.get("verify", {}),
                 versions=data.get("versions", {}),

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alloc_moe.compiler.allocate import (
+    allocate,
     make_plan,
     parse_budget,
     uniform_allocation,
 )
+from alloc_moe.compiler.costs import CostTable
 from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.records import MoeLayer, SensitivityProfile
-from alloc_moe.runtime.artifact import AllocationPlan
+from alloc_moe.runtime.artifact import AllocationPlan, Budget
 
 
 @pytest.mark.parametrize(
@@ -177,3 +181,93 @@ def test_a_profile_of_other_layers_is_rejected() -> None:
 def test_a_profile_survives_its_file() -> None:
     text = PROFILE.to_json()
     assert SensitivityProfile.from_json(text, path=Path("profile.json")) == PROFILE
+
+
+# Experts of layer 1 use up ten times what those of layer 2 do.
+TABLE = CostTable("bytes", "bytes", 1, "float16", ((100.0, 200.0, 300.0), (10.0, 20.0, 30.0)))
+
+
+def priced_plan(profile: SensitivityProfile | None, requested: str) -> AllocationPlan:
+    return make_plan(
+        LAYERS,
+        parse_budget(requested, [3, 3], kind="bytes"),
+        source="model",
+        profile=profile,
+        redistribution="batch",
+        weights="keep",
+        costs=TABLE,
+    )
+
+
+def test_a_plan_under_a_cost_says_what_it_uses_of_it() -> None:
+    made = priced_plan(PROFILE, "0.5")
+    assert [layer.k for layer in made.layers] == [1, 3]
+    assert made.budget == Budget(0.5, 4, 6)
+    assert made.cost == {
+        "kind": "bytes",
+        "unit": "bytes",
+        "batch": 1,
+        "dtype": "float16",
+        "limit": 165.0,
+        "planned": 130.0,
+        "original": 330.0,
+    }
+    assert AllocationPlan.from_json(made.to_json()) == made
+
+
+def test_a_plan_of_activations_has_no_cost_in_its_file() -> None:
+    assert '"cost"' not in plan(PROFILE, "4").to_json()
+
+
+def test_expensive_layers_get_fewer_experts_than_activations_would_give() -> None:
+    gains_by_cost = dataclasses.replace(PROFILE, costs=((0.9, 0.2, 0.0), (0.8, 0.3, 0.1)))
+    assert [layer.k for layer in plan(gains_by_cost, "4").layers] == [2, 2]
+    assert [layer.k for layer in priced_plan(gains_by_cost, "0.4").layers] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("requested", "expected"), [("1.0", [3, 3]), ("0.7", [2, 3]), ("0.4", [1, 2])]
+)
+def test_a_uniform_plan_under_a_cost_uses_what_fits(requested: str, expected: list[int]) -> None:
+    budget = parse_budget(requested, [3, 3], kind="bytes")
+    found = allocate(None, LAYERS, budget, TABLE)
+    assert found == expected
+    assert TABLE.total(found) <= Fraction(requested) * TABLE.original
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(0.001, 10), min_size=3, max_size=3).map(tuple), min_size=2, max_size=2
+    ).map(tuple),
+    st.floats(0.01, 1.0),
+)
+def test_no_plan_exceeds_its_cost(prices: tuple[tuple[float, ...], ...], share: float) -> None:
+    table = CostTable("latency", "ms", 1, "float32", prices)
+    budget = parse_budget(share, [3, 3], kind="latency")
+    limit = Fraction(Decimal(repr(share))) * sum(Fraction(row[-1]) for row in prices)
+    for profile in (None, PROFILE):
+        if table.cheapest > limit:
+            with pytest.raises(BudgetError, match="one expert in each MoE layer takes"):
+                allocate(profile, LAYERS, budget, table)
+        else:
+            assert table.total(allocate(profile, LAYERS, budget, table)) <= limit
+
+
+def test_a_cost_no_plan_keeps_is_rejected() -> None:
+    message = r"budget 0\.3 is 99 of 330 bytes, .* takes 110\. Give a fraction from 0\.334 to 1\.0"
+    with pytest.raises(BudgetError, match=message):
+        priced_plan(PROFILE, "0.3")
+    assert [layer.k for layer in priced_plan(PROFILE, "0.334").layers] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        ("4", r"budget 4 is a number of activations, which --cost latency can't count"),
+        ("1.5", r"budget 1\.5 is no fraction in \(0, 1\]. .* of the original model's latency"),
+        ("half", "budget 'half' is no positive number"),
+    ],
+)
+def test_a_cost_is_budgeted_by_a_fraction(requested: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        parse_budget(requested, [3, 3], kind="latency")
