@@ -1,0 +1,86 @@
+"""The benchmarks that need no trained model run on a small random one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def metrics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("metrics", BENCHMARKS / "metrics.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "metrics", module)  # its dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(
+    metrics: ModuleType, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> Callable[..., Result]:
+    text = tmp_path / "text.txt"
+    text.write_bytes(np.random.default_rng(0).integers(97, 122, 5000, dtype=np.uint8).tobytes())
+
+    def invoke(*options: str) -> Result:
+        sizes = [
+            "--tokens",
+            "256",
+            "--text-tokens",
+            "256",
+            "--plans",
+            "12",
+            "--budgets",
+            "0.5,0.75",
+        ]
+        path = ["-o", str(tmp_path / "metrics.json"), "--text", str(text)]
+        return CliRunner().invoke(metrics.main, [str(checkpoint("olmoe")), *path, *sizes, *options])
+
+    return invoke
+
+
+@pytest.mark.parametrize("redistribution", ["none", "sequence"])
+def test_metrics_ranks_random_plans(
+    run: Callable[..., Result], tmp_path: Path, redistribution: str
+) -> None:
+    outcome = run("--redistribute", redistribution)
+    assert outcome.exit_code == 0, outcome.output
+    rows = [line for line in outcome.stdout.splitlines() if line.startswith("|")]
+    names = [row.split(" | ")[0].strip("| ") for row in rows]
+    table = ["kl", "ppl-suffix", "output", "fisher"]
+    assert names[2:7] == [*table, "activations alone"]
+    assert names[9:] == [*table, "uniform k", "best random plan"]
+    losses = json.loads((tmp_path / "metrics.json").read_text())["losses"]
+    assert "4 4 4" in losses
+    assert len(losses) > 8
+    again = run("--redistribute", redistribution)
+    assert again.stdout == outcome.stdout
+
+
+def test_metrics_refuses_results_of_other_settings(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.json").write_text('{"settings": {}, "losses": {}}')
+    outcome = run()
+    assert outcome.exit_code == 1
+    assert "has the results of other settings" in str(outcome.exception)
+
+
+def test_random_plans_spend_their_budget(metrics: ModuleType) -> None:
+    random = np.random.default_rng(0)
+    plans = [metrics.random_plan(random, [4, 8, 2], 9) for _ in range(50)]
+    assert {sum(plan) for plan in plans} == {9}
+    assert all(1 <= k <= most for plan in plans for k, most in zip(plan, [4, 8, 2], strict=True))
+    assert len({tuple(plan) for plan in plans}) > 5
