@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from alloc_moe.compiler.errors import ProfileError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from alloc_moe.compiler.checkpoint import CheckpointReader
@@ -20,6 +22,7 @@ Allocation = Literal["sensitivity", "uniform"]
 Metric = Literal["kl", "ppl-suffix", "output", "fisher"]
 Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
 Weights = Literal["keep", "renorm"]
+CorrectionMode = Literal["none", "gain", "affine"]
 DType = Literal["float32", "float16", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 
@@ -86,6 +89,18 @@ class PartialSums:
     windows: int
     loss: float
     layers: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """How the experts of one MoE layer are changed to make up for those that are dropped.
+
+    Expert e gives ``scale * f_e(x) + bias[e]`` instead of f_e(x): both fold into its ``down``
+    projection and that one's bias, so nothing is added to what runs.
+    """
+
+    scale: NDArray[np.float32]  # [hidden]
+    bias: NDArray[np.float32] | None  # [experts, hidden]
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,13 @@ from alloc_moe.compiler.policies import (
     adjust_weights,
     rank_candidates,
 )
-from alloc_moe.compiler.records import MoeLayer, Redistribution, Weights
+from alloc_moe.compiler.records import Correction, MoeLayer, Redistribution, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""``watch(layer, weights [T, K], ids [T, K])``, called with each layer's ranked candidates."""
 
 ExpertsCall = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """``call(experts, hidden [T, H], ids [T, K], weights [T, K]) -> [T, H]``, for an experts module."""
@@ -84,6 +87,8 @@ def allocated(
     *,
     redistribution: Redistribution,
     weights: Weights,
+    corrections: Sequence[Correction | None] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Activations]:
     """Let a model run under a plan while the block lasts.
 
@@ -96,6 +101,8 @@ def allocated(
         parameters: What the plan gives each, see `layer_parameters`.
         redistribution: How a layer's activations are shared out.
         weights: Whether the kept experts' weights are scaled up to the sum of all.
+        corrections: What the artifact's experts are changed by, per MoE layer; none by default.
+        watch: Called before each layer decides.
 
     Yields:
         The count of what is executed.
@@ -110,9 +117,11 @@ def allocated(
     call = _Call(activations)
     calls = {
         layer.experts_name: functools.partial(
-            _run_allocated, call, index, given, redistribution, weights
+            _run_allocated, call, index, given, redistribution, weights, correction, watch
         )
-        for index, (layer, given) in enumerate(zip(layers, parameters, strict=True))
+        for index, (layer, given, correction) in enumerate(
+            zip(layers, parameters, corrections or [None] * len(layers), strict=True)
+        )
     }
     order = list(inspect.signature(model.forward).parameters)
 
@@ -155,22 +164,60 @@ def _run_allocated(
     parameters: LayerParameters,
     redistribution: Redistribution,
     mode: Weights,
+    correction: Correction | None,
+    watch: Watch | None,
     experts: torch.nn.Module,
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
     ranked, ranked_ids = rank_candidates(weights, ids)
+    if watch is not None:
+        watch(index, ranked, ranked_ids)
     keep, margin = POLICIES[redistribution](ranked, ranked_ids, call.real, parameters)
-    rows, _ = keep.nonzero(as_tuple=True)  # token by token, best rank first
-    call.activations.executed[index] += len(rows)
+    call.activations.executed[index] += int(keep.sum())
     call.activations.margin = min(call.activations.margin, margin)
-    if len(rows) == keep.numel():
-        return library_experts(experts, hidden, ids, weights)
     adjusted = adjust_weights(mode, ranked, keep)
+    outputs = run_kept(experts, hidden, ranked_ids, adjusted, keep)
+    return outputs if correction is None else correct(correction, outputs, ranked_ids, adjusted)
+
+
+def run_kept(
+    experts: torch.nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    keep: torch.Tensor,
+) -> torch.Tensor:
+    """Return the outputs [T, H] of the kept candidates, run for `hidden` [T, H] as pairs.
+
+    ``ids``, ``weights`` and ``keep`` are [T, K].
+    """
+    if keep.all():
+        return library_experts(experts, hidden, ids, weights)
+    rows, _ = keep.nonzero(as_tuple=True)  # token by token, best rank first
     outputs = hidden.new_zeros(*keep.shape, hidden.shape[1])  # [tokens, candidates, hidden]
-    outputs[keep] = run_pairs(experts, hidden[rows], ranked_ids[keep], adjusted[keep])
+    outputs[keep] = run_pairs(experts, hidden[rows], ids[keep], weights[keep])
     return outputs.sum(1)  # not index_add_, which on a GPU adds in no fixed order
+
+
+def correct(
+    correction: Correction, outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return what corrected experts give where the trained ones give `outputs` [T, H].
+
+    ``ids`` and ``weights`` are [T, K], the weights zero where dropped.
+    """
+    corrected = outputs * torch.from_numpy(correction.scale).to(outputs.device)
+    if correction.bias is None:
+        return corrected
+    bias = torch.from_numpy(correction.bias).to(outputs.device)
+    return corrected + dense_weights(ids, weights, len(bias)) @ bias
+
+
+def dense_weights(ids: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:
+    """Return each token's weight of every expert [T, experts], zero where it has none."""
+    return weights.new_zeros(len(ids), experts).scatter_(1, ids, weights)
 
 
 @contextmanager

@@ -1,0 +1,271 @@
+"""Plan -> corrections: change the kept experts so that they make up for the dropped ones.
+
+Per MoE layer, least squares on the calibration tokens: the routed output under the plan, scaled
+and shifted, shall bring the hidden states back to the full model's. ``gain`` fits one factor;
+``affine`` a factor per dimension and a shift per expert, which enters with the router's weight for
+that expert: which experts run tells a good part of what the others would have added. Both fold into
+the experts' ``down`` projection and its bias.
+
+Layers are fitted in their order, on the hidden states that the layers before, already corrected,
+leave. One window in eight is not fitted on: a correction that doesn't bring the predictions there
+closer to the full model's is not taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from alloc_moe.compiler.correction_sums import CorrectionSums
+from alloc_moe.compiler.policies import POLICIES, LayerParameters, adjust_weights, rank_candidates
+from alloc_moe.compiler.records import Correction, CorrectionMode, MoeModel, Redistribution, Weights
+from alloc_moe.compiler.reference import allocated, correct, replaced_experts, run_kept
+from alloc_moe.compiler.replay import DecoderStack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+_TOKENS_PER_BATCH = 4096
+_CHECKED_SHARE = 8
+_LOGITS_PER_BATCH = 2**22
+_ADDED_AS_IT_IS = 1e-3  # relative error allowed of a shift that reaches the hidden states
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """One correction per MoE layer, None where none helped.
+
+    ``kinds`` names what each layer got. The divergences, KL(full model || plan) in nats per token,
+    are those of the windows kept for checking, without and with the corrections.
+    """
+
+    layers: tuple[Correction | None, ...]
+    kinds: tuple[CorrectionMode, ...]
+    divergence_without: float
+    divergence_with: float
+    checked_tokens: int
+
+
+@dataclass(frozen=True)
+class Running:
+    """How the plan runs: what it gives each layer, how that is shared out, which weights count."""
+
+    parameters: Sequence[LayerParameters]
+    redistribution: Redistribution
+    weights: Weights
+
+
+@torch.inference_mode()
+def fit_corrections(
+    moe: MoeModel,
+    ids: torch.Tensor,
+    running: Running,
+    *,
+    mode: CorrectionMode,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Corrections:
+    """Return what brings the plan's hidden states closest to the full model's.
+
+    Args:
+        moe: The model, in float32.
+        ids: Calibration windows [windows, sequence], each a call of its own; two at least.
+        running: The plan.
+        mode: ``gain`` or ``affine``; with ``affine``, a layer that it doesn't help may get a gain.
+        advance: Called with 1 after each layer.
+    """
+    if len(ids) < 2:
+        raise ValueError("One window to fit on and one to check are needed.")
+    run = _Run(moe, ids, running)
+    layers: list[Correction | None] = []
+    kinds: list[CorrectionMode] = []
+    without = closest = run.divergence([])
+    for layer in range(len(moe.layers)):
+        sums = run.measure(layer, per_expert=mode == "affine")
+        kind: CorrectionMode = "none"
+        taken: Correction | None = None
+        for tried in ("affine", "gain") if mode == "affine" else ("gain",):
+            fitted = sums.affine() if tried == "affine" else sums.gain()
+            divergence = run.divergence([*layers, fitted])
+            if divergence < closest:
+                kind, taken, closest = tried, fitted, divergence
+                break
+        logger.debug("Layer %d gets %s, divergence %.5f", layer, kind, closest)
+        layers.append(taken)
+        kinds.append(kind)
+        run.enter_next(layer, taken)
+        advance(1)
+    return Corrections(tuple(layers), tuple(kinds), without, closest, run.checked_tokens)
+
+
+@dataclass
+class _Stream:
+    """Windows, and their hidden states before a decoder layer: the full model's and the plan's."""
+
+    ids: torch.Tensor  # [windows, sequence]
+    full: torch.Tensor | None = None
+    plan: torch.Tensor | None = None
+    full_next: torch.Tensor | None = None  # after the layer, once that is known
+
+
+class _Run:
+    """The model cut before some decoder layer, with the hidden states of all windows there."""
+
+    def __init__(self, moe: MoeModel, ids: torch.Tensor, running: Running) -> None:
+        self._moe = moe
+        self._running = running
+        self._stack = DecoderStack(moe.model, moe.layers[0])
+        self._at = 0
+        checked = max(1, len(ids) // _CHECKED_SHARE)
+        size = max(1, _TOKENS_PER_BATCH // ids.shape[1])
+        self._fitted = [_Stream(part) for part in ids[:-checked].split(size)]
+        self._checked = [_Stream(part) for part in ids[-checked:].split(1)]
+        self.checked_tokens = checked * ids.shape[1]
+        with replaced_experts(moe.model, {}):
+            self._ends = [
+                self._stack.run(stream.ids, None, start=0, stop=len(self._stack))
+                for stream in self._checked
+            ]
+
+    def divergence(self, corrections: Sequence[Correction | None]) -> float:
+        """Return the mean KL(full || plan) of the checked windows, the first layers corrected."""
+        self._go_to(max(len(corrections) - 1, 0))
+        padded = [*corrections, *[None] * (len(self._moe.layers) - len(corrections))]
+        total = 0.0
+        with allocated(
+            self._moe.model,
+            self._moe.layers,
+            self._running.parameters,
+            redistribution=self._running.redistribution,
+            weights=self._running.weights,
+            corrections=padded,
+        ):
+            for stream, full in zip(self._checked, self._ends, strict=True):
+                end = self._stack.run(
+                    stream.ids, stream.plan, start=self._at, stop=len(self._stack)
+                )
+                total += self._kl(full[0], end[0])
+        return total / self.checked_tokens
+
+    def measure(self, layer: int, *, per_expert: bool) -> CorrectionSums:
+        """Return the sums that a correction of `layer` is fitted with."""
+        self._go_to(layer)
+        on_stream = self._reaches_the_stream(layer)
+        sums = CorrectionSums(self._moe.layers[layer].num_experts if per_expert else 0)
+        for stream in self._fitted:
+            tap = _Tap(self._running, layer, stream.ids.shape[1], run_all=not on_stream)
+            plan = self._step(stream.ids, stream.plan, layer, tap)
+            stream.full_next = self._step(stream.ids, stream.full, layer)
+            missing = (
+                (stream.full_next - plan).flatten(0, 1) if on_stream else tap.full - tap.outputs
+            )
+            sums.add(tap.outputs, tap.ids, tap.weights, missing)
+        return sums
+
+    def enter_next(self, layer: int, correction: Correction | None) -> None:
+        """Move all hidden states past `layer`, corrected."""
+        for stream in (*self._fitted, *self._checked):
+            full = stream.full_next
+            if full is None:
+                full = self._step(stream.ids, stream.full, layer)
+            tap = _Tap(self._running, layer, stream.ids.shape[1], correction=correction)
+            stream.plan = self._step(stream.ids, stream.plan, layer, tap)
+            stream.full, stream.full_next = full, None
+        self._at += 1
+
+    def _go_to(self, layer: int) -> None:
+        """Move all hidden states to before `layer`, over decoder layers without experts."""
+        decoder_layer = self._moe.layers[layer].decoder_layer
+        if self._at == decoder_layer:
+            return
+        for stream in (*self._fitted, *self._checked):
+            where = {"start": self._at, "stop": decoder_layer}
+            stream.full = self._stack.run(stream.ids, stream.full, **where)
+            stream.plan = self._stack.run(stream.ids, stream.plan, **where)
+        self._at = decoder_layer
+
+    def _step(
+        self, ids: torch.Tensor, hidden: torch.Tensor | None, layer: int, tap: _Tap | None = None
+    ) -> torch.Tensor:
+        """Return what leaves the decoder layer of `layer`, whose experts run through `tap`."""
+        calls = {} if tap is None else {self._moe.layers[layer].experts_name: tap.call}
+        with replaced_experts(self._moe.model, calls):
+            return self._stack.run(ids, hidden, start=self._at, stop=self._at + 1)
+
+    def _reaches_the_stream(self, layer: int) -> bool:
+        """Whether the routed output is added to the hidden states as it is.
+
+        Then what these lack is what the output lacks. Else (a norm after the experts, say) only the
+        output on the plan's own hidden states can be restored.
+        """
+        stream = self._fitted[0]
+        ids, hidden = stream.ids[:1], None if stream.plan is None else stream.plan[:1]
+        plain = _Tap(self._running, layer, ids.shape[1])
+        before = self._step(ids, hidden, layer, plain)
+        size = float(plain.outputs.square().mean().sqrt())
+        shifted = _Tap(self._running, layer, ids.shape[1], shift=size)
+        change = self._step(ids, hidden, layer, shifted) - before
+        return bool((change - size).abs().max() <= _ADDED_AS_IT_IS * (size + before.abs().max()))
+
+    def _kl(self, full: torch.Tensor, plan: torch.Tensor) -> float:
+        """Return the divergence, summed over tokens, of hidden states [tokens, hidden]."""
+        rows = max(32, _LOGITS_PER_BATCH // self._moe.config.get_text_config().vocab_size)
+        total = 0.0
+        for p_states, q_states in zip(full.split(rows), plan.split(rows), strict=True):
+            log_p = self._stack.head(p_states).log_softmax(-1)
+            log_q = self._stack.head(q_states).log_softmax(-1)
+            total += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+        return total
+
+
+def _nothing() -> torch.Tensor:
+    return torch.empty(0)
+
+
+@dataclass
+class _Tap:
+    """Runs a layer's experts under the plan, and keeps what the fit needs of it."""
+
+    running: Running
+    layer: int
+    window: int  # tokens per window
+    correction: Correction | None = None
+    shift: float = 0.0
+    run_all: bool = False
+    outputs: torch.Tensor = field(default_factory=_nothing)  # [T, H] of the kept candidates
+    full: torch.Tensor = field(default_factory=_nothing)  # [T, H] of all, with `run_all`
+    ids: torch.Tensor = field(default_factory=_nothing)  # [T, K]
+    weights: torch.Tensor = field(default_factory=_nothing)  # [T, K], zero where dropped
+
+    def call(
+        self,
+        experts: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Stand for the experts' forward: an `ExpertsCall`."""
+        ranked, self.ids = rank_candidates(weights, ids)
+        keep = torch.cat(list(self._masks(ranked)))
+        self.weights = adjust_weights(self.running.weights, ranked, keep)
+        self.outputs = run_kept(experts, hidden, self.ids, self.weights, keep)
+        if self.run_all:
+            self.full = run_kept(experts, hidden, self.ids, ranked, torch.ones_like(keep))
+        if self.correction is not None:
+            return correct(self.correction, self.outputs, self.ids, self.weights)
+        return self.outputs + self.shift
+
+    def _masks(self, ranked: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield which candidates run, window by window: each is a call of its own."""
+        real = torch.ones(1, self.window, dtype=torch.bool, device=ranked.device)
+        policy = POLICIES[self.running.redistribution]
+        parameters = self.running.parameters[self.layer]
+        parts = zip(ranked.split(self.window), self.ids.split(self.window), strict=True)
+        for weights, ids in parts:
+            yield policy(weights, ids, real, parameters).mask

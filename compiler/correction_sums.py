@@ -1,0 +1,57 @@
+"""The least squares behind corrections, from sums over tokens: memory doesn't grow with tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from alloc_moe.compiler.records import Correction
+from alloc_moe.compiler.reference import dense_weights
+
+_RIDGE_SCALE = 1e-3  # relative to a dimension's mean square
+_RIDGE_BIAS = 1e-2  # relative to the mean square of the experts' weights
+
+
+class CorrectionSums:
+    """Sums over tokens of the routed output y, the weights W of the kept experts, and what y lacks.
+
+    Args:
+        experts: How many experts the layer has; 0 if only a gain will be fitted.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+        self._yy = self._ym = torch.zeros((), dtype=torch.float64)  # [H] later
+        self._ww = self._wy = self._wm = torch.zeros((), dtype=torch.float64)  # [E, E], [E, H]
+
+    def add(
+        self, outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, missing: torch.Tensor
+    ) -> None:
+        """Add tokens: outputs and missing [T, H], ids and weights [T, K], zero where dropped."""
+        y, m = outputs.double(), missing.double()
+        self._yy = self._yy + (y * y).sum(0)
+        self._ym = self._ym + (y * m).sum(0)
+        if self._experts:
+            w = dense_weights(ids, weights, self._experts).double()
+            self._ww = self._ww + w.T @ w
+            self._wy = self._wy + w.T @ y
+            self._wm = self._wm + w.T @ m
+
+    def gain(self) -> Correction:
+        """Return the one factor g that minimises |g y - (y + missing)|^2."""
+        gain = 1 + self._ym.sum() / self._yy.sum().clamp(min=1e-30)
+        return Correction(gain.expand(len(self._yy)).float().cpu().numpy().copy(), None)
+
+    def affine(self) -> Correction:
+        """Return scale s [H] and bias B [E, H] that minimise |s y + W B - (y + missing)|^2.
+
+        With a ridge that draws s to 1 and B to 0. B is eliminated first: its normal matrix
+        [E, E] is the same for every dimension.
+        """
+        ridge = _RIDGE_BIAS * self._ww.diagonal().mean().clamp(min=1e-30)
+        normal = self._ww + ridge * torch.eye(self._experts, dtype=torch.float64).to(self._ww)
+        solved = torch.linalg.solve(normal, torch.cat([self._wy, self._wm], dim=1))
+        of_outputs, of_missing = solved.chunk(2, dim=1)  # [E, H] each
+        explained = self._yy * (1 + _RIDGE_SCALE) - (self._wy * of_outputs).sum(0)
+        scale = (self._ym - (self._wm * of_outputs).sum(0)) / explained.clamp(min=1e-30)
+        bias = of_missing - of_outputs * scale
+        return Correction((1 + scale).float().cpu().numpy(), bias.float().cpu().numpy())
