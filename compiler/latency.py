@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.costs import ExpertShape
 from alloc_moe.compiler.errors import CostError
-from alloc_moe.compiler.saved import save_text
+from alloc_moe.compiler.saved import check_format, save_text
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.lower_experts import Allocation
@@ -328,7 +328,8 @@ def _read(path: Path | None) -> list[dict[str, Any]]:
         return []
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        entries = [dict(entry) for entry in data["measurements"] if data["format"] == _FORMAT]
+        check_format(data, _FORMAT)
+        entries = [dict(entry) for entry in data["measurements"]]
         for entry in entries:
             _latency(entry)
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from alloc_moe.compiler.errors import OutputError
 
@@ -30,3 +32,9 @@ def save_text(text: str, path: Path, *, what: str) -> None:
         raise OutputError(
             f"{what} can't be saved as {path}: {error.strerror}. Choose another path."
         ) from error
+
+
+def check_format(data: Mapping[str, Any], supported: int) -> None:
+    """Raise ValueError unless the file's content is of the format that this version reads."""
+    if data["format"] != supported:
+        raise ValueError(f"format {data['format']}, this version reads {supported}")
