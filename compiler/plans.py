@@ -1,0 +1,50 @@
+"""The plan an original model runs under: one from a file, or as it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer
+from alloc_moe.runtime.errors import ArtifactError
+from alloc_moe.runtime.files import find_artifact
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.records import MoeLayer
+
+
+def read_plan(path: Path, *, source: str, layers: Sequence[MoeLayer]) -> AllocationPlan:
+    """Return the plan in an allocation.json or an artifact.
+
+    Raises:
+        ArtifactError: It can't be read, or was made of another model than that of ``layers``.
+    """
+    if path.suffix == ".json":
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"The plan {path} can't be read: {error}.") from error
+        plan = AllocationPlan.from_json(text)
+    else:
+        plan = find_artifact(path).plan
+    planned = [(layer.name, layer.k_original) for layer in plan.layers]
+    found = [(layer.name, layer.experts_per_token) for layer in layers]
+    if planned != found:
+        raise ArtifactError(
+            f"The plan in {path} is for {len(planned)} MoE layers ({planned[:1]}...), {source} "
+            f"has {len(found)} ({found[:1]}...). Give a plan made of this model."
+        )
+    return plan
+
+
+def trained_plan(source: str, layers: Sequence[MoeLayer]) -> AllocationPlan:
+    """Return the plan that runs every expert the model was trained to run."""
+    planned = tuple(
+        PlannedLayer(
+            layer.name, layer.num_experts, layer.experts_per_token, layer.experts_per_token
+        )
+        for layer in layers
+    )
+    total = sum(layer.experts_per_token for layer in layers)
+    return AllocationPlan(source, Budget(1.0, total, total), "none", "keep", planned)
