@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alloc_moe.compiler.policies import rank_candidates
 from alloc_moe.compiler.records import MoeModel
-from alloc_moe.compiler.reference import library_experts, replaced_experts
+from alloc_moe.compiler.reference import replaced_experts, run_pairs
 from alloc_moe.compiler.replay import DecoderStack
 from alloc_moe.compiler.sensitivity_keep import Keep
 from alloc_moe.compiler.sensitivity_sums import LayerSums
@@ -86,7 +86,7 @@ class FisherRun:
         self._seen[index] = ranked.detach(), ranked_ids, probe
         # Their activations, most of the model's, are computed again when the gradient gets here.
         outputs: torch.Tensor = checkpoint(
-            library_experts,
+            _sum_pairs,
             experts,
             hidden,
             ranked_ids,
@@ -129,6 +129,18 @@ class FisherRun:
             found = F.cross_entropy(logits.detach(), targets[part], reduction="none")
             loss += found.double().sum().item()
         return loss, torch.cat(gradients)
+
+
+def _sum_pairs(
+    experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the outputs [tokens, hidden], by operations whose gradients add up in fixed order.
+
+    That of indexing rows more than once, which the library's functions do, is added atomically.
+    """
+    rows = hidden.repeat_interleave(ids.shape[1], 0)
+    pairs = run_pairs(experts, rows, ids.flatten(), weights.flatten())
+    return pairs.view(*ids.shape, -1).sum(1)
 
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -152,3 +153,19 @@ def test_labels_follow_the_distribution() -> None:
     uniform = torch.from_numpy(np.random.default_rng(0).random(4000))
     counts = torch.bincount(sensitivity_fisher._draw(logits, uniform), minlength=4)
     assert (counts / 4000).tolist() == pytest.approx([0.1, 0.0, 0.6, 0.3], abs=0.02)
+
+
+def test_several_threads_give_the_same_bits_every_time(
+    moe_model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = moe_model("olmoe")
+    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2048)
+    ids = np.random.default_rng(0).integers(0, 256, (16, 128))
+    text = dataclasses.replace(CALIBRATION, ids=ids, tokens=2048, sequence_length=128)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        profiles = [measure_sensitivity(moe, text, metric="fisher") for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert len({(profile.costs, profile.expert_sizes) for profile in profiles}) == 1
