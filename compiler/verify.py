@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import VerificationError
-from alloc_moe.compiler.policies import layer_parameters
+from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.reference import allocated
 from alloc_moe.runtime.providers import cuda_obstacle
 from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
@@ -31,10 +31,13 @@ MAX_LOGIT_ERROR = 1e-3
 MAX_KL = 0.1
 """The greatest mean divergence, in nats per token, that rounding to 16 bits may explain."""
 
+MAX_COUNT_ERROR = 0.02
+"""The greatest share of decisions by score that rounding to 16 bits may turn in a layer."""
+
 _PROMPT_LENGTHS = (23, 14, 5)
 _DECODE_STEPS = 4
 # Router weights closer than this may be ranked differently by two correct float32 computations.
-_NEAR_TIE = 1e-6
+_NEAR_TIE = 1e-5
 _ATTEMPTS = 8
 
 
@@ -64,9 +67,9 @@ def verify_artifact(
 ) -> Verification:
     """Run the artifact at `path` and compare every logit of real tokens with PyTorch's.
 
-    A left-padded batch of three prompts is prefilled, then decoded token by token with the cache.
-    Text in which some decision of the router hangs on a near-tie is passed over: there, two correct
-    computations may choose differently.
+    A left-padded batch of three prompts is prefilled, then decoded token by token with the cache; a
+    plan with a dial is run at another of its prices too. Text in which some decision of the router
+    hangs on a near-tie is passed over: there, two correct computations may choose differently.
 
     Args:
         path: An .onnx file whose metadata hold a plan.
@@ -79,21 +82,29 @@ def verify_artifact(
     Raises:
         VerificationError: The logits differ by more, or the artifact executes other activations.
     """
-    text = token_ids.reshape(-1)
-    needed = sum(_PROMPT_LENGTHS) + 3 * _DECODE_STEPS
-    text = np.resize(text, max(needed, text.size))
     session = open_session(path, ep=_provider(dtype), count_activations=True, stop_spinning=True)
-    for attempt in range(_ATTEMPTS):
-        start = attempt * needed % (text.size - needed + 1)
-        batch = _Batch.of(text[start : start + needed])
-        expected, executed, margin = _reference(moe, plan, batch)
-        if margin >= _NEAR_TIE or attempt == _ATTEMPTS - 1:
-            break
-        logger.debug(
-            "Verification text %d has a near-tie of %.1e; taking the next.", attempt, margin
-        )
-    actual, counted = _artifact(session, batch)
-    result = _compare(expected, actual)
+    pairs = []
+    for price in _prices(plan):
+        reference = _clear_reference(moe, plan, token_ids, price)
+        pairs.append((reference, *_artifact(session, reference.batch, price)))
+    expected = np.concatenate([reference.logits for reference, *_ in pairs])
+    result = _compare(expected, np.concatenate([actual for _, actual, _ in pairs]))
+    _check_logits(result, dtype)
+    for reference, _, counted in pairs:
+        _check_counts(reference, counted, plan, exact=dtype == "float32")
+    return result
+
+
+def _prices(plan: AllocationPlan) -> list[float | None]:
+    """The plan's own price (None), and that of the dial's point farthest from it if it has one."""
+    if plan.redistribution != "price" or plan.cap is not None or not plan.dial:
+        return [None]
+    planned = plan.budget.activations
+    farthest = max(plan.dial, key=lambda point: abs(point.activations - planned))
+    return [None, farthest.price]
+
+
+def _check_logits(result: Verification, dtype: str) -> None:
     if dtype == "float32" and not result.max_abs_logit_error <= MAX_LOGIT_ERROR:
         raise VerificationError(
             "The artifact's logits differ from PyTorch's by up to "
@@ -112,14 +123,31 @@ def verify_artifact(
             f"more than {dtype} explains (allowed: {MAX_KL:g}), so it was not written. "
             "Use --dtype float32."
         )
+
+
+def _check_counts(
+    reference: _Reference, counted: list[int], plan: AllocationPlan, *, exact: bool
+) -> None:
+    """Compare the experts that the artifact executed in each layer with those of the reference.
+
+    Rounding to 16 bits moves some scores over their threshold, but few.
+    """
     # In the masked lowering each padding token runs one expert per layer; the reference runs none.
-    pads = int((batch.mask == 0).sum())
-    if counted not in (executed, [count + pads for count in executed]):
-        raise VerificationError(
-            f"The artifact executed {counted} experts per layer where the plan says {executed}, "
-            "so it was not written. Please report it with the model's config.json."
-        )
-    return result
+    pads = int((reference.batch.mask == 0).sum())
+    tokens = len(reference.logits)
+    scored = plan.redistribution in SCORED and not exact
+    for extra in (0, pads):
+        found = zip(counted, reference.executed, plan.layers, strict=True)
+        if all(
+            abs(count - extra - executed) <= scored * MAX_COUNT_ERROR * tokens * layer.k_original
+            for count, executed, layer in found
+        ):
+            return
+    raise VerificationError(
+        f"The artifact executed {counted} experts per layer where the plan says "
+        f"{reference.executed}, so it was not written. Please report it with the model's "
+        "config.json."
+    )
 
 
 def check_verifiable(dtype: str) -> None:
@@ -174,9 +202,39 @@ class _Batch:
         )
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """What PyTorch gives for a batch: logits of real tokens, experts run by layer, least margin."""
+
+    batch: _Batch
+    logits: NDArray[np.float32]
+    executed: list[int]
+    margin: float
+
+
+def _clear_reference(
+    moe: MoeModel, plan: AllocationPlan, token_ids: NDArray[np.int64], price: float | None
+) -> _Reference:
+    """Run PyTorch on a part of the text without near-ties, else on the clearest of some."""
+    text = token_ids.reshape(-1)
+    needed = sum(_PROMPT_LENGTHS) + 3 * _DECODE_STEPS
+    text = np.resize(text, max(needed, text.size))
+    best: _Reference | None = None
+    for attempt in range(_ATTEMPTS):
+        start = attempt * needed % (text.size - needed + 1)
+        reference = _reference(moe, plan, _Batch.of(text[start : start + needed]), price)
+        if best is None or reference.margin > best.margin:
+            best = reference
+        if best.margin >= _NEAR_TIE:
+            break
+        logger.debug("Verification text %d has a near-tie of %.1e.", attempt, reference.margin)
+    assert best is not None
+    return best
+
+
 def _reference(
-    moe: MoeModel, plan: AllocationPlan, batch: _Batch
-) -> tuple[NDArray[np.float32], list[int], float]:
+    moe: MoeModel, plan: AllocationPlan, batch: _Batch, price: float | None
+) -> _Reference:
     logits = []
     cache = None
     with (
@@ -184,7 +242,7 @@ def _reference(
         allocated(
             moe.model,
             moe.layers,
-            layer_parameters(plan),
+            layer_parameters(plan, price),
             redistribution=cast("Redistribution", plan.redistribution),
             weights=cast("Weights", plan.weights),
         ) as activations,
@@ -200,15 +258,17 @@ def _reference(
             )
             cache = output.past_key_values
             logits.append(output.logits.float().numpy())
-    return batch.real(logits), activations.executed, activations.margin
+    return _Reference(batch, batch.real(logits), activations.executed, activations.margin)
 
 
-def _artifact(session: ArtifactSession, batch: _Batch) -> tuple[NDArray[np.float32], list[int]]:
+def _artifact(
+    session: ArtifactSession, batch: _Batch, price: float | None
+) -> tuple[NDArray[np.float32], list[int]]:
     logits = []
     counts = []
     cache: Cache | None = None
     for ids, mask in batch.steps():
-        output = session.run(ids, attention_mask=mask, cache=cache)
+        output = session.run(ids, attention_mask=mask, cache=cache, price=price)
         cache = output.cache
         logits.append(output.logits)
         counts.append(output.activations)

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.artifact import DROPPED, ROUTER_PROBS, AllocationPlan
+from alloc_moe.runtime.artifact import DROPPED, PRICE_INPUT, ROUTER_PROBS, AllocationPlan
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.onnx_file import with_outputs
@@ -82,6 +82,7 @@ class ArtifactSession:
         vocabulary = outputs["logits"].shape[-1]
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         self._session = session
+        self.has_dial = PRICE_INPUT in {v.name for v in session.get_overridable_initializers()}
         self._has_positions = "position_ids" in inputs
         self._counted = _router_probs(files.plan) if counting else ()
 
@@ -114,6 +115,7 @@ class ArtifactSession:
         *,
         attention_mask: NDArray[np.int64] | None = None,
         cache: Cache | None = None,
+        price: float | None = None,
     ) -> Output:
         """Run one call: a whole prompt, a piece of it, or one token per sequence.
 
@@ -122,7 +124,13 @@ class ArtifactSession:
             attention_mask: [batch, cache.length + sequence], 1 = real token, 0 = padding, which is
                 on the left of each row or anywhere else. All ones by default.
             cache: What `empty_cache` or the call before gave; empty by default.
+            price: For artifacts with a dial: of an activation, in place of the one compiled in. See
+                `alloc_moe.runtime.dial.price_of`.
+
+        Raises:
+            GenerationError: There is a price, but no dial.
         """
+        check_price(self, price)
         batch, sequence = input_ids.shape
         if cache is None:
             cache = self.empty_cache(batch)
@@ -134,6 +142,10 @@ class ArtifactSession:
         if self._has_positions:
             positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
             binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+        if price is not None:
+            # bind_cpu_input takes required inputs only.
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(price, np.float32))
+            binding.bind_ortvalue_input(PRICE_INPUT, value)
         for slot, value in zip(self.slots, cache.values, strict=True):
             binding.bind_ortvalue_input(slot.past, value)
             binding.bind_output(slot.present, self.device)
@@ -186,6 +198,19 @@ def open_session(
         model = _with_counts(files, options)
     session = create_session(model, options, ep=ep, name=files.graph)
     return ArtifactSession(session, files, counting=count_activations)
+
+
+def check_price(session: ArtifactSession, price: float | None) -> None:
+    """Raise GenerationError if the artifact can't be run at this price."""
+    if price is None:
+        return
+    if not session.has_dial:
+        raise GenerationError(
+            f"{session.files.graph} has its budget compiled in, so it can't be run at another. "
+            "Compile it with --redistribute price and no cap, or leave the budget out."
+        )
+    if not price >= 0:
+        raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")
 
 
 def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from alloc_moe.compiler.records import MoeModel
+    from alloc_moe.compiler.records import MoeModel, Redistribution
     from alloc_moe.runtime.artifact import AllocationPlan
 
 
@@ -79,3 +79,53 @@ def plan_for() -> Callable[..., AllocationPlan]:
 def token_ids() -> NDArray[np.int64]:
     """Return text of random bytes [windows, tokens]."""
     return np.random.default_rng(3).integers(0, 256, (8, 64))
+
+
+@pytest.fixture(scope="session")
+def score_plan(token_ids: NDArray[np.int64]) -> Callable[..., AllocationPlan]:
+    """Return a function from a model and a score policy to a plan that keeps about every other."""
+    import torch
+
+    from alloc_moe.compiler.policies import rank_candidates, scores
+    from alloc_moe.compiler.reference import library_experts, replaced_experts
+    from alloc_moe.runtime.artifact import AllocationPlan, Budget, DialPoint, PlannedLayer
+
+    def make(
+        moe: MoeModel, redistribution: Redistribution, *, weights: str = "keep", **more: Any
+    ) -> AllocationPlan:
+        experts = moe.layers[0].num_experts
+        sizes = tuple(torch.linspace(0.5, 2, experts).tolist())
+        found: list[torch.Tensor] = []
+
+        def record(*call: Any) -> torch.Tensor:
+            found.append(scores(redistribution, *rank_candidates(call[3], call[2]), sizes)[:, 1:])
+            return library_experts(*call)
+
+        with (
+            torch.inference_mode(),
+            replaced_experts(moe.model, {layer.experts_name: record for layer in moe.layers}),
+        ):
+            moe.model(input_ids=torch.from_numpy(token_ids[:1]))
+        price = float(torch.cat(found).median()) if redistribution == "price" else None
+        layers = tuple(
+            PlannedLayer(
+                layer.name,
+                layer.num_experts,
+                layer.experts_per_token,
+                1 + float((score >= (price or score.median())).float().sum(1).mean()),
+                threshold=None if price else float(score.median()),
+                sizes=sizes if price else None,
+            )
+            for layer, score in zip(moe.layers, found, strict=True)
+        )
+        activations = sum(layer.k for layer in layers)
+        original = sum(layer.k_original for layer in layers)
+        if price and "cap" not in more:
+            points = DialPoint(activations, price), DialPoint(activations - 1, 2 * price)
+            more["dial"] = points
+        budget = Budget(0.6, activations, original)
+        return AllocationPlan(
+            moe.source, budget, redistribution, weights, layers, price=price, **more
+        )
+
+    return make
