@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 
-from alloc_moe.compiler.costs import CostKind, CostTable
+from alloc_moe.compiler.costs import CostTable
 from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.knapsack import solve_allocation, solve_costs
-from alloc_moe.compiler.records import MoeLayer, Redistribution, SensitivityProfile, Weights
+from alloc_moe.compiler.records import (
+    CostKind,
+    MoeLayer,
+    Redistribution,
+    SensitivityProfile,
+    Weights,
+)
 from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer
 
 
@@ -138,8 +144,9 @@ def make_plan(
     redistribution: Redistribution,
     weights: Weights,
     costs: CostTable | None = None,
+    allocation: Sequence[int] | None = None,
 ) -> AllocationPlan:
-    """Return the plan for a budget, allocated as `allocate` does.
+    """Return the plan for a budget, allocated as `allocate` does unless `allocation` is given.
 
     The plan's ``budget.activations`` is what it uses: less than the budget given where fewer
     activations cost no more.
@@ -148,7 +155,8 @@ def make_plan(
         BudgetError: The cheapest plan is above the budget.
         ProfileError: The profile is of other layers, incomplete, or holds a cost that is no number.
     """
-    allocation = allocate(profile, layers, budget, costs)
+    if allocation is None:
+        allocation = allocate(profile, layers, budget, costs)
     sensitivity = {}
     if profile is not None:
         sensitivity = {

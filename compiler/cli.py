@@ -74,7 +74,7 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--budget",
     required=True,
     help="Expert activations per token: a fraction of the model's (0.5, 1.0), or their number over "
-    "all layers (64).",
+    "all layers (64). With another --cost: a fraction of what the model's experts cost.",
 )
 @click.option(
     "-o", "--output", required=True, help="out.onnx (and out.onnx.data), or DIR/ for a bundle."
@@ -92,6 +92,22 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     default="sensitivity",
     show_default=True,
     help="Experts per layer: optimal for the profile, or the same everywhere (no profile needed).",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["activations", "bytes", "latency"]),
+    default="activations",
+    show_default=True,
+    help="What the budget is of: expert activations, the bytes of expert weights that a decode "
+    "step reads, or its milliseconds in experts, measured on this machine.",
+)
+@click.option(
+    "--cost-batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Tokens in the decode step that --cost bytes or latency is for.",
 )
 @click.option(
     "--weights",
@@ -206,10 +222,18 @@ def need_compile_extra() -> None:
 def _summary(compiled: Compiled) -> str:
     budget = compiled.plan.budget
     ks = " ".join(str(layer.k) for layer in compiled.plan.layers)
+    cost = compiled.plan.cost
+    of_cost = (
+        f"Cost of experts: {cost['planned']:.4g} of {cost['original']:.4g} {cost['unit']} in a "
+        f"decode step of batch {cost['batch']}, at most {cost['limit']:.4g}\n"
+        if cost
+        else ""
+    )
     return (
         f"Wrote {compiled.path}: {budget.activations} of {budget.original} expert activations per "
         f"token, redistribution {compiled.plan.redistribution}\n"
         f"Experts per layer: {ks}\n"
+        f"{of_cost}"
         f"Largest logit error against PyTorch: {compiled.verification.max_abs_logit_error:.1e} "
         f"over {compiled.verification.tokens} tokens"
     )

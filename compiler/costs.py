@@ -11,17 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from alloc_moe.compiler.errors import CostError
+from alloc_moe.compiler.records import CostKind, Device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from alloc_moe.compiler.records import MoeLayer
     from alloc_moe.runtime.command import Console
-
-CostKind = Literal["activations", "bytes", "latency"]
 
 _UNITS: dict[CostKind, str] = {
     "activations": "activations per token",
@@ -116,6 +115,7 @@ def measure_costs(
     *,
     dtype: str,
     batch: int = 1,
+    device: Device = "cpu",
     path: Path | None = None,
     console: Console | None = None,
 ) -> CostTable:
@@ -128,16 +128,22 @@ def measure_costs(
         dtype: Type of the artifact's weights.
         batch: Tokens in a decode step. With more than one, tokens share experts: see
             `distinct_experts`. What one token activates doesn't depend on it.
+        device: Where the artifact will run.
         path: Where measured latencies are kept and looked up; None measures anew.
         console: Where progress is told.
 
     Raises:
-        CostError: The kind can't be told for this type of weights.
+        CostError: The kind can't be told for this type of weights or this device.
     """
     price: Callable[[ExpertShape], tuple[float, ...]]
     if kind == "latency":
         from alloc_moe.compiler.latency import measure_latencies
 
+        if device != "cpu":
+            raise CostError(
+                f"Latency is measured on the CPU, but the artifact is for {device}. "
+                "Use --cost bytes, which decode on a GPU is bound by."
+            )
         latencies = measure_latencies(shapes, dtype=dtype, batch=batch, path=path, console=console)
         price = latencies.__getitem__
     elif kind == "bytes":

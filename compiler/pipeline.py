@@ -17,10 +17,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from alloc_moe.compiler import package
-from alloc_moe.compiler.allocate import make_plan, parse_budget
+from alloc_moe.compiler.allocate import cost_limit, make_plan, parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
+from alloc_moe.compiler.costs import CostTable, expert_shapes, measure_costs
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import export_graph
+from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
 from alloc_moe.compiler.policies import layer_parameters
 from alloc_moe.compiler.records import CompileOptions, DType, MoeModel
@@ -58,7 +60,12 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     output = package.parse_output(options.output, force=options.force)
     check_verifiable(options.dtype)
     moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
-    budget = parse_budget(options.budget, [layer.experts_per_token for layer in moe.layers])
+    budget = parse_budget(
+        options.budget, [layer.experts_per_token for layer in moe.layers], kind=options.cost
+    )
+    costs = _costs(moe, options, output, console)
+    if costs is not None:
+        cost_limit(budget, costs)  # what can't be met is said before the profile is measured
     calibration = calibrate(
         moe, options.calibration, console, tokens=options.tokens, seed=options.seed
     )
@@ -80,12 +87,30 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         profile=profile,
         redistribution=options.redistribution,
         weights=options.weights,
+        costs=costs,
     )
     plan = dataclasses.replace(plan, versions=_versions())
     with package.staging(output) as staged:
         plan, verification = _build(moe, plan, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
     return Compiled(output.path, plan, profile_path, verification)
+
+
+def _costs(
+    moe: MoeModel, options: CompileOptions, output: package.Output, console: Console
+) -> CostTable | None:
+    """Return the prices of experts, unless each costs one activation."""
+    if options.cost == "activations":
+        return None
+    return measure_costs(
+        options.cost,
+        expert_shapes(moe.skeleton, moe.layers),
+        dtype=options.dtype,
+        batch=options.cost_batch,
+        device=options.device,
+        path=latency_path(options.profile or output.profile_path),
+        console=console,
+    )
 
 
 def load(source: str, console: Console, *, trust_remote_code: bool) -> MoeModel:

@@ -23,6 +23,7 @@ Metric = Literal["kl", "ppl-suffix", "output", "fisher"]
 Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
 Weights = Literal["keep", "renorm"]
 CorrectionMode = Literal["none", "gain", "affine"]
+CostKind = Literal["activations", "bytes", "latency"]
 DType = Literal["float32", "float16", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 
@@ -40,6 +41,8 @@ class CompileOptions:
     allocation: Allocation = "sensitivity"
     sensitivity: Metric = "kl"
     profile: Path | None = None
+    cost: CostKind = "activations"
+    cost_batch: int = 1
     redistribution: Redistribution = "batch"
     weights: Weights = "keep"
     dtype: DType = "float32"

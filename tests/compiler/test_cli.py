@@ -15,9 +15,11 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import latency, pipeline
 from alloc_moe.compiler.cli import compile_command, need_compile_extra, profile_command
 from alloc_moe.compiler.cli_eval import eval_command
+from alloc_moe.compiler.costs import ExpertShape
+from alloc_moe.compiler.latency import LayerLatency
 from alloc_moe.runtime.artifact import PLAN_KEY
 from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.files import find_artifact
@@ -286,3 +288,45 @@ def test_a_text_that_cant_be_read_is_reported(artifact: Path) -> None:
     outcome = evaluated(artifact, "--text", "gone.txt")
     assert outcome.exit_code == 1
     assert "gone.txt can't be read" in outcome.stderr
+
+
+@pytest.mark.parametrize(("cost", "unit"), [("bytes", "bytes"), ("latency", "ms")])
+def test_a_budget_of_a_cost_is_kept_and_told(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cost: str, unit: str
+) -> None:
+    def steady(shape: ExpertShape, **_: object) -> LayerLatency:
+        times = tuple(1.0 + k for k in range(shape.experts_per_token))
+        return LayerLatency(times, (0.0,) * len(times))
+
+    monkeypatch.setattr(latency, "measure_layer", steady)
+    output = tmp_path / "out.onnx"
+    outcome = compiled(model, output, "--cost", cost, "--cost-batch", "2", "--budget", "0.8")
+    assert outcome.exit_code == 0, outcome.output
+    plan = find_artifact(output).plan
+    assert (plan.cost["kind"], plan.cost["unit"], plan.cost["batch"]) == (cost, unit, 2)
+    assert plan.cost["planned"] <= plan.cost["limit"]
+    assert plan.cost["limit"] == pytest.approx(0.8 * plan.cost["original"])
+    assert plan.budget.activations == sum(layer.k for layer in plan.layers)
+    assert f"{unit} in a decode step of batch 2" in outcome.output
+    assert (tmp_path / "out.onnx.latency.json").exists() == (cost == "latency")
+
+
+def test_a_cost_that_cannot_be_kept_is_said_before_profiling(model: str, tmp_path: Path) -> None:
+    outcome = compiled(model, tmp_path / "out.onnx", "--cost", "bytes", "--budget", "0.1")
+    assert outcome.exit_code == 1
+    assert "but one expert in each MoE layer takes" in outcome.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cost_takes_no_count_of_activations(model: str, tmp_path: Path) -> None:
+    outcome = compiled(model, tmp_path / "out.onnx", "--cost", "latency", "--budget", "4")
+    assert outcome.exit_code == 1
+    assert "which --cost latency can't count" in outcome.output
+
+
+def test_latency_on_another_device_is_refused(model: str, tmp_path: Path) -> None:
+    outcome = compiled(
+        model, tmp_path / "out.onnx", "--cost", "latency", "--device", "cuda", "--budget", "0.8"
+    )
+    assert outcome.exit_code == 1
+    assert "measured on the CPU, but the artifact is for cuda" in outcome.output
