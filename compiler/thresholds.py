@@ -31,6 +31,7 @@ _PASSES = 8
 _TOLERANCE = 0.002  # relative: how far below the target the mean may stay
 _TOKENS_PER_BATCH = 4096
 _DIAL_POINTS = 12
+_BELOW_TOP_P = -1e30  # below every sum of router weights
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Setting:
     corrections: tuple[Correction | None, ...] | None = None
 
 
+def keep_all(redistribution: Redistribution) -> float:
+    """Return a threshold that every candidate reaches."""
+    return _BELOW_TOP_P if redistribution == "top-p" else 0.0
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """Thresholds per MoE layer, and the mean experts per calibration token that they keep."""
@@ -61,7 +67,12 @@ class Thresholds:
 
 
 def layer_thresholds(
-    moe: MoeModel, ids: torch.Tensor, setting: Setting, ks: Sequence[float]
+    moe: MoeModel,
+    ids: torch.Tensor,
+    setting: Setting,
+    ks: Sequence[float],
+    *,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> Thresholds:
     """Return a threshold per layer, such that layer l keeps ``ks[l]`` experts per token.
 
@@ -72,16 +83,27 @@ def layer_thresholds(
         ids: Calibration windows [windows, sequence].
         setting: The policy and what else runs.
         ks: The target of each layer, from 1 to its K.
+        advance: Called with 1 after each pass over the tokens.
     """
+    everything = keep_all(setting.redistribution)
+    whole = [k >= layer.experts_per_token for k, layer in zip(ks, moe.layers, strict=True)]
 
     def choose(found: Sequence[_Falling], targets: Sequence[float]) -> list[float]:
-        return [layer.threshold_for(k) for layer, k in zip(found, targets, strict=True)]
+        return [
+            everything if all_run else layer.threshold_for(k)
+            for layer, k, all_run in zip(found, targets, whole, strict=True)
+        ]
 
-    return _search(moe, ids, setting, list(ks), choose)
+    return _search(moe, ids, setting, list(ks), choose, advance)
 
 
 def common_threshold(
-    moe: MoeModel, ids: torch.Tensor, setting: Setting, activations: float
+    moe: MoeModel,
+    ids: torch.Tensor,
+    setting: Setting,
+    activations: float,
+    *,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> Thresholds:
     """Return one threshold for all layers, such that they keep `activations` experts in sum.
 
@@ -91,7 +113,7 @@ def common_threshold(
     def choose(found: Sequence[_Falling], targets: Sequence[float]) -> list[float]:
         return [_common(found, targets[0])] * len(found)
 
-    return _search(moe, ids, setting, [activations], choose)
+    return _search(moe, ids, setting, [activations], choose, advance)
 
 
 def measure_dial(
@@ -128,20 +150,18 @@ def _search(
     setting: Setting,
     wanted: list[float],
     choose: Callable[[Sequence[_Falling], Sequence[float]], list[float]],
+    advance: Callable[[int], None],
 ) -> Thresholds:
     """Alternate between measuring scores and setting thresholds until the sum fits."""
     limit = sum(wanted)
     targets = list(wanted)
     best: Thresholds | None = None
-    found = _observe(
-        moe,
-        ids,
-        setting,
-        [0.0 if setting.redistribution != "top-p" else -math.inf] * len(moe.layers),
-    )
+    found = _observe(moe, ids, setting, [keep_all(setting.redistribution)] * len(moe.layers))
+    advance(1)
     for attempt in range(_PASSES):
         values = choose(found, targets)
         found = _observe(moe, ids, setting, values)
+        advance(1)
         tried = Thresholds(
             tuple(values), tuple(layer.kept(v) for layer, v in zip(found, values, strict=True))
         )

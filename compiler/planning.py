@@ -1,0 +1,244 @@
+"""Model, profile and budget -> plan and corrections: everything that is decided before export.
+
+Exact redistributions take each layer's k from the allocation. Those that compare scores measure
+their thresholds on the calibration tokens: per layer to meet the allocation's k (``threshold``), or
+one for the whole model to meet the budget (``price``, ``top-p``, ``ratio``), which is an allocation
+of its own. Corrections are fitted to the plan that will run, and the thresholds then set again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from alloc_moe.compiler.allocate import make_plan, profiled_costs
+from alloc_moe.compiler.correct import Corrections, Running, fit_corrections
+from alloc_moe.compiler.errors import CalibrationError, ProfileError
+from alloc_moe.compiler.policies import SCORED, layer_parameters
+from alloc_moe.compiler.records import Correction, CorrectionMode, Redistribution, Weights
+from alloc_moe.compiler.thresholds import (
+    Setting,
+    Thresholds,
+    common_threshold,
+    dial_passes,
+    keep_all,
+    layer_thresholds,
+    measure_dial,
+    with_corrections,
+)
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.calibration import CalibrationSet
+    from alloc_moe.compiler.costs import CostTable
+    from alloc_moe.compiler.records import MoeModel, SensitivityProfile
+    from alloc_moe.runtime.artifact import AllocationPlan, Budget
+    from alloc_moe.runtime.command import Console
+
+_DIAL_TOKENS = 8192
+_COMMON: tuple[Redistribution, ...] = ("price", "top-p", "ratio")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is wanted of a plan, besides its budget."""
+
+    redistribution: Redistribution = "price"
+    weights: Weights = "keep"
+    correction: CorrectionMode = "affine"
+    cap: float | None = None
+    dial: bool = True
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what its experts are changed by per MoE layer."""
+
+    plan: AllocationPlan
+    corrections: tuple[Correction | None, ...]
+
+
+def make_planned(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    budget: Budget,
+    options: PlanOptions,
+    *,
+    source: str,
+    profile: SensitivityProfile | None,
+    costs: CostTable | None,
+    console: Console,
+    allocation: Sequence[int] | None = None,
+) -> Planned:
+    """Return the plan that spends a budget best, as far as the options let it.
+
+    Args:
+        moe: The model.
+        calibration: The tokens that thresholds and corrections are measured on.
+        budget: From `parse_budget`.
+        options: What else is wanted.
+        source: What the user called the model.
+        profile: Costs per layer, and expert sizes for ``price``; None for a uniform allocation.
+        costs: What experts use up, where that isn't activations.
+        console: Where progress is reported.
+        allocation: The k of each layer, if it is already known.
+
+    Raises:
+        BudgetError: The budget is below the cheapest plan.
+        ProfileError: The profile doesn't suit the model or the redistribution.
+        CalibrationError: There is too little text to fit corrections.
+    """
+    plan = make_plan(
+        moe.layers,
+        budget,
+        source=source,
+        profile=profile,
+        redistribution=options.redistribution,
+        weights=options.weights,
+        costs=costs,
+        allocation=allocation,
+    )
+    wanted = plan
+    full = plan.budget.activations == plan.budget.original
+    setting = None
+    if options.redistribution in SCORED:
+        plan = dataclasses.replace(plan, cap=options.cap)
+        setting = Setting(options.redistribution, options.weights, expert_sizes(plan, profile, moe))
+        with console.progress("Setting thresholds", None, unit="passes") as progress:
+            found = _thresholds(moe, calibration, wanted, setting, advance=progress.advance)
+        plan = _with_thresholds(plan, found, setting)
+    corrections: tuple[Correction | None, ...] = (None,) * len(moe.layers)
+    if options.correction != "none" and not full:
+        fitted = _fit(moe, calibration, plan, options.correction, console)
+        corrections = fitted.layers
+        plan = dataclasses.replace(plan, correction=_describe(options.correction, fitted))
+        if setting is not None and any(corrections):
+            setting = with_corrections(setting, corrections)
+            with console.progress("Setting thresholds again", None, unit="passes") as progress:
+                found = _thresholds(moe, calibration, wanted, setting, advance=progress.advance)
+            plan = _with_thresholds(plan, found, setting)
+    if setting is not None and options.redistribution == "price" and options.dial:
+        plan = _with_dial(moe, calibration, plan, setting, options, console)
+    return Planned(plan, corrections)
+
+
+def expert_sizes(
+    plan: AllocationPlan, profile: SensitivityProfile | None, moe: MoeModel
+) -> tuple[tuple[float, ...], ...] | None:
+    """Return what ``price`` multiplies each expert's weight by; None for other redistributions.
+
+    Without a profile every expert counts the same.
+
+    Raises:
+        ProfileError: The profile's metric measures no sizes.
+    """
+    if plan.redistribution != "price":
+        return None
+    if profile is None:
+        return tuple((1.0,) * layer.num_experts for layer in moe.layers)
+    profiled_costs(profile, moe.layers)  # of this model, and complete
+    found = [row for row in profile.expert_sizes if row is not None]
+    if len(found) != len(moe.layers):
+        raise ProfileError(
+            f"The redistribution price needs expert sizes, which the metric {profile.metric} "
+            "doesn't measure. Use --sensitivity fisher or output, or another --redistribute."
+        )
+    # In single precision, as the artifact has them: then a plan in JSON decides the same.
+    return tuple(tuple(float(f"{size:.6g}") for size in row) for row in found)
+
+
+def _thresholds(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    plan: AllocationPlan,
+    setting: Setting,
+    *,
+    advance: Callable[[int], None],
+) -> Thresholds:
+    ids = torch.from_numpy(calibration.ids)
+    if plan.budget.activations == plan.budget.original:
+        trained = tuple(float(layer.k_original) for layer in plan.layers)
+        return Thresholds((keep_all(setting.redistribution),) * len(trained), trained)
+    if setting.redistribution in _COMMON:
+        return common_threshold(moe, ids, setting, plan.budget.activations, advance=advance)
+    ks = [layer.k for layer in plan.layers]
+    return layer_thresholds(moe, ids, setting, ks, advance=advance)
+
+
+def _with_thresholds(plan: AllocationPlan, found: Thresholds, setting: Setting) -> AllocationPlan:
+    """Return the plan with what was found, and the means that were measured with it."""
+    by_price = setting.redistribution == "price"
+    sizes = setting.sizes or (None,) * len(plan.layers)
+    layers = tuple(
+        dataclasses.replace(layer, k=k, threshold=None if by_price else value, sizes=sizes[index])
+        for index, (layer, k, value) in enumerate(
+            zip(plan.layers, found.ks, found.values, strict=True)
+        )
+    )
+    return dataclasses.replace(
+        plan,
+        layers=layers,
+        price=found.values[0] if by_price else None,
+        budget=dataclasses.replace(plan.budget, activations=sum(layer.k for layer in layers)),
+    )
+
+
+def _fit(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    plan: AllocationPlan,
+    mode: CorrectionMode,
+    console: Console,
+) -> Corrections:
+    if len(calibration.ids) < 2:
+        raise CalibrationError(
+            f"A correction needs two windows of {calibration.sequence_length} tokens, one to fit "
+            f"and one to check it; there are {calibration.tokens} tokens. Give more with --tokens, "
+            "or use --correct none."
+        )
+    # A cap is for single calls; corrections are for the mean.
+    parameters = [dataclasses.replace(given, cap=None) for given in layer_parameters(plan)]
+    running = Running(parameters, plan.redistribution, plan.weights)  # type: ignore[arg-type]
+    ids = torch.from_numpy(calibration.ids)
+    with console.progress("Correcting", len(moe.layers), unit="layers") as progress:
+        fitted = fit_corrections(moe, ids, running, mode=mode, advance=progress.advance)
+    plainer = [
+        f"{layer.name}: {kind}"
+        for layer, kind in zip(moe.layers, fitted.kinds, strict=True)
+        if kind != mode
+    ]
+    if plainer:
+        console.note(f"Layers where --correct {mode} didn't help: {', '.join(plainer)}")
+    return fitted
+
+
+def _describe(mode: CorrectionMode, fitted: Corrections) -> dict[str, object]:
+    """Return the plan's ``correction`` entry."""
+    return {
+        "mode": mode,
+        "layers": list(fitted.kinds),
+        "kl_without": fitted.divergence_without,
+        "kl_with": fitted.divergence_with,
+        "checked_tokens": fitted.checked_tokens,
+    }
+
+
+def _with_dial(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    plan: AllocationPlan,
+    setting: Setting,
+    options: PlanOptions,
+    console: Console,
+) -> AllocationPlan:
+    if options.cap is not None:
+        console.note("A capped artifact has a fixed budget: the cap is for one price.")
+        return plan
+    windows = max(1, _DIAL_TOKENS // calibration.sequence_length)
+    ids = torch.from_numpy(calibration.ids[:windows])
+    with console.progress("Measuring the dial", dial_passes(), unit="prices") as progress:
+        dial = measure_dial(moe, ids, setting, advance=progress.advance)
+    return dataclasses.replace(plan, dial=dial)
