@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.checkpoint import CheckpointReader
 
 Allocation = Literal["sensitivity", "uniform"]
-Metric = Literal["kl", "ppl-suffix", "output", "fisher"]
+Metric = Literal["kl", "ppl-suffix", "output", "fisher", "data-free"]
 Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
 Weights = Literal["keep", "renorm"]
 CorrectionMode = Literal["none", "gain", "affine"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -89,12 +90,12 @@ def measure_sensitivity(
     policy = measured_redistribution(redistribution)
     profile = _empty_profile(moe_model, calibration, metric, policy)
     if path is not None and path.exists():
-        profile = _resume(profile, path)
+        profile = _resume(profile, path, moe_model.layers)
     if profile.complete:
         return profile
     if path is not None:
         _save(profile, path)  # finds out now, not after the first layer, whether that is possible
-    if metric in ("output", "fisher"):
+    if metric in ("output", "fisher", "data-free"):
         return _measure_windows(moe_model, calibration, profile, path, console)
     return _measure_layers(moe_model, calibration, profile, path, console)
 
@@ -144,42 +145,47 @@ def _measure_windows(
     # PyTorch's inference mode, should the caller be in it, makes tensors that gradients can't use.
     with torch.inference_mode(mode=False), torch.no_grad():
         start = saved = time.monotonic()
-        zeros = tuple(LayerSums.of(layer).row() for layer in moe_model.layers)
-        partial = profile.partial or PartialSums(0, 0.0, zeros)
+        partial = profile.partial or _no_sums(moe_model.layers)
         sums = [
             LayerSums.of(layer, row)
             for layer, row in zip(moe_model.layers, partial.layers, strict=True)
         ]
         batches = _batches(moe_model, calibration)
-        keep = make_keep(moe_model, batches, profile.redistribution)
-        add = _one_pass(moe_model, profile, keep)
-        windows, loss = 0, partial.loss
+        add = _one_pass(moe_model, profile, make_keep(moe_model, batches, profile.redistribution))
+        windows = 0
         with _progress(console, len(calibration.ids), unit="windows") as advance:
             for ids in batches:
                 windows += len(ids)
                 if windows > partial.windows:
-                    loss += _finite(add(ids, windows - len(ids), sums))
+                    loss = partial.loss + _finite(add(ids, windows - len(ids), sums))
+                    partial = PartialSums(windows, loss, tuple(each.row() for each in sums))
                     now = time.monotonic()
-                    profile = dataclasses.replace(profile, seconds=profile.seconds + now - start)
+                    seconds = profile.seconds + now - start
+                    profile = dataclasses.replace(profile, partial=partial, seconds=seconds)
                     start = now
                     if path is not None and now - saved >= _SECONDS_PER_SAVE:
-                        rows = tuple(layer_sums.row() for layer_sums in sums)
-                        profile = dataclasses.replace(
-                            profile, partial=PartialSums(windows, loss, rows)
-                        )
                         _save(profile, path)
                         saved = now
                 advance(len(ids))
     profile = dataclasses.replace(
         profile,
-        costs=tuple(layer_sums.mean_costs() for layer_sums in sums),
-        expert_sizes=tuple(layer_sums.sizes() for layer_sums in sums),
-        baseline_loss=loss / calibration.ids[:, 1:].size,
+        costs=tuple(each.mean_costs() for each in sums),
+        expert_sizes=tuple(each.sizes() for each in sums),
+        baseline_loss=partial.loss / calibration.ids[:, 1:].size,
         partial=None,
     )
     if path is not None:
         _save(profile, path)
     return profile
+
+
+def _no_sums(layers: Sequence[MoeLayer]) -> PartialSums:
+    return PartialSums(0, 0.0, tuple(LayerSums.of(layer).row() for layer in layers))
+
+
+def _costs(profile: SensitivityProfile, sums: LayerSums) -> tuple[float, ...]:
+    costs = sums.mean_costs()
+    return tuple(map(math.sqrt, costs)) if profile.metric == "data-free" else costs
 
 
 def _one_pass(
@@ -189,6 +195,8 @@ def _one_pass(
     if profile.metric == "fisher":
         return FisherRun(moe_model, keep, seed=profile.seed).add
     output = OutputRun(moe_model, keep)
+    if profile.metric == "data-free":
+        return functools.partial(output.add_random, seed=profile.seed)
     return lambda ids, _, sums: output.add(ids, sums)
 
 
@@ -227,7 +235,9 @@ def _empty_profile(
     )
 
 
-def _resume(expected: SensitivityProfile, path: Path) -> SensitivityProfile:
+def _resume(
+    expected: SensitivityProfile, path: Path, layers: Sequence[MoeLayer]
+) -> SensitivityProfile:
     """Read the profile at `path`, of which any number of layers may be measured."""
     try:
         found = SensitivityProfile.from_json(path.read_text("utf-8"), path=path)
@@ -247,7 +257,9 @@ def _resume(expected: SensitivityProfile, path: Path) -> SensitivityProfile:
         k if row is None else len(row)
         for k, row in zip(found.experts_per_token, found.costs, strict=False)
     ]
-    if lengths != list(expected.experts_per_token):
+    sums = [len(row) for row in found.partial.layers] if found.partial else []
+    expected_sums = [len(row) for row in _no_sums(layers).layers] if found.partial else []
+    if lengths != list(expected.experts_per_token) or sums != expected_sums:
         raise ProfileError(
             f"The profile {path} is damaged: its costs don't fit its layers. Delete the file."
         )

@@ -1,6 +1,8 @@
 """``output``: how much dropped experts change their layer's output, for all layers in one pass.
 
 S[l, k] = E||d_k||^2 / E||y_K||^2, d_k being the change at k of the layer's routed output y.
+``data-free``, a baseline, is LExI's (arXiv 2509.02753): the norm of that change, not relative, for
+random Gaussian inputs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class OutputRun:
     def add(self, ids: torch.Tensor, sums: Sequence[LayerSums]) -> float:
         """Add windows [windows, sequence] to `sums`; return the next-token loss, summed."""
         calls = {
-            layer.experts_name: functools.partial(self._add_layer, index, sums[index])
+            layer.experts_name: functools.partial(self._add_layer, index, sums[index], False)
             for index, layer in enumerate(self._layers)
         }
         with torch.no_grad(), replaced_experts(self._model, calls):
@@ -48,10 +50,27 @@ class OutputRun:
                 loss += part.double().sum().item()
         return loss
 
+    def add_random(
+        self, ids: torch.Tensor, first: int, sums: Sequence[LayerSums], *, seed: int
+    ) -> float:
+        """Add as many random inputs as `ids` has tokens, each MoE block on its own; return 0.
+
+        ``first`` is the index of the first window: it and ``seed`` decide what is drawn.
+        """
+        for index, layer in enumerate(self._layers):
+            generator = torch.Generator().manual_seed(hash((seed, first, index)))
+            width = self._model.config.get_text_config().hidden_size
+            hidden = torch.randn(1, ids.numel(), width, generator=generator).to(ids.device)
+            call = functools.partial(self._add_layer, index, sums[index], True)
+            with torch.no_grad(), replaced_experts(self._model, {layer.experts_name: call}):
+                self._model.get_submodule(layer.name)(hidden)
+        return 0.0
+
     def _add_layer(
         self,
         index: int,
         sums: LayerSums,
+        absolute: bool,
         experts: torch.nn.Module,
         hidden: torch.Tensor,
         ids: torch.Tensor,
@@ -66,7 +85,7 @@ class OutputRun:
         weighted = outputs * ranked[..., None].double()
         # [tokens, candidates, candidates]: the square of any sum of outputs is a sum of these.
         products = weighted @ weighted.transpose(1, 2)
-        sums.whole += products.sum().cpu()
+        sums.whole += tokens if absolute else products.sum().cpu()
         for k in range(1, candidates):  # by definition nothing changes at K
             dropped = (~self._keep(index, k, ranked, ranked_ids)).double()
             squares = torch.einsum("tj,tjk,tk->", dropped, products, dropped)
