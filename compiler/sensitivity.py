@@ -169,7 +169,7 @@ def _measure_windows(
                 advance(len(ids))
     profile = dataclasses.replace(
         profile,
-        costs=tuple(each.mean_costs() for each in sums),
+        costs=tuple(_costs(profile, each) for each in sums),
         expert_sizes=tuple(each.sizes() for each in sums),
         baseline_loss=partial.loss / calibration.ids[:, 1:].size,
         partial=None,

@@ -279,6 +279,11 @@ def test_a_damaged_profile_is_refused(moe_model: Models, saved: Path) -> None:
     saved.write_text(json.dumps(data))
     with pytest.raises(ProfileError, match="is damaged"):
         measure_sensitivity(moe_model("mixtral"), CALIBRATION, metric="kl", path=saved)
+    data["costs"] = [None] * len(data["costs"])
+    data["partial"] = {"windows": 2, "loss": 1.0, "layers": [[0.0] * 3] * len(data["costs"])}
+    saved.write_text(json.dumps(data))
+    with pytest.raises(ProfileError, match="is damaged"):
+        measure_sensitivity(moe_model("mixtral"), CALIBRATION, metric="kl", path=saved)
 
 
 def test_an_impossible_path_is_reported_before_any_work(
