@@ -11,8 +11,7 @@ from types import ModuleType
 import pytest
 
 
-def _load_example(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / name
+def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -28,8 +27,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     @functools.cache
     def make(family: str) -> Path:
         # Loaded here, since it loads torch, which tests of the runtime do without.
-        examples = _load_example("random_checkpoints.py")
+        examples = _load_file(Path(__file__).parents[1] / "examples" / "random_checkpoints.py")
         folder = tmp_path_factory.mktemp(family)
         return examples.save_checkpoint(folder, examples.FAMILIES[family])  # type: ignore[no-any-return]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def synthetic_sweep() -> ModuleType:
+    """Return the module that makes up results of sweeps."""
+    return _load_file(Path(__file__).parent / "compiler" / "synthetic_sweep.py")

@@ -39,12 +39,15 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
         f"alloc_moe/{path.relative_to(ROOT).as_posix()}"
         for part in ("compiler", "passes", "runtime")
         for path in (ROOT / part).rglob("*")
-        if path.suffix in (".py", ".txt", ".typed") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".txt", ".typed", ".css", ".js")
+        and "__pycache__" not in path.parts
     }
     assert found == expected
     assert {
         "alloc_moe/passes/policies/__init__.py",
         "alloc_moe/compiler/calibration.txt",
+        "alloc_moe/compiler/report.css",
+        "alloc_moe/compiler/report.js",
         "alloc_moe/compiler/py.typed",
         "alloc_moe/passes/py.typed",
         "alloc_moe/runtime/py.typed",
