@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.pipeline import Compiled
     from alloc_moe.compiler.records import Metric, Redistribution
 
-_METRICS = click.Choice(["kl", "ppl-suffix", "fisher", "output"])
+_METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
+
+
+_SCORED = ("price", "threshold", "top-p", "ratio")
+_WITHOUT_ALLOCATION = ("price", "top-p", "ratio")
 
 
 def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,20 +43,22 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--sensitivity",
             type=_METRICS,
-            default="kl",
+            default="fisher",
             show_default=True,
-            help="What fewer experts in a layer cost: divergence from the full model (kl), or its "
-            "estimate from one pass with gradients (fisher); the paper's suffix perplexity; the "
-            "change of the layer's output.",
+            help="What fewer experts in a layer cost: the divergence from the full model as "
+            "estimated in one pass with gradients (fisher), or as measured (kl); the paper's "
+            "suffix perplexity; the change of the layer's output, on the text or on noise.",
         ),
         click.option(
             "--redistribute",
             "redistribution",
-            type=click.Choice(["batch", "sequence", "none"]),
-            default="batch",
-            show_default=True,
-            help="Tokens that share a layer's activations: all of a call, those of a sequence, or "
-            "none. Sensitivities are measured that way, too.",
+            type=click.Choice(
+                ["price", "threshold", "batch", "sequence", "none", "top-p", "ratio"]
+            ),
+            help="Which of a token's experts run. One price for all layers and tokens; a threshold "
+            "per layer; tokens compete within the call (batch) or the sequence; plain top-k "
+            "(none); cumulative weight (top-p), or weight relative to the best expert's (ratio). "
+            "Default: price, or threshold with another --cost than activations.",
         ),
         click.option(
             "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."
@@ -110,6 +116,36 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Tokens in the decode step that --cost bytes or latency is for.",
 )
 @click.option(
+    "--correct",
+    "correction",
+    type=click.Choice(["affine", "gain", "none"]),
+    default="affine",
+    show_default=True,
+    help="Change the experts' weights to make up for those that don't run: by a factor per "
+    "dimension and a shift per expert, or by one factor per layer.",
+)
+@click.option(
+    "--cap",
+    metavar="FACTOR",
+    type=click.FloatRange(min=1.0),
+    help="No call runs more than this times a layer's experts per token. For price, threshold, "
+    "top-p and ratio, which hold the budget in the mean only. Fixes the budget.",
+)
+@click.option(
+    "--refine",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Measure the N best plans as a whole, then move experts between layers while that helps.",
+)
+@click.option(
+    "--refine-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="When to stop refining; the same command goes on from there.",
+)
+@click.option(
     "--weights",
     type=click.Choice(["keep", "renorm"]),
     default="keep",
@@ -133,7 +169,14 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @common_options
-def compile_command(console: Console, /, **options: Any) -> None:
+def compile_command(
+    console: Console,
+    /,
+    redistribution: Redistribution | None,
+    cap: float | None,
+    refine_minutes: float,
+    **options: Any,
+) -> None:
     """Compile MODEL, a Mixture-of-Experts checkpoint, into an ONNX artifact on a budget.
 
     MODEL is a folder in the Hugging Face layout or the id of a model on the hub.
@@ -142,7 +185,26 @@ def compile_command(console: Console, /, **options: Any) -> None:
     from alloc_moe.compiler.pipeline import compile_model
     from alloc_moe.compiler.records import CompileOptions
 
-    compiled = compile_model(CompileOptions(**options), console)
+    if redistribution is None:
+        redistribution = "price" if options["cost"] == "activations" else "threshold"
+    if cap is not None and redistribution not in _SCORED:
+        raise click.UsageError(f"--cap is for {', '.join(_SCORED)}; {redistribution} is exact.")
+    if options["cost"] != "activations" and redistribution in _WITHOUT_ALLOCATION:
+        raise click.UsageError(
+            f"--cost {options['cost']} divides a budget among layers, which {redistribution} does "
+            "by itself. Use --redistribute threshold, batch, sequence or none."
+        )
+    if options["refine"] and redistribution in ("top-p", "ratio"):
+        raise click.UsageError(f"--redistribute {redistribution} leaves nothing to refine.")
+    compiled = compile_model(
+        CompileOptions(
+            **options,
+            redistribution=redistribution,
+            cap=cap,
+            refine_seconds=60 * refine_minutes,
+        ),
+        console,
+    )
     console.result(_summary(compiled), _summary_json(compiled))
 
 
@@ -168,7 +230,7 @@ def profile_command(
     tokens: int,
     seed: int,
     sensitivity: Metric,
-    redistribution: Redistribution,
+    redistribution: Redistribution | None,
     trust_remote_code: bool,
 ) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
@@ -182,7 +244,7 @@ def profile_command(
         moe,
         text,
         metric=sensitivity,
-        redistribution=redistribution,
+        redistribution=redistribution or "price",
         path=output,
         console=console,
     )
@@ -221,7 +283,7 @@ def need_compile_extra() -> None:
 
 def _summary(compiled: Compiled) -> str:
     budget = compiled.plan.budget
-    ks = " ".join(str(layer.k) for layer in compiled.plan.layers)
+    ks = " ".join(f"{layer.k:.4g}" for layer in compiled.plan.layers)
     cost = compiled.plan.cost
     of_cost = (
         f"Cost of experts: {cost['planned']:.4g} of {cost['original']:.4g} {cost['unit']} in a "
@@ -230,8 +292,8 @@ def _summary(compiled: Compiled) -> str:
         else ""
     )
     return (
-        f"Wrote {compiled.path}: {budget.activations} of {budget.original} expert activations per "
-        f"token, redistribution {compiled.plan.redistribution}\n"
+        f"Wrote {compiled.path}: {budget.activations:.6g} of {budget.original} expert activations "
+        f"per token, redistribution {compiled.plan.redistribution}\n"
         f"Experts per layer: {ks}\n"
         f"{of_cost}"
         f"Largest logit error against PyTorch: {compiled.verification.max_abs_logit_error:.1e} "

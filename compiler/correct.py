@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from alloc_moe.compiler.correction_sums import CorrectionSums
+from alloc_moe.compiler.divergence import divergence
 from alloc_moe.compiler.policies import POLICIES, LayerParameters, adjust_weights, rank_candidates
 from alloc_moe.compiler.records import Correction, CorrectionMode, MoeModel, Redistribution, Weights
 from alloc_moe.compiler.reference import allocated, correct, replaced_experts, run_kept
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 _TOKENS_PER_BATCH = 4096
 _CHECKED_SHARE = 8
-_LOGITS_PER_BATCH = 2**22
 _ADDED_AS_IT_IS = 1e-3  # relative error allowed of a shift that reaches the hidden states
 
 
@@ -124,8 +123,8 @@ class _Run:
         self._at = 0
         checked = max(1, len(ids) // _CHECKED_SHARE)
         size = max(1, _TOKENS_PER_BATCH // ids.shape[1])
-        self._fitted = [_Stream(part) for part in ids[:-checked].split(size)]
-        self._checked = [_Stream(part) for part in ids[-checked:].split(1)]
+        self._fitted = [_Stream(part) for part in torch.split(ids[:-checked], size)]
+        self._checked = [_Stream(part) for part in torch.split(ids[-checked:], 1)]
         self.checked_tokens = checked * ids.shape[1]
         with replaced_experts(moe.model, {}):
             self._ends = [
@@ -150,7 +149,7 @@ class _Run:
                 end = self._stack.run(
                     stream.ids, stream.plan, start=self._at, stop=len(self._stack)
                 )
-                total += self._kl(full[0], end[0])
+                total += divergence(self._stack.head, self._moe, full[0], end[0])
         return total / self.checked_tokens
 
     def measure(self, layer: int, *, per_expert: bool) -> CorrectionSums:
@@ -213,16 +212,6 @@ class _Run:
         change = self._step(ids, hidden, layer, shifted) - before
         return bool((change - size).abs().max() <= _ADDED_AS_IT_IS * (size + before.abs().max()))
 
-    def _kl(self, full: torch.Tensor, plan: torch.Tensor) -> float:
-        """Return the divergence, summed over tokens, of hidden states [tokens, hidden]."""
-        rows = max(32, _LOGITS_PER_BATCH // self._moe.config.get_text_config().vocab_size)
-        total = 0.0
-        for p_states, q_states in zip(full.split(rows), plan.split(rows), strict=True):
-            log_p = self._stack.head(p_states).log_softmax(-1)
-            log_q = self._stack.head(q_states).log_softmax(-1)
-            total += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-        return total
-
 
 def _nothing() -> torch.Tensor:
     return torch.empty(0)
@@ -266,6 +255,8 @@ class _Tap:
         real = torch.ones(1, self.window, dtype=torch.bool, device=ranked.device)
         policy = POLICIES[self.running.redistribution]
         parameters = self.running.parameters[self.layer]
-        parts = zip(ranked.split(self.window), self.ids.split(self.window), strict=True)
+        parts = zip(
+            torch.split(ranked, self.window), torch.split(self.ids, self.window), strict=True
+        )
         for weights, ids in parts:
             yield policy(weights, ids, real, parameters).mask

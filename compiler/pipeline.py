@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,21 +17,24 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from alloc_moe.compiler import package
-from alloc_moe.compiler.allocate import cost_limit, make_plan, parse_budget
+from alloc_moe.compiler.allocate import cost_limit, parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
 from alloc_moe.compiler.costs import CostTable, expert_shapes, measure_costs
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
-from alloc_moe.compiler.records import CompileOptions, DType, MoeModel
+from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel
+from alloc_moe.compiler.refinement import Refinement
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
+from alloc_moe.passes.correct_experts import ExpertCorrection
 from alloc_moe.passes.default import normalize_passes, specialize_passes
 from alloc_moe.passes.lower_experts import Allocation
 from alloc_moe.passes.stamp_plan import StampPlanPass
-from alloc_moe.runtime.artifact import GENERATION_KEY, PLAN_KEY, AllocationPlan
+from alloc_moe.runtime.artifact import GENERATION_KEY, PLAN_KEY, AllocationPlan, Budget
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,7 +73,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         moe, options.calibration, console, tokens=options.tokens, seed=options.seed
     )
     profile, profile_path = None, None
-    if options.allocation == "sensitivity" and budget.activations < budget.original:
+    if _needs_profile(options, budget):
         profile_path = options.profile or output.profile_path
         profile = measure_sensitivity(
             moe,
@@ -80,20 +83,43 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             path=profile_path,
             console=console,
         )
-    plan = make_plan(
-        moe.layers,
+    planned = make_planned(
+        moe,
+        calibration,
         budget,
+        PlanOptions(options.redistribution, options.weights, options.correction, options.cap),
         source=options.model,
         profile=profile,
-        redistribution=options.redistribution,
-        weights=options.weights,
         costs=costs,
+        refinement=_refinement(options, output),
+        console=console,
     )
-    plan = dataclasses.replace(plan, versions=_versions())
+    planned = dataclasses.replace(
+        planned, plan=dataclasses.replace(planned.plan, versions=_versions())
+    )
     with package.staging(output) as staged:
-        plan, verification = _build(moe, plan, calibration.ids, options, output, staged, console)
+        plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
     return Compiled(output.path, plan, profile_path, verification)
+
+
+def _needs_profile(options: CompileOptions, budget: Budget) -> bool:
+    """Whether anything is decided by sensitivities; a dial needs sizes at the full budget too."""
+    if options.allocation != "sensitivity" or options.redistribution in ("top-p", "ratio"):
+        return False
+    return options.redistribution == "price" or budget.activations < budget.original
+
+
+def _refinement(options: CompileOptions, output: package.Output) -> Refinement | None:
+    if not options.refine:
+        return None
+    profile = options.profile or output.profile_path
+    return Refinement(
+        options.refine,
+        options.refine_seconds,
+        options.seed,
+        profile.with_name(f"{profile.stem}.refine.json"),
+    )
 
 
 def _costs(
@@ -171,7 +197,13 @@ def _check_inputs(graph: ir.Model, moe: MoeModel) -> None:
         )
 
 
-def specialize(graph: ir.Model, plan: AllocationPlan, *, device: str) -> ir.Model:
+def specialize(
+    graph: ir.Model,
+    plan: AllocationPlan,
+    *,
+    device: str,
+    corrections: Sequence[Correction | None] = (),
+) -> ir.Model:
     """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared."""
     model = graph.clone()
     parameters = layer_parameters(plan)
@@ -184,14 +216,19 @@ def specialize(graph: ir.Model, plan: AllocationPlan, *, device: str) -> ir.Mode
         cap=plan.cap,
         dial=plan.redistribution == "price" and plan.cap is None,
     )
-    specialize_passes(allocation, pairs=device == "cuda")(model)
+    changed = {
+        layer: ExpertCorrection(correction.scale, correction.bias)
+        for layer, correction in enumerate(corrections)
+        if correction is not None
+    }
+    specialize_passes(allocation, pairs=device == "cuda", corrections=changed)(model)
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
     return model
 
 
 def _build(
     moe: MoeModel,
-    plan: AllocationPlan,
+    planned: Planned,
     token_ids: NDArray[np.int64],
     options: CompileOptions,
     output: package.Output,
@@ -199,16 +236,19 @@ def _build(
     console: Console,
 ) -> tuple[AllocationPlan, Verification]:
     """Export, rewrite, write into `staged`, and verify what was written."""
+    plan, corrections = planned.plan, planned.corrections
     with _step(console, "Exporting the graph"):
         graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-    model = specialize(graph, plan, device=options.device)
+    model = specialize(graph, plan, device=options.device, corrections=corrections)
     path = staged / output.graph_name
     weights = [value.const_value for value in model.graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
     with console.progress("Writing weights", nbytes, unit="bytes") as progress:
         package.save_graph(model, path, advance=progress.advance)
     with _step(console, "Verifying against PyTorch"):
-        verification = verify_artifact(path, moe, plan, token_ids, dtype=options.dtype)
+        verification = verify_artifact(
+            path, moe, plan, token_ids, dtype=options.dtype, corrections=corrections
+        )
     plan = dataclasses.replace(plan, verify=verification.to_plan())
     package.stamp(path, plan)
     if output.bundle:

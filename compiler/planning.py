@@ -9,17 +9,18 @@ of its own. Corrections are fitted to the plan that will run, and the thresholds
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.allocate import make_plan, profiled_costs
+from alloc_moe.compiler.allocate import cost_limit, make_plan, profiled_costs
 from alloc_moe.compiler.correct import Corrections, Running, fit_corrections
 from alloc_moe.compiler.errors import CalibrationError, ProfileError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.records import Correction, CorrectionMode, Redistribution, Weights
+from alloc_moe.compiler.refinement import Refinement, refine_allocation, refine_sizes
 from alloc_moe.compiler.thresholds import (
     Setting,
     Thresholds,
@@ -28,7 +29,6 @@ from alloc_moe.compiler.thresholds import (
     keep_all,
     layer_thresholds,
     measure_dial,
-    with_corrections,
 )
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def make_planned(
     *,
     source: str,
     profile: SensitivityProfile | None,
-    costs: CostTable | None,
     console: Console,
-    allocation: Sequence[int] | None = None,
+    costs: CostTable | None = None,
+    refinement: Refinement | None = None,
 ) -> Planned:
     """Return the plan that spends a budget best, as far as the options let it.
 
@@ -82,9 +82,9 @@ def make_planned(
         options: What else is wanted.
         source: What the user called the model.
         profile: Costs per layer, and expert sizes for ``price``; None for a uniform allocation.
-        costs: What experts use up, where that isn't activations.
         console: Where progress is reported.
-        allocation: The k of each layer, if it is already known.
+        costs: What experts use up, where that isn't activations.
+        refinement: How the plan is improved by measuring it as a whole, if at all.
 
     Raises:
         BudgetError: The budget is below the cheapest plan.
@@ -99,30 +99,74 @@ def make_planned(
         redistribution=options.redistribution,
         weights=options.weights,
         costs=costs,
-        allocation=allocation,
     )
-    wanted = plan
     full = plan.budget.activations == plan.budget.original
-    setting = None
+    setting = Setting(options.redistribution, options.weights, expert_sizes(plan, profile, moe))
+    if refinement is not None and profile is not None and not full:
+        plan, setting = _refined(
+            moe, calibration, plan, setting, refinement, budget, profile, costs, console
+        )
     if options.redistribution in SCORED:
         plan = dataclasses.replace(plan, cap=options.cap)
-        setting = Setting(options.redistribution, options.weights, expert_sizes(plan, profile, moe))
-        with console.progress("Setting thresholds", None, unit="passes") as progress:
-            found = _thresholds(moe, calibration, wanted, setting, advance=progress.advance)
-        plan = _with_thresholds(plan, found, setting)
+    wanted = plan
+    plan = _with_thresholds(moe, calibration, wanted, setting, console)
     corrections: tuple[Correction | None, ...] = (None,) * len(moe.layers)
     if options.correction != "none" and not full:
         fitted = _fit(moe, calibration, plan, options.correction, console)
         corrections = fitted.layers
+        if any(corrections):
+            setting = dataclasses.replace(setting, corrections=corrections)
+            plan = _with_thresholds(moe, calibration, wanted, setting, console)
         plan = dataclasses.replace(plan, correction=_describe(options.correction, fitted))
-        if setting is not None and any(corrections):
-            setting = with_corrections(setting, corrections)
-            with console.progress("Setting thresholds again", None, unit="passes") as progress:
-                found = _thresholds(moe, calibration, wanted, setting, advance=progress.advance)
-            plan = _with_thresholds(plan, found, setting)
-    if setting is not None and options.redistribution == "price" and options.dial:
+    if options.redistribution == "price" and options.dial:
         plan = _with_dial(moe, calibration, plan, setting, options, console)
     return Planned(plan, corrections)
+
+
+def _refined(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    plan: AllocationPlan,
+    setting: Setting,
+    refinement: Refinement,
+    budget: Budget,
+    profile: SensitivityProfile,
+    costs: CostTable | None,
+    console: Console,
+) -> tuple[AllocationPlan, Setting]:
+    """Return a plan with better k, or for ``price`` a setting with better sizes."""
+    if setting.redistribution == "price":
+        sizes, report = refine_sizes(
+            moe,
+            calibration,
+            setting,
+            refinement,
+            activations=plan.budget.activations,
+            console=console,
+        )
+        setting = dataclasses.replace(setting, sizes=sizes)
+    else:
+        ks, report = refine_allocation(
+            moe,
+            calibration,
+            setting,
+            refinement,
+            profile=profile,
+            activations=int(budget.activations),
+            limit=None if costs is None else float(cost_limit(budget, costs)),
+            costs=costs,
+            first=[int(layer.k) for layer in plan.layers],
+            console=console,
+        )
+        layers = zip(plan.layers, ks, strict=True)
+        plan = dataclasses.replace(
+            plan,
+            layers=tuple(dataclasses.replace(layer, k=k) for layer, k in layers),
+            budget=dataclasses.replace(plan.budget, activations=sum(ks)),
+            cost={} if costs is None else costs.to_plan(ks, cost_limit(budget, costs)),
+        )
+    sensitivity = {**plan.sensitivity, "refined": report.to_plan()}
+    return dataclasses.replace(plan, sensitivity=sensitivity), setting
 
 
 def expert_sizes(
@@ -150,40 +194,52 @@ def expert_sizes(
     return tuple(tuple(float(f"{size:.6g}") for size in row) for row in found)
 
 
+def _with_thresholds(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    wanted: AllocationPlan,
+    setting: Setting,
+    console: Console,
+) -> AllocationPlan:
+    """Return the plan with thresholds that meet what is wanted, and the means measured with them.
+
+    Exact redistributions need none.
+    """
+    if setting.redistribution not in SCORED:
+        return wanted
+    with console.progress("Setting thresholds", None, unit="passes") as progress:
+        found = _thresholds(moe, calibration, wanted, setting, advance=progress.advance)
+    by_price = setting.redistribution == "price"
+    sizes = setting.sizes or (None,) * len(wanted.layers)
+    values = [None] * len(wanted.layers) if by_price else found.values
+    layers = tuple(
+        dataclasses.replace(layer, k=k, threshold=value, sizes=row)
+        for layer, k, value, row in zip(wanted.layers, found.ks, values, sizes, strict=True)
+    )
+    return dataclasses.replace(
+        wanted,
+        layers=layers,
+        price=found.values[0] if by_price else None,
+        budget=dataclasses.replace(wanted.budget, activations=found.activations),
+    )
+
+
 def _thresholds(
     moe: MoeModel,
     calibration: CalibrationSet,
-    plan: AllocationPlan,
+    wanted: AllocationPlan,
     setting: Setting,
     *,
     advance: Callable[[int], None],
 ) -> Thresholds:
     ids = torch.from_numpy(calibration.ids)
-    if plan.budget.activations == plan.budget.original:
-        trained = tuple(float(layer.k_original) for layer in plan.layers)
+    if wanted.budget.activations == wanted.budget.original:
+        trained = tuple(float(layer.k_original) for layer in wanted.layers)
         return Thresholds((keep_all(setting.redistribution),) * len(trained), trained)
     if setting.redistribution in _COMMON:
-        return common_threshold(moe, ids, setting, plan.budget.activations, advance=advance)
-    ks = [layer.k for layer in plan.layers]
+        return common_threshold(moe, ids, setting, wanted.budget.activations, advance=advance)
+    ks = [layer.k for layer in wanted.layers]
     return layer_thresholds(moe, ids, setting, ks, advance=advance)
-
-
-def _with_thresholds(plan: AllocationPlan, found: Thresholds, setting: Setting) -> AllocationPlan:
-    """Return the plan with what was found, and the means that were measured with it."""
-    by_price = setting.redistribution == "price"
-    sizes = setting.sizes or (None,) * len(plan.layers)
-    layers = tuple(
-        dataclasses.replace(layer, k=k, threshold=None if by_price else value, sizes=sizes[index])
-        for index, (layer, k, value) in enumerate(
-            zip(plan.layers, found.ks, found.values, strict=True)
-        )
-    )
-    return dataclasses.replace(
-        plan,
-        layers=layers,
-        price=found.values[0] if by_price else None,
-        budget=dataclasses.replace(plan.budget, activations=sum(layer.k for layer in layers)),
-    )
 
 
 def _fit(

@@ -7,7 +7,6 @@ give the next thresholds. Dropping experts changes what later layers see, hence 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -249,13 +248,6 @@ def _observe(
         corrections=setting.corrections,
         watch=watch,
     ):
-        for batch in ids.split(max(1, _TOKENS_PER_BATCH // ids.shape[1])):
+        for batch in torch.split(ids, max(1, _TOKENS_PER_BATCH // ids.shape[1])):
             stack.run(batch, None, start=0, stop=len(stack))
     return [_Falling(layer, ids.numel()) for layer in parts]
-
-
-def with_corrections(
-    setting: Setting, corrections: tuple[Correction | None, ...] | None
-) -> Setting:
-    """Return the setting with corrected experts."""
-    return dataclasses.replace(setting, corrections=corrections)

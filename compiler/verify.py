@@ -20,7 +20,7 @@ from alloc_moe.runtime.providers import cuda_obstacle
 from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
 
 if TYPE_CHECKING:
-    from alloc_moe.compiler.records import MoeModel, Redistribution, Weights
+    from alloc_moe.compiler.records import Correction, MoeModel, Redistribution, Weights
     from alloc_moe.runtime.artifact import AllocationPlan
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def verify_artifact(
     token_ids: NDArray[np.int64],
     *,
     dtype: str,
+    corrections: Sequence[Correction | None] | None = None,
 ) -> Verification:
     """Run the artifact at `path` and compare every logit of real tokens with PyTorch's.
 
@@ -78,6 +79,7 @@ def verify_artifact(
         token_ids: Text to take the prompts from [windows, tokens].
         dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR`, others in the
             mean within `MAX_KL`.
+        corrections: What its experts were changed by, per MoE layer.
 
     Raises:
         VerificationError: The logits differ by more, or the artifact executes other activations.
@@ -85,7 +87,7 @@ def verify_artifact(
     session = open_session(path, ep=_provider(dtype), count_activations=True, stop_spinning=True)
     pairs = []
     for price in _prices(plan):
-        reference = _clear_reference(moe, plan, token_ids, price)
+        reference = _clear_reference(moe, plan, token_ids, price, corrections)
         pairs.append((reference, *_artifact(session, reference.batch, price)))
     expected = np.concatenate([reference.logits for reference, *_ in pairs])
     result = _compare(expected, np.concatenate([actual for _, actual, _ in pairs]))
@@ -213,7 +215,11 @@ class _Reference:
 
 
 def _clear_reference(
-    moe: MoeModel, plan: AllocationPlan, token_ids: NDArray[np.int64], price: float | None
+    moe: MoeModel,
+    plan: AllocationPlan,
+    token_ids: NDArray[np.int64],
+    price: float | None,
+    corrections: Sequence[Correction | None] | None,
 ) -> _Reference:
     """Run PyTorch on a part of the text without near-ties, else on the clearest of some."""
     text = token_ids.reshape(-1)
@@ -222,7 +228,8 @@ def _clear_reference(
     best: _Reference | None = None
     for attempt in range(_ATTEMPTS):
         start = attempt * needed % (text.size - needed + 1)
-        reference = _reference(moe, plan, _Batch.of(text[start : start + needed]), price)
+        batch = _Batch.of(text[start : start + needed])
+        reference = _reference(moe, plan, batch, price, corrections)
         if best is None or reference.margin > best.margin:
             best = reference
         if best.margin >= _NEAR_TIE:
@@ -233,7 +240,11 @@ def _clear_reference(
 
 
 def _reference(
-    moe: MoeModel, plan: AllocationPlan, batch: _Batch, price: float | None
+    moe: MoeModel,
+    plan: AllocationPlan,
+    batch: _Batch,
+    price: float | None,
+    corrections: Sequence[Correction | None] | None,
 ) -> _Reference:
     logits = []
     cache = None
@@ -245,6 +256,7 @@ def _reference(
             layer_parameters(plan, price),
             redistribution=cast("Redistribution", plan.redistribution),
             weights=cast("Weights", plan.weights),
+            corrections=corrections,
         ) as activations,
     ):
         for ids, mask in batch.steps():

@@ -78,4 +78,5 @@ def _corrected_bias(node: ir.Node, correction: ExpertCorrection) -> np.ndarray |
 
 
 def _scaled(weights: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return (weights.astype(np.float32) * scale).astype(weights.dtype)
+    scaled: np.ndarray = (weights.astype(np.float32) * scale).astype(weights.dtype)
+    return scaled

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from alloc_moe.passes.correct_experts import CorrectExpertsPass, ExpertCorrection
 from alloc_moe.passes.fix_dims import FixDimsPass
 from alloc_moe.passes.fold_transposes import FoldTransposesPass
 from alloc_moe.passes.interleave_experts import InterleaveExpertsPass
@@ -23,9 +27,15 @@ def normalize_passes() -> ir.passes.Sequential:
     )
 
 
-def specialize_passes(allocation: Allocation, *, pairs: bool) -> ir.passes.Sequential:
+def specialize_passes(
+    allocation: Allocation,
+    *,
+    pairs: bool,
+    corrections: Mapping[int, ExpertCorrection] = MappingProxyType({}),
+) -> ir.passes.Sequential:
     """Return what turns a normalised graph into the artifact of one plan."""
     return ir.passes.Sequential(
+        CorrectExpertsPass(corrections),
         LowerExpertsPass(allocation, pairs=pairs),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
