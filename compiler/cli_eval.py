@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from alloc_moe.runtime.cli import ep_option, threads_option
+from alloc_moe.runtime.cli import budget_option, ep_option, threads_option
 from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Models: run under this plan (allocation.json, or an artifact) in PyTorch.",
 )
+@budget_option
 @ep_option
 @threads_option
 @click.option("--tokenizer", type=click.Path(), help="tokenizer.json, if it isn't found.")
@@ -64,6 +65,7 @@ def eval_command(
     tokens: int | None,
     decode: bool,
     plan_file: Path | None,
+    budget: str | None,
     ep: Provider,
     threads: int | None,
     tokenizer: str | None,
@@ -75,7 +77,7 @@ def eval_command(
     context of at least window - stride tokens. A window is one call with a batch of one.
     """
     text = _read(text_file)
-    settings = _Settings(window, stride, tokens, decode)
+    settings = _Settings(window, stride, tokens, decode, budget)
     if _is_artifact(Path(target)):
         if plan_file is not None:
             raise click.UsageError("--plan is for original models; an artifact has its own plan.")
@@ -85,10 +87,13 @@ def eval_command(
     else:
         if decode:
             raise click.UsageError("--decode is for artifacts.")
+        if budget is not None and plan_file is None:
+            raise click.UsageError("--budget is for artifacts, and for models with a --plan.")
         evaluation, plan = _evaluate_model(
             console, target, text, settings, plan_file, trust_remote_code=trust_remote_code
         )
-    console.result(_summary(evaluation, plan), _data(target, evaluation, plan))
+    data = {**_data(target, evaluation, plan), "budget": budget, "price": settings.price(plan)}
+    console.result(_summary(evaluation, plan, budget), data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,13 @@ class _Settings:
     stride: int | None
     tokens: int | None
     decode: bool
+    budget: str | None
+
+    def price(self, plan: AllocationPlan) -> float | None:
+        """The price at which to run under a plan; None is the plan's own."""
+        from alloc_moe.runtime.dial import price_of
+
+        return None if self.budget is None else price_of(plan, self.budget)
 
 
 def _is_artifact(path: Path) -> bool:
@@ -140,6 +152,7 @@ def _evaluate_artifact(
             window=settings.window,
             stride=settings.stride,
             decode=settings.decode,
+            price=settings.price(session.plan),
             on_scored=progress.advance,
         )
     return evaluation, session.plan
@@ -182,7 +195,7 @@ def _evaluate_model(
         allocated(
             moe.model,
             moe.layers,
-            layer_parameters(plan),
+            layer_parameters(plan, settings.price(plan)),
             redistribution=plan.redistribution,  # type: ignore[arg-type]
             weights=plan.weights,  # type: ignore[arg-type]
         ) as activations,
@@ -207,6 +220,11 @@ def _plan(plan_file: Path | None, target: str, layers: list[tuple[str, int]]) ->
         plan = AllocationPlan.from_json(_read(plan_file))
     else:
         plan = find_artifact(plan_file).plan
+    if plan.correction:
+        raise ArtifactError(
+            f"The plan in {plan_file} has a correction, which is in the weights of its artifact, "
+            "so it can't be run from the plan alone. Evaluate the artifact."
+        )
     found = [(layer.name, layer.k_original) for layer in plan.layers]
     if found != layers:
         raise ArtifactError(
@@ -216,17 +234,18 @@ def _plan(plan_file: Path | None, target: str, layers: list[tuple[str, int]]) ->
     return plan
 
 
-def _summary(evaluation: Evaluation, plan: AllocationPlan) -> str:
-    planned = [layer.k for layer in plan.layers]
+def _summary(evaluation: Evaluation, plan: AllocationPlan, budget: str | None) -> str:
+    planned = f"plan: {plan.budget.activations:.6g}" if budget is None else f"budget: {budget}"
+    ks = " ".join(f"{layer.k:<6.4g}" for layer in plan.layers).rstrip()
     executed = evaluation.activations_per_token or ()
     return (
         f"Perplexity {evaluation.perplexity:.4f} (loss {evaluation.loss:.6f} nats per token) on "
         f"{evaluation.tokens_scored} tokens, windows of {evaluation.window} "
         f"every {evaluation.stride}\n"
         f"Experts executed per token: {sum(executed):.4f} of {plan.budget.original} "
-        f"(plan: {plan.budget.activations})\n"
-        f"By layer: {' '.join(f'{mean:.4f}' for mean in executed)}\n"
-        f"Plan:     {' '.join(f'{k:<6}' for k in planned).rstrip()}"
+        f"({planned})\n"
+        f"By layer: {' '.join(f'{mean:.4f}' for mean in executed)}"
+        + (f"\nPlan:     {ks}" if budget is None else "")
     )
 
 

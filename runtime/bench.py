@@ -67,12 +67,19 @@ def benchmark(
     sessions: Sequence[ArtifactSession],
     workload: Workload,
     *,
+    prices: Sequence[float | None] | None = None,
     on_run: Callable[[], None] | None = None,
 ) -> list[Measurement]:
     """Return the speeds of artifacts, measured in turns: A B, A B, ...
 
     Turns spread what else happens on the machine evenly. Open the sessions with
     ``stop_spinning=True``, else the idle threads of one slow down the other.
+
+    Args:
+        sessions: What to measure; one may stand there several times, at different prices.
+        workload: What each does.
+        prices: The price of an activation for each, for artifacts with a dial; None is their own.
+        on_run: Called after every run.
 
     Raises:
         GenerationError: The workload doesn't fit the context of a model, or is none.
@@ -83,11 +90,12 @@ def benchmark(
     prompt = random.integers(0, vocabulary, (1, workload.prompt_tokens))
     past = random.integers(0, vocabulary, (1, workload.past))
     new = random.integers(0, vocabulary, (1, workload.new_tokens))
-    caches = [session.run(past).cache if workload.past else None for session in sessions]
+    priced = list(zip(sessions, prices or [None] * len(sessions), strict=True))
+    caches = [run.run(past, price=at).cache if workload.past else None for run, at in priced]
     seconds: list[list[tuple[float, float]]] = [[] for _ in sessions]
     for _ in range(1 + workload.runs):
-        for timings, session, cache in zip(seconds, sessions, caches, strict=True):
-            timings.append((_prefill(session, prompt), _decode(session, new, cache)))
+        for timings, (session, price), cache in zip(seconds, priced, caches, strict=True):
+            timings.append((_prefill(session, prompt, price), _decode(session, new, cache, price)))
             if on_run is not None:
                 on_run()
     return [
@@ -104,16 +112,18 @@ def machine() -> str:
     return f"{_processor()}, {os.cpu_count()} logical CPUs, {platform.system()}"
 
 
-def _prefill(session: ArtifactSession, prompt: NDArray[np.int64]) -> float:
+def _prefill(session: ArtifactSession, prompt: NDArray[np.int64], price: float | None) -> float:
     start = time.perf_counter()
-    session.run(prompt)
+    session.run(prompt, price=price)
     return time.perf_counter() - start
 
 
-def _decode(session: ArtifactSession, new: NDArray[np.int64], cache: Cache | None) -> float:
+def _decode(
+    session: ArtifactSession, new: NDArray[np.int64], cache: Cache | None, price: float | None
+) -> float:
     start = time.perf_counter()
     for column in range(new.shape[1]):
-        cache = session.run(new[:, column : column + 1], cache=cache).cache
+        cache = session.run(new[:, column : column + 1], cache=cache, price=price).cache
     return time.perf_counter() - start
 
 

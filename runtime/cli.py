@@ -30,6 +30,11 @@ threads_option = click.option(
     type=click.IntRange(min=1),
     help="Threads that share the work; by default one per physical core.",
 )
+budget_option = click.option(
+    "--budget",
+    help="Activations per token, for artifacts compiled with --redistribute price: a fraction of "
+    "the full model's with a decimal point, or a whole number. Default: as compiled.",
+)
 
 
 @click.command(epilog=examples("alloc-run out.onnx --prompt 'The committee' --max-new-tokens 64"))
@@ -54,6 +59,7 @@ threads_option = click.option(
     help="Draw from the likeliest tokens that make up this probability.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws.")
+@budget_option
 @ep_option
 @threads_option
 @click.option(
@@ -69,6 +75,7 @@ def run_command(
     temperature: float,
     top_p: float,
     seed: int,
+    budget: str | None,
     ep: Provider,
     threads: int | None,
     tokenizer: str | None,
@@ -97,7 +104,7 @@ def run_command(
 
     clock.start()
     completions = model.generate(
-        texts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token
+        texts, max_new_tokens=max_new_tokens, sampling=sampling, budget=budget, on_token=on_token
     )
     printed = "" if alone else "\n\n".join(_labelled(completions))
     console.result(printed, _run_data(artifact, completions, clock))
@@ -118,7 +125,10 @@ def inspect_command(console: Console, artifact: str) -> None:
 
 
 @click.command(
-    epilog=examples("alloc-bench full.onnx half.onnx --prompt-tokens 512 --past 512 --runs 7")
+    epilog=examples(
+        "alloc-bench full.onnx half.onnx --prompt-tokens 512 --past 512 --runs 7",
+        "alloc-bench dial.onnx --budget 0.5 --budget 0.25",
+    )
 )
 @click.argument("artifacts", type=click.Path(), nargs=-1, required=True)
 @click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Prefill's length.")
@@ -128,6 +138,12 @@ def inspect_command(console: Console, artifact: str) -> None:
 @click.option("--new-tokens", type=int, default=32, show_default=True, help="Tokens decoded.")
 @click.option("--runs", type=int, default=5, show_default=True, help="Runs after the warm-up.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the tokens.")
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    help="Measure the one ARTIFACT, which has a dial, at this budget too. Repeatable.",
+)
 @ep_option
 @threads_option
 @common_options
@@ -139,6 +155,7 @@ def bench_command(
     new_tokens: int,
     runs: int,
     seed: int,
+    budgets: tuple[str, ...],
     ep: Provider,
     threads: int | None,
 ) -> None:
@@ -149,9 +166,12 @@ def bench_command(
     import onnxruntime
 
     from alloc_moe.runtime.bench import Workload, benchmark, machine
+    from alloc_moe.runtime.dial import price_of
     from alloc_moe.runtime.session import open_session
     from alloc_moe.runtime.tables import speed_table
 
+    if budgets and len(artifacts) > 1:
+        raise click.UsageError("--budget is for one artifact; give that alone.")
     workload = Workload(prompt_tokens, past, new_tokens, runs, seed)
     sessions = []
     with console.progress("Loading", len(artifacts), unit="artifacts") as progress:
@@ -159,8 +179,11 @@ def bench_command(
             sessions.append(open_session(artifact, ep=ep, threads=threads, stop_spinning=True))
             ep = sessions[0].device  # all on the same, and the reason for it told once
             progress.advance()
+    prices = [None] * len(sessions) + [price_of(sessions[0].plan, budget) for budget in budgets]
+    sessions += [sessions[0]] * len(budgets)
+    names = [*artifacts, *(f"{artifacts[0]} at {budget}" for budget in budgets)]
     with console.progress("Measuring", len(sessions) * (runs + 1), unit="runs") as progress:
-        measurements = benchmark(sessions, workload, on_run=progress.advance)
+        measurements = benchmark(sessions, workload, prices=prices, on_run=progress.advance)
     setting = {
         "machine": machine(),
         "device": sessions[0].device,
@@ -171,11 +194,11 @@ def bench_command(
         **setting,
         "workload": dataclasses.asdict(workload),
         "artifacts": [
-            {"artifact": artifact, **_speeds(measurement, measurements[0])}
-            for artifact, measurement in zip(artifacts, measurements, strict=True)
+            {"artifact": name, "price": price, **_speeds(measurement, measurements[0])}
+            for name, price, measurement in zip(names, prices, measurements, strict=True)
         ],
     }
-    console.result(speed_table(artifacts, measurements, workload, setting=setting), data)
+    console.result(speed_table(names, measurements, workload, setting=setting), data)
 
 
 class _Clock:

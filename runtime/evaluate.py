@@ -105,6 +105,7 @@ def evaluate_artifact(
     window: int | None = None,
     stride: int | None = None,
     decode: bool = False,
+    price: float | None = None,
     on_scored: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Return the loss of an artifact on a text, and the activations of the very same calls.
@@ -116,6 +117,7 @@ def evaluate_artifact(
         stride: Tokens from window to window; by default half of ``window``.
         decode: Feed each window token by token through the cache, as generation does, instead of in
             one call. Tokens then compete for experts with none but themselves.
+        price: Of an activation, for artifacts with a dial; see `alloc_moe.runtime.dial.price_of`.
         on_scored: Called after each window with the number of tokens it scored.
 
     Raises:
@@ -133,7 +135,7 @@ def evaluate_artifact(
         steps = np.split(tokens, tokens.shape[1], axis=1) if decode else [tokens]
         logits, cache = [], None
         for step in steps:
-            output = session.run(step, cache=cache)
+            output = session.run(step, cache=cache, price=price)
             cache = output.cache
             logits.append(output.logits)
             if output.activations is not None:

@@ -26,6 +26,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     eos_ids: Collection[int] | None = None,
+    price: float | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, the one that ended it included.
@@ -35,7 +36,12 @@ def generate(
     """
     rows: list[list[int]] = [[] for _ in prompts]
     steps = generate_steps(
-        session, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids
+        session,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        price=price,
     )
     for tokens in steps:
         for row, token in enumerate(tokens):
@@ -53,6 +59,7 @@ def generate_steps(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     eos_ids: Collection[int] | None = None,
+    price: float | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, step by step; None for a row that has ended.
 
@@ -67,6 +74,7 @@ def generate_steps(
         max_new_tokens: The most tokens a row gets.
         sampling: How tokens are chosen; greedy by default.
         eos_ids: Tokens that end a row; by default those that the model's configuration names.
+        price: Of an activation, for artifacts with a dial; see `alloc_moe.runtime.dial.price_of`.
 
     Raises:
         GenerationError: A prompt is empty, too long, or has ids that the model doesn't know.
@@ -79,7 +87,7 @@ def generate_steps(
     def step(
         tokens: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache | None
     ) -> tuple[NDArray[np.floating], Cache]:
-        output = session.run(tokens, attention_mask=mask, cache=cache)
+        output = session.run(tokens, attention_mask=mask, cache=cache, price=price)
         return output.logits, output.cache
 
     yield from decode(

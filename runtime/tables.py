@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from alloc_moe.runtime.artifact import AllocationPlan
+from alloc_moe.runtime.artifact import AllocationPlan, PlannedLayer
 from alloc_moe.runtime.bench import Measurement, Workload
 
 _BAR = 16
@@ -18,14 +18,15 @@ _BAR = 16
 def plan_table(plan: AllocationPlan, *, name: str) -> RenderableType:
     """Return what a plan says: the budget, how it was decided, and a row per MoE layer."""
     budget = plan.budget
-    share = budget.activations / budget.original
+    planned, share = _mean(budget.activations), budget.activations / budget.original
     facts = {
         "artifact": name,
         "compiled from": plan.source,
-        "budget": f"{budget.requested} -> {budget.activations} of {budget.original} activations "
+        "budget": f"{budget.requested} -> {planned} of {budget.original} activations "
         f"per token ({share:.1%})",
         "redistribution": plan.redistribution,
         "weights": plan.weights,
+        **_optional(plan),
         "sensitivity": _pairs(plan.sensitivity),
         "verified": _pairs(plan.verify),
         "versions": _pairs(plan.versions),
@@ -66,10 +67,27 @@ def speed_table(
     return table
 
 
+def _optional(plan: AllocationPlan) -> dict[str, str]:
+    """What only some redistributions have; a row that doesn't apply is left out."""
+    dial = ", ".join(f"{_mean(point.activations)} at {point.price:.3g}" for point in plan.dial)
+    facts = {
+        "price": "" if plan.price is None else f"{plan.price:.3g} per activation",
+        "dial": dial and f"activations {dial}",
+        "cap": "" if plan.cap is None else f"{plan.cap:g} times k in every call",
+        "correction": _pairs(plan.correction),
+    }
+    return {fact: value for fact, value in facts.items() if value}
+
+
+def _mean(activations: float) -> str:
+    return str(activations) if activations == int(activations) else f"{activations:.2f}"
+
+
 def _layers(plan: AllocationPlan) -> Table:
+    thresholds = any(layer.threshold is not None for layer in plan.layers)
     table = Table()
     table.add_column("layer", overflow="fold")
-    for heading in ("experts", "k trained", "k"):
+    for heading in ("experts", "k trained", "k", *["threshold"] * thresholds):
         table.add_column(heading, justify="right")
     table.add_column("share", no_wrap=True)
     for layer in plan.layers:
@@ -77,10 +95,15 @@ def _layers(plan: AllocationPlan) -> Table:
             Text(layer.name),
             str(layer.experts),
             str(layer.k_original),
-            str(layer.k),
+            _mean(layer.k),
+            *([_threshold(layer)] * thresholds),
             _bar(layer.k / layer.k_original),
         )
     return table
+
+
+def _threshold(layer: PlannedLayer) -> str:
+    return "-" if layer.threshold is None else f"{layer.threshold:.4g}"
 
 
 def _bar(share: float) -> Text:

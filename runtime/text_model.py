@@ -10,6 +10,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from alloc_moe.runtime.dial import price_of
 from alloc_moe.runtime.generate import GREEDY, generate
 from alloc_moe.runtime.providers import Provider
 from alloc_moe.runtime.sampling import Sampling
@@ -52,6 +53,7 @@ class TextModel:
         *,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
+        budget: str | float | None = None,
         on_token: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
         """Return a completion of every prompt; all are worked on together.
@@ -60,13 +62,16 @@ class TextModel:
             prompts: Texts to continue.
             max_new_tokens: The most tokens a completion gets.
             sampling: How tokens are chosen; greedy by default.
+            budget: For artifacts with a dial: activations per token in the mean, a fraction of the
+                full model's (0.4 or "0.4") or a whole number; by default what was compiled in.
             on_token: Called as ``on_token(row, piece)`` for every token as soon as it is known,
                 with the text that it adds: none for the token that ends the text, or within a
                 character. What is left then comes in a last call. The pieces make up the text.
 
         Raises:
-            GenerationError: A prompt is empty or too long.
+            GenerationError: A prompt is empty or too long, or the budget is not on the dial.
         """
+        price = None if budget is None else price_of(self.session.plan, budget)
         prompt_ids = [self.encode(prompt) for prompt in prompts]
         streams = [TextStream(self.tokenizer, ids) for ids in prompt_ids]
         pieces: list[list[str]] = [[] for _ in prompts]
@@ -85,6 +90,7 @@ class TextModel:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             eos_ids=self.eos_ids,
+            price=price,
             on_token=push,
         )
         for row, stream in enumerate(streams):

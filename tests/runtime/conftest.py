@@ -21,6 +21,7 @@ from alloc_moe.runtime.artifact import (
     PLAN_KEY,
     AllocationPlan,
     Budget,
+    DialPoint,
     PlannedLayer,
 )
 
@@ -42,9 +43,22 @@ PLAN = AllocationPlan(
     versions={"alloc-moe": "0.1.0", "torch": "2.13.0"},
 )
 
+DIAL_PLAN = dataclasses.replace(
+    PLAN,
+    redistribution="price",
+    layers=tuple(dataclasses.replace(la, sizes=(1.0,) * EXPERTS) for la in PLAN.layers),
+    price=0.1,
+    dial=(DialPoint(7.0, 0.05), DialPoint(4.0, 0.1), DialPoint(2.5, 0.4)),
+)
 
-def _layer(n: int) -> str:
+
+def _layer(n: int, *, dial: bool) -> str:
     """Attention over the cache, then experts chosen by a router, named as in an artifact."""
+    reached = f"""
+  share{n} = Softmax<axis=-1>(router{n})
+  reached{n} = GreaterOrEqual(share{n}, alloc_moe__price)
+  kept{n} = And(best_kept{n}, reached{n})
+"""
     return f"""
   query{n} = MatMul(hidden{n}, wq{n})
   key_flat{n} = MatMul(hidden{n}, wk{n})
@@ -69,7 +83,8 @@ def _layer(n: int) -> str:
   router{n} = MatMul(rows{n}, wr{n})
   best{n}, best_ids{n} = TopK<axis=-1>(router{n}, active)
   last{n} = ReduceMin<keepdims=1>(best{n}, axis1)
-  kept{n} = GreaterOrEqual(router{n}, last{n})
+  {"best_kept" if dial else "kept"}{n} = GreaterOrEqual(router{n}, last{n})
+  {reached if dial else ""}
   log_weight{n} = LogSoftmax<axis=-1>(router{n})
   alloc_moe__router_probs__{n} = Where(kept{n}, log_weight{n}, dropped)
   weight{n} = Exp(alloc_moe__router_probs__{n})
@@ -80,8 +95,12 @@ def _layer(n: int) -> str:
 """
 
 
-def toy_text(*, position_input: bool, cache: str) -> str:
-    """Return the toy graph as ONNX text; ``cache`` is the element type of its cache."""
+def toy_text(*, position_input: bool, cache: str, dial: bool) -> str:
+    """Return the toy graph as ONNX text.
+
+    ``cache`` is the element type of its cache. With ``dial`` experts whose share is below the
+    price don't run.
+    """
     slots = [f"{n}__{kind}" for n in range(LAYERS) for kind in ("key", "value")]
     shape = f"[batch, 1, {{}}, {WIDTH}]"
     past = "".join(f", {cache}{shape.format('past_sequence')} past_key_values__{s}" for s in slots)
@@ -93,11 +112,13 @@ def toy_text(*, position_input: bool, cache: str) -> str:
   all_positions = Max(from_zero, zero)
   position_ids = Slice(all_positions, past, total, axis1)
 """
-    layers = "".join(_layer(n) for n in range(LAYERS)).replace("{cache}", str(type_number))
+    layers = "".join(_layer(n, dial=dial) for n in range(LAYERS))
+    layers = layers.replace("{cache}", str(type_number))
+    price = ", float alloc_moe__price" if dial else ""
     return f"""
 <ir_version: 10, opset_import: ["" : 20]>
 toy (int64[batch, sequence] input_ids, int64[batch, total_sequence] attention_mask
-     {", int64[batch, sequence] position_ids" if position_input else ""}{past})
+     {", int64[batch, sequence] position_ids" if position_input else ""}{past}{price})
  => (float[batch, sequence, {VOCABULARY}] logits{present})
 {{
   total = Shape<start=1>(attention_mask)
@@ -144,6 +165,7 @@ def toy_weights() -> dict[str, np.ndarray]:
         "zero_float": np.array(0, np.float32),
         "masked": np.array(-1e9, np.float32),
         "dropped": np.array(-1e4, np.float32),
+        "alloc_moe__price": np.array(DIAL_PLAN.price, np.float32),
     }
     for n in range(LAYERS):
         arrays |= {f"w{kind}{n}": normal(WIDTH, WIDTH) / 2 for kind in "qkv"}
@@ -152,10 +174,15 @@ def toy_weights() -> dict[str, np.ndarray]:
 
 
 def write_toy(
-    path: Path, *, position_input: bool = True, cache: str = "float", plan: str | None = None
+    path: Path,
+    *,
+    position_input: bool = True,
+    cache: str = "float",
+    plan: str | None = None,
+    dial: bool = False,
 ) -> Path:
     """Write the toy artifact, its weights in ``<path>.data``, and return its path."""
-    text = toy_text(position_input=position_input, cache=cache)
+    text = toy_text(position_input=position_input, cache=cache, dial=dial)
     proto = onnx.parser.parse_model(text)
     used = {name for node in proto.graph.node for name in node.input}
     proto.graph.initializer.extend(
@@ -166,7 +193,8 @@ def write_toy(
     model = ir.from_proto(proto)
     for value in _values(model.graph):
         value.name = (value.name or "").replace("__", ".")  # the text format has no dots in names
-    model.metadata_props[PLAN_KEY] = PLAN.to_json() if plan is None else plan
+    own = DIAL_PLAN if dial else PLAN
+    model.metadata_props[PLAN_KEY] = own.to_json() if plan is None else plan
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=64)
     return path
 
@@ -234,6 +262,23 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_toy(folder / MODEL_FILE)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / PLAN_FILE).write_text(PLAN.to_json())
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dial_plan() -> AllocationPlan:
+    """The plan of `dial_bundle`."""
+    return DIAL_PLAN
+
+
+@pytest.fixture(scope="session")
+def dial_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a toy whose price can be set."""
+    folder = tmp_path_factory.mktemp("dial")
+    write_toy(folder / MODEL_FILE, dial=True)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
     return folder
