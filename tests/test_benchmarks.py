@@ -59,9 +59,9 @@ def test_metrics_ranks_random_plans(
     assert outcome.exit_code == 0, outcome.output
     rows = [line for line in outcome.stdout.splitlines() if line.startswith("|")]
     names = [row.split(" | ")[0].strip("| ") for row in rows]
-    table = ["kl", "ppl-suffix", "output", "fisher"]
-    assert names[2:7] == [*table, "activations alone"]
-    assert names[9:] == [*table, "uniform k", "best random plan"]
+    table = ["kl", "ppl-suffix", "output", "fisher", "data-free"]
+    assert names[2:8] == [*table, "activations alone"]
+    assert names[10:] == [*table, "uniform k", "best random plan"]
     losses = json.loads((tmp_path / "metrics.json").read_text())["losses"]
     assert "4 4 4" in losses
     assert len(losses) > 8

@@ -111,3 +111,28 @@ def test_the_loss_is_that_of_kl(moe_model: Models) -> None:
     for metric in ("output", "fisher"):
         profile = measure_sensitivity(moe, CALIBRATION, metric=metric)  # type: ignore[arg-type]
         assert profile.baseline_loss == pytest.approx(kl.baseline_loss, abs=1e-5)
+
+
+def test_data_free_costs_are_root_mean_square_changes_for_random_inputs(moe_model: Models) -> None:
+    moe = moe_model("olmoe")
+    profile = measure_sensitivity(moe, CALIBRATION, metric="data-free")
+    found: list[torch.Tensor] = []
+
+    def watch(
+        experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        ranked, ranked_ids = rank_candidates(weights, ids)
+        rows = hidden.repeat_interleave(ids.shape[1], 0)
+        pairs = run_pairs(experts, rows, ranked_ids.flatten(), ranked.flatten())
+        found.append(pairs.view(*ids.shape, -1))
+        return hidden
+
+    layer = moe.layers[1]
+    random = torch.randn(1, 20000, moe.config.hidden_size, generator=torch.Generator())
+    with torch.inference_mode(), replaced_experts(moe.model, {layer.experts_name: watch}):
+        moe.model.get_submodule(layer.name)(random)
+    expected = [
+        found[0][:, k:].sum(1).square().sum(-1).mean().sqrt().item()
+        for k in range(1, layer.experts_per_token + 1)
+    ]
+    assert profile.costs[1] == pytest.approx(expected, rel=0.2)  # of other draws, and fewer
