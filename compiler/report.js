@@ -35,16 +35,4 @@
     row.addEventListener("pointerenter", () => choose(row.dataset.method));
     row.addEventListener("pointerleave", () => choose(""));
   }
-
-  // Print the numbers behind the charts too only if they were opened; the tables of results always.
-  const opened = [];
-  window.addEventListener("beforeprint", () => {
-    for (const fold of document.querySelectorAll("details.print:not([open])")) {
-      fold.open = true;
-      opened.push(fold);
-    }
-  });
-  window.addEventListener("afterprint", () => {
-    while (opened.length) opened.pop().open = false;
-  });
 })();

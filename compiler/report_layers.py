@@ -114,7 +114,7 @@ def spark(summary: Summary, results: SweepResults) -> str:
     most = max(results.experts_per_token, default=1)
     width, height = 104.0, 30.0
     step = width / max(len(used), 1)
-    gap = min(1.0, step * 0.15)
+    gap = 1.0 if step > 4 else 0.0  # gaps between hairlines would only flicker
     bars = [
         rect(i * step + gap, height - h, step - 2 * gap, h, css="bar")
         for i, h in enumerate(height * value / most for value in used)
