@@ -259,3 +259,21 @@ def test_wrong_use_is_reported(moe_model: Models) -> None:
         run(moe, [1, 5, 1], token_ids(moe))
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, sequence\]"):
         run(moe, [1, 1, 1], token_ids(moe), torch.ones(3, 1, 16, 16))
+
+
+def test_a_mean_that_is_not_whole_is_for_scores_only(moe_model: Models) -> None:
+    moe = moe_model("olmoe")
+    ids = token_ids(moe)
+    with (
+        pytest.raises(ValueError, match=r"k is 1\.5 in .*; 'batch' needs it whole"),
+        allocated(moe.model, moe.layers, given(1.5, 2, 2), redistribution="batch", weights="keep"),
+    ):
+        moe.model(input_ids=ids)
+    with (
+        torch.inference_mode(),
+        allocated(
+            moe.model, moe.layers, given(1.5, 2, 2), redistribution="threshold", weights="keep"
+        ) as activations,
+    ):
+        moe.model(input_ids=ids)
+    assert activations.per_token == [4, 4, 4]  # the threshold is 0, which all reach

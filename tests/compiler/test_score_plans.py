@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from alloc_moe.compiler import package, verify
+from alloc_moe.compiler.cli_eval import eval_command
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.pipeline import specialize
 from alloc_moe.compiler.policies import SCORED
@@ -206,3 +210,91 @@ def test_a_request_gets_the_same_tokens_alone_and_among_others(
         rtol=0,
         atol=1e-4,
     )
+
+
+def bundled(moe: MoeModel, graph: ir.Model, plan: AllocationPlan, folder: Path) -> Path:
+    model = specialize(graph, plan, device="cpu")
+    package.save_graph(model, folder / "model.onnx")
+    package.write_bundle_files(folder, moe, model, plan)
+    return folder
+
+
+def test_onnxruntime_genai_runs_an_artifact_with_a_dial(
+    moe_model: Models,
+    exported: Graphs,
+    score_plan: Plans,
+    token_ids: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    moe = moe_model("olmoe")
+    folder = bundled(moe, exported("olmoe"), score_plan(moe, "price"), tmp_path)
+    onnx.checker.check_model(folder / "model.onnx")
+    session = open_session(folder, ep="cpu")
+    assert session.has_dial
+    prompt = token_ids[0, :20].tolist()
+    expected = generate(session, [prompt], max_new_tokens=12, eos_ids=session.files.eos_ids())[0]
+    parameters = genai.GeneratorParams(genai_model := genai.Model(str(folder)))
+    parameters.set_search_options(max_length=32, do_sample=False)
+    generator = genai.Generator(genai_model, parameters)
+    generator.append_tokens(prompt)
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    assert tokens == expected[: len(tokens)]
+    assert tokens
+
+
+def evaluated(*arguments: object) -> Any:
+    outcome = CliRunner().invoke(eval_command, [*map(str, arguments), "--json"])
+    assert outcome.exit_code == 0, outcome.stderr
+    return json.loads(outcome.stdout)
+
+
+@pytest.mark.parametrize("redistribution", ["threshold", "price"])
+def test_alloc_eval_gives_the_same_for_artifact_and_plan(
+    moe_model: Models,
+    exported: Graphs,
+    score_plan: Plans,
+    tmp_path: Path,
+    redistribution: str,
+) -> None:
+    moe = moe_model("olmoe")
+    plan = score_plan(moe, redistribution)
+    folder = bundled(moe, exported("olmoe"), plan, tmp_path)
+    (tmp_path / "text.txt").write_text("The committee of the House met again. " * 8)
+    options = ["--text", tmp_path / "text.txt", "--window", 32]
+    counts = []
+    for budget in [(), ("--budget", "1.0")] if redistribution == "price" else [()]:
+        artifact = evaluated(folder, "--ep", "cpu", *options, *budget)
+        plan_file = folder / "allocation.json"
+        model = evaluated(moe.folder, "--plan", plan_file, *options, *budget)
+        assert artifact["activations"] == model["activations"]
+        assert artifact["loss"] == pytest.approx(model["loss"], rel=1e-5)
+        assert artifact["price"] == (0.0 if budget else None)
+        counts.append(sum(artifact["activations_per_token"]))
+    if redistribution == "price":
+        assert counts[0] < counts[1] == plan.budget.original
+
+
+def test_alloc_eval_reports_what_it_cannot_run(
+    moe_model: Models, score_plan: Plans, tmp_path: Path
+) -> None:
+    moe = moe_model("olmoe")
+    plan = dataclasses.replace(score_plan(moe, "threshold"), correction={"kind": "affine"})
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    (tmp_path / "text.txt").write_text("Some text")
+    text = ["--text", str(tmp_path / "text.txt")]
+    with_plan = [str(moe.folder), *text, "--plan", str(tmp_path / "plan.json")]
+    outcome = CliRunner().invoke(eval_command, with_plan)
+    assert outcome.exit_code == 1
+    assert "so it can't be run from the plan alone" in " ".join(outcome.stderr.split())
+    plan = dataclasses.replace(plan, correction={})
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    outcome = CliRunner().invoke(eval_command, [*with_plan, "--budget", "0.5"])
+    assert outcome.exit_code == 1
+    assert "has no dial" in outcome.stderr
+    outcome = CliRunner().invoke(eval_command, [str(moe.folder), *text, "--budget", "0.5"])
+    assert outcome.exit_code == 2
+    assert "--budget is for artifacts, and for models with a --plan" in outcome.stderr
