@@ -194,21 +194,22 @@ def test_a_profile_made_before_is_taken(model: str, tmp_path: Path) -> None:
     outcome = CliRunner().invoke(profile_command, [*options, "--json"])
     assert outcome.exit_code == 0, outcome.stderr
     data = json.loads(outcome.stdout)
-    assert (data["profile"], data["metric"]) == (str(tmp_path / "p.json"), "kl")
+    assert (data["profile"], data["metric"]) == (str(tmp_path / "p.json"), "fisher")
     before = (tmp_path / "p.json").read_bytes()
     outcome = compiled(model, tmp_path / "out.onnx", "--profile", tmp_path / "p.json")
     assert "Profiling" not in outcome.stderr
     assert (tmp_path / "p.json").read_bytes() == before
     again = CliRunner().invoke(profile_command, options)
-    assert again.stdout.startswith(f"Wrote {tmp_path / 'p.json'}: kl of 3 MoE layers on 256 tokens")
+    assert again.stdout.startswith(
+        f"Wrote {tmp_path / 'p.json'}: fisher of 3 MoE layers on 256 tokens"
+    )
 
 
 def test_a_profile_of_another_redistribution_is_refused(model: str, tmp_path: Path) -> None:
     options = [model, "-o", str(tmp_path / "p.json"), "--tokens", "256", "--sensitivity", "fisher"]
     assert CliRunner().invoke(profile_command, [*options, "--redistribute", "none"]).exit_code == 0
-    outcome = compiled(
-        model, tmp_path / "out.onnx", "--profile", tmp_path / "p.json", "--sensitivity", "fisher"
-    )
+    options = ["--profile", tmp_path / "p.json", "--sensitivity", "fisher"]
+    outcome = compiled(model, tmp_path / "out.onnx", *options, "--redistribute", "batch")
     assert outcome.exit_code == 1
     assert "the redistribution (there none, now sequence) changed" in " ".join(
         outcome.stderr.split()
