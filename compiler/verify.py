@@ -37,7 +37,7 @@ MAX_COUNT_ERROR = 0.02
 _PROMPT_LENGTHS = (23, 14, 5)
 _DECODE_STEPS = 4
 # Router weights closer than this may be ranked differently by two correct float32 computations.
-_NEAR_TIE = 1e-5
+_NEAR_TIE = 5e-6
 _ATTEMPTS = 8
 
 

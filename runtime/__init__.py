@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alloc_moe.runtime.artifact import AllocationPlan
+    from alloc_moe.runtime.dial import price_of
     from alloc_moe.runtime.errors import AllocMoeError, ArtifactError, DeviceError, GenerationError
     from alloc_moe.runtime.sampling import Sampling
     from alloc_moe.runtime.session import ArtifactSession, open_session
@@ -33,6 +34,7 @@ _MODULES = {
     "TextModel": "text_model",
     "load": "text_model",
     "open_session": "session",
+    "price_of": "dial",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "TextModel",
     "load",
     "open_session",
+    "price_of",
 ]
 
 

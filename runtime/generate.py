@@ -65,8 +65,8 @@ def generate_steps(
 
     Shorter prompts are padded on the left. The padding, and what is fed to rows that have ended,
     is masked out: no token attends to it, and it doesn't compete for experts. Under the
-    redistribution ``batch`` the real tokens of a call do compete, so there (and only there) a row's
-    tokens may depend on the other prompts.
+    redistribution ``batch``, or with a cap, the real tokens of a call do compete, so there (and
+    only there) a row's tokens may depend on the other prompts.
 
     Args:
         session: An artifact from `open_session`.
