@@ -95,7 +95,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         console=console,
     )
     planned = dataclasses.replace(
-        planned, plan=dataclasses.replace(planned.plan, versions=_versions())
+        planned, plan=dataclasses.replace(planned.plan, versions=versions())
     )
     with package.staging(output) as staged:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
@@ -263,7 +263,7 @@ def _step(console: Console, description: str) -> Iterator[None]:
         progress.advance(1)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in _RECORDED}
     # Its distribution is onnxruntime or onnxruntime-gpu.
     return {**versions, "onnxruntime": onnxruntime.__version__}

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import GenerationError
-from alloc_moe.runtime.session import ArtifactSession
+from alloc_moe.runtime.session import ArtifactSession, Output
 
 LogitsFunction = Callable[[NDArray[np.int64]], NDArray[np.floating]]
 """Token ids [1, sequence] -> logits [1, sequence, vocabulary]."""
@@ -107,6 +107,7 @@ def evaluate_artifact(
     decode: bool = False,
     price: float | None = None,
     on_scored: Callable[[int], None] | None = None,
+    on_output: Callable[[Output], None] | None = None,
 ) -> Evaluation:
     """Return the loss of an artifact on a text, and the activations of the very same calls.
 
@@ -119,6 +120,7 @@ def evaluate_artifact(
             one call. Tokens then compete for experts with none but themselves.
         price: Of an activation, for artifacts with a dial; see `alloc_moe.runtime.dial.price_of`.
         on_scored: Called after each window with the number of tokens it scored.
+        on_output: Called with what each call gave.
 
     Raises:
         GenerationError: The text is too short, or the window longer than the model's context.
@@ -138,6 +140,8 @@ def evaluate_artifact(
             output = session.run(step, cache=cache, price=price)
             cache = output.cache
             logits.append(output.logits)
+            if on_output is not None:
+                on_output(output)
             if output.activations is not None:
                 counts[:] += output.activations
         return np.concatenate(logits, axis=1) if decode else logits[0]

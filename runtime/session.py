@@ -54,13 +54,19 @@ class Cache:
 class Output:
     """What one call gave.
 
-    ``logits`` are [batch, sequence, vocabulary], float32 or float16. ``activations`` are the
-    experts executed per MoE layer, padding included; None unless the session counts them.
+    ``logits`` are [batch, sequence, vocabulary], float32 or float16. ``rows[l]`` are the experts
+    executed per row of the MoE operator of layer l, None unless the session counts them: the rows
+    are the call's tokens, padding included, or (token, expert) pairs if the artifact compacts them.
     """
 
     logits: NDArray[np.floating]
     cache: Cache
-    activations: tuple[int, ...] | None
+    rows: tuple[NDArray[np.int64], ...] | None
+
+    @property
+    def activations(self) -> tuple[int, ...] | None:
+        """The experts executed per MoE layer, padding included; None unless counted."""
+        return None if self.rows is None else tuple(int(counts.sum()) for counts in self.rows)
 
 
 class ArtifactSession:
@@ -242,8 +248,9 @@ def _router_probs(plan: AllocationPlan) -> tuple[str, ...]:
     return tuple(ROUTER_PROBS.format(layer=layer) for layer in range(len(plan.layers)))
 
 
-def _executed(router_probs: onnxruntime.OrtValue) -> int:
-    return int(np.count_nonzero(to_numpy(router_probs) > DROPPED / 2))
+def _executed(router_probs: onnxruntime.OrtValue) -> NDArray[np.int64]:
+    executed: NDArray[np.int64] = np.count_nonzero(to_numpy(router_probs) > DROPPED / 2, axis=1)
+    return executed
 
 
 def _split(

@@ -69,6 +69,7 @@ def test_every_command_is_installed(wheel: zipfile.ZipFile) -> None:
     assert set(scripts) == {
         *("alloc-compile", "alloc-profile", "alloc-eval"),
         *("alloc-run", "alloc-bench", "alloc-inspect"),
+        *("alloc-sweep", "alloc-lm-eval"),
     }
     for target in scripts.values():
         module, _, function = target.partition(":")

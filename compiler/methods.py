@@ -1,0 +1,97 @@
+"""Ways to spend a budget, by name: what `alloc-sweep --plans` compares."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import get_args
+
+from alloc_moe.compiler.errors import SweepError
+from alloc_moe.compiler.records import CorrectionMode, Metric, Redistribution
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to spend a budget.
+
+    ``metric`` divides it among the layers, for ``price`` by expert sizes; None gives all layers the
+    same. With ``apart`` sensitivities are measured without the redistribution that will run, as in
+    the literature.
+    """
+
+    name: str
+    metric: Metric | None = None
+    redistribution: Redistribution = "none"
+    correction: CorrectionMode = "none"
+    apart: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything depends on the calibration text, and so on its seed."""
+        scored = self.redistribution in ("threshold", "price", "top-p", "ratio")
+        return self.metric is not None or scored or self.correction != "none"
+
+
+DEFAULT = Method("price + affine (default)", "fisher", "price", "affine")
+PRESETS = {
+    "uniform": Method("uniform k"),
+    "data-free": Method("data-free layers (LExI)", "data-free"),
+    "top-p": Method("top-p", None, "top-p"),
+    "ratio": Method("skipping by ratio (NAEE)", None, "ratio"),
+    "kl": Method("Alloc-L, kl", "kl"),
+    "ppl-suffix": Method("Alloc-L, ppl-suffix", "ppl-suffix"),
+    "batch": Method("Alloc-T batch, uniform k", None, "batch"),
+    "paper": Method("Alloc-L + Alloc-T (Alloc-MoE)", "ppl-suffix", "batch", apart=True),
+    "threshold": Method("threshold, uniform k", None, "threshold"),
+    "price": Method("price", "fisher", "price"),
+    "default": DEFAULT,
+}
+"""Methods with a name of their own; the first seven and ``paper`` are the published ones."""
+_BY_PART = {
+    "metric": get_args(Metric),
+    "redistribution": get_args(Redistribution),
+    "correction": get_args(CorrectionMode),
+}
+
+
+def parse_method(text: str) -> Method:
+    """Return the method that a name in `PRESETS` or a sum such as ``kl+batch+affine`` stands for.
+
+    A sum has a metric or ``uniform``, a redistribution, a correction, or any of these; what is left
+    out is uniform, none and none, but ``price`` goes by ``fisher``. ``apart`` may be added.
+
+    Raises:
+        SweepError: A part is no such name, or two parts say the same thing.
+    """
+    if text in PRESETS:
+        return PRESETS[text]
+    found: dict[str, str] = {}
+    apart = False
+    for part in text.split("+"):
+        if part == "apart":
+            apart = True
+            continue
+        kinds = [kind for kind, names in _BY_PART.items() if part in names]
+        kind = "metric" if part == "uniform" else kinds[0] if kinds else None
+        if kind is None:
+            raise SweepError(_unknown(part))
+        if kind in found:
+            raise SweepError(
+                f"{text} has two parts, {found[kind]} and {part}, where one is possible."
+            )
+        found[kind] = part
+    metric = found.get("metric", "fisher" if found.get("redistribution") == "price" else "uniform")
+    return Method(
+        " + ".join(text.split("+")),
+        None if metric == "uniform" else metric,  # type: ignore[arg-type]
+        found.get("redistribution", "none"),  # type: ignore[arg-type]
+        found.get("correction", "none"),  # type: ignore[arg-type]
+        apart,
+    )
+
+
+def _unknown(part: str) -> str:
+    names = [*PRESETS, "apart", *(name for group in _BY_PART.values() for name in group)]
+    near = difflib.get_close_matches(part, names, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(dict.fromkeys(names))}."
+    return f"{part!r} is no way to spend a budget. {hint}"

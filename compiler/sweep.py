@@ -1,0 +1,290 @@
+"""Every method at every budget: compiled, run in onnxruntime on held-out text, and counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alloc_moe.compiler import package, pipeline
+from alloc_moe.compiler.allocate import parse_budget
+from alloc_moe.compiler.calibration import CalibrationSet
+from alloc_moe.compiler.errors import SweepError
+from alloc_moe.compiler.methods import DEFAULT, Method
+from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
+from alloc_moe.compiler.records import Metric, MoeModel, Redistribution, SensitivityProfile
+from alloc_moe.compiler.saved import save_text
+from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler.sensitivity_keep import measured_redistribution
+from alloc_moe.compiler.sweep_records import (
+    CalibrationText,
+    Cell,
+    ScoredText,
+    Sensitivity,
+    SweepResults,
+)
+from alloc_moe.runtime.bench import machine
+from alloc_moe.runtime.evaluate import default_window, evaluate_artifact
+from alloc_moe.runtime.session import open_session
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from alloc_moe.runtime.command import Console
+    from alloc_moe.runtime.session import Output
+
+_CONTEXT = 64  # tokens that a window shares with the one before
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What the user asked `alloc-sweep` for."""
+
+    model: str
+    folder: Path
+    budgets: tuple[str, ...]
+    methods: tuple[Method, ...]
+    text: Path
+    text_tokens: int | None = None
+    calibration: str | None = None
+    tokens: int = 8192
+    seeds: tuple[int, ...] = (0,)
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+
+def run_sweep(options: SweepOptions, console: Console, *, command: str) -> SweepResults:
+    """Return what every method adds to the loss at every budget, for every calibration seed.
+
+    Each cell is an artifact that onnxruntime ran. Cells and profiles are kept in the folder as they
+    come: a sweep that was interrupted goes on where it was.
+
+    Raises:
+        AllocMoeError: Anything that the user can act on.
+    """
+    moe = pipeline.load(options.model, console, trust_remote_code=options.trust_remote_code)
+    texts = [
+        pipeline.calibrate(moe, options.calibration, console, tokens=options.tokens, seed=seed)
+        for seed in options.seeds
+    ]
+    scored = _scored_text(options, moe)
+    if scored.sha256 == texts[0].sha256:
+        raise SweepError(
+            f"{options.text} is the calibration text itself. Give text to --text that the model "
+            "was neither trained nor calibrated on."
+        )
+    for budget in options.budgets:  # a wrong one is told before hours of work
+        parse_budget(budget, [layer.experts_per_token for layer in moe.layers])
+    work = _Work(options, console, moe, texts, scored)
+    full = work.full_loss()
+    cells = [
+        work.cell(method, budget, texts[index], full)
+        for index in range(len(texts))
+        for method in options.methods
+        for budget in options.budgets
+        if index == 0 or method.calibrated
+    ]
+    return SweepResults(
+        options.model,
+        moe.config.model_type,
+        layers=tuple(layer.name for layer in moe.layers),
+        experts=tuple(layer.num_experts for layer in moe.layers),
+        experts_per_token=tuple(layer.experts_per_token for layer in moe.layers),
+        full_loss=full,
+        text=ScoredText(scored.name, scored.sha256, len(scored.ids) - 1),
+        calibration=CalibrationText(
+            Path(texts[0].name).name, texts[0].sha256, texts[0].tokens, options.seeds
+        ),
+        machine={"processor": machine()},
+        versions=pipeline.versions(),
+        date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        command=command,
+        sensitivities=work.sensitivities(),
+        cells=tuple(cells),
+    )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    name: str
+    sha256: str
+    ids: list[int]
+
+
+def _scored_text(options: SweepOptions, moe: MoeModel) -> _Scored:
+    try:
+        data = options.text.read_bytes()
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SweepError(
+            f"The text {options.text} can't be read: {error}. Give a UTF-8 file."
+        ) from error
+    ids = moe.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return _Scored(options.text.name, hashlib.sha256(data).hexdigest(), ids[: options.text_tokens])
+
+
+class _Work:
+    """The model, exported once, and what was measured already."""
+
+    def __init__(
+        self,
+        options: SweepOptions,
+        console: Console,
+        moe: MoeModel,
+        texts: Sequence[CalibrationSet],
+        scored: _Scored,
+    ) -> None:
+        self._options, self._console, self._moe, self._scored = options, console, moe, scored
+        self._texts = texts
+        self._graph: ir.Model | None = None
+        self._profiles: dict[tuple[Metric, Redistribution, int], SensitivityProfile] = {}
+        self._kept = options.folder / "cells.json"
+        options.folder.mkdir(parents=True, exist_ok=True)
+        self._cells: dict[str, Any] = {}
+        if self._kept.is_file():
+            self._cells = json.loads(self._kept.read_text("utf-8"))
+
+    def full_loss(self) -> float:
+        """Return the loss of the artifact that runs every expert."""
+        return float(self._evaluated(Method("full model"), "1.0", self._texts[0])["loss"])
+
+    def cell(self, method: Method, budget: str, text: CalibrationSet, full: float) -> Cell:
+        """Return what a method gives at a budget."""
+        found = self._evaluated(method, budget, text)
+        original = sum(layer.experts_per_token for layer in self._moe.layers)
+        requested = parse_budget(budget, [la.experts_per_token for la in self._moe.layers])
+        return Cell(
+            method.name,
+            requested.activations / original,
+            seed=text.seed,
+            allocation=method.metric or "uniform",
+            redistribution=method.redistribution,
+            correction=method.correction,
+            loss=found["loss"],
+            added_loss=found["loss"] - full,
+            activations=sum(found["per_layer"]),
+            activations_per_layer=tuple(found["per_layer"]),
+            planned_per_layer=tuple(found["planned"]),
+            experts_per_token_histogram=tuple(tuple(row) for row in found["histogram"]),
+            default=dataclasses.replace(method, name=DEFAULT.name) == DEFAULT,
+        )
+
+    def sensitivities(self) -> tuple[Sensitivity, ...]:
+        """Return the profiles of the first seed."""
+        return tuple(
+            Sensitivity(
+                profile.metric,
+                profile.redistribution,
+                tuple(row for row in profile.costs if row is not None),
+                profile.seconds,
+            )
+            for (_, _, seed), profile in self._profiles.items()
+            if seed == self._texts[0].seed
+        )
+
+    def _evaluated(self, method: Method, budget: str, text: CalibrationSet) -> dict[str, Any]:
+        """Return loss, experts and plan of one artifact: remembered, or compiled and run."""
+        profile = self._profile(method, text)
+        key = self._key(method, budget, text)
+        if key not in self._cells:
+            self._console.note(f"{method.name} at {budget}, seed {text.seed}")
+            planned = self._plan(method, budget, text, profile)
+            self._cells[key] = self._run(planned)
+            save_text(json.dumps(self._cells, indent=0), self._kept, what="results")
+        found: dict[str, Any] = self._cells[key]
+        return found
+
+    def _key(self, method: Method, budget: str, text: CalibrationSet) -> str:
+        """Of all that a cell depends on."""
+        made_of = [text.sha256, text.seed, text.tokens] if method.calibrated else []
+        settings = [dataclasses.astuple(dataclasses.replace(method, name="")), budget, made_of]
+        scored = [self._scored.sha256, len(self._scored.ids), self._moe.fingerprint]
+        return json.dumps([*settings, *scored])
+
+    def _profile(self, method: Method, text: CalibrationSet) -> SensitivityProfile | None:
+        if method.metric is None:
+            return None
+        policy = measured_redistribution("none" if method.apart else method.redistribution)
+        key = (method.metric, policy, text.seed)
+        if key not in self._profiles:
+            name = f"profile-{method.metric}-{policy}-{text.seed}.json"
+            self._profiles[key] = measure_sensitivity(
+                self._moe,
+                text,
+                metric=method.metric,
+                redistribution=policy,
+                path=self._options.folder / name,
+                console=self._console,
+            )
+        return self._profiles[key]
+
+    def _plan(
+        self,
+        method: Method,
+        budget: str,
+        text: CalibrationSet,
+        profile: SensitivityProfile | None,
+    ) -> Planned:
+        return make_planned(
+            self._moe,
+            text,
+            parse_budget(budget, [layer.experts_per_token for layer in self._moe.layers]),
+            PlanOptions(method.redistribution, "keep", method.correction, dial=False),
+            source=self._options.model,
+            profile=profile,
+            console=self._console,
+        )
+
+    def _run(self, planned: Planned) -> dict[str, Any]:
+        """Write the artifact, run it on the held-out text, and delete it."""
+        if self._graph is None:
+            self._console.note("Exporting the graph")
+            self._graph = pipeline.export(
+                self._moe,
+                dtype="float32",
+                trust_remote_code=self._options.trust_remote_code,
+            )
+        plan, corrections = planned.plan, planned.corrections
+        model = pipeline.specialize(self._graph, plan, device="cpu", corrections=corrections)
+        with tempfile.TemporaryDirectory(dir=self._options.folder) as folder:
+            path = Path(folder) / "model.onnx"
+            package.save_graph(model, path)
+            session = open_session(
+                path,
+                ep="cpu",
+                threads=self._options.threads,
+                count_activations=True,
+                stop_spinning=True,
+            )
+            histograms = [
+                np.zeros(layer.experts_per_token + 1, np.int64) for layer in self._moe.layers
+            ]
+
+            def count(output: Output) -> None:
+                assert output.rows is not None
+                for histogram, rows in zip(histograms, output.rows, strict=True):
+                    histogram += np.bincount(rows, minlength=len(histogram))
+
+            window = default_window(session.files.context_length())
+            found = evaluate_artifact(
+                session,
+                self._scored.ids,
+                window=window,
+                stride=max(window - _CONTEXT, 1),
+                on_output=count,
+            )
+            del session  # its mapping of the weights, before the folder goes
+        return {
+            "loss": found.loss,
+            "per_layer": list(found.activations_per_token or ()),
+            "planned": [layer.k for layer in plan.layers],
+            "histogram": [(counts / counts.sum()).tolist() for counts in histograms],
+        }
