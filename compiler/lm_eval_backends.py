@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from alloc_moe.runtime.artifact import AllocationPlan
+from alloc_moe.runtime.dial import price_of
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.generate import Step
 from alloc_moe.runtime.session import open_session
@@ -35,7 +36,8 @@ class Backend:
     """A model under a plan: ``step`` runs a call of it.
 
     ``prefix_id`` is the token that texts without context are scored after, ``eos_ids`` end an
-    answer. ``context_length`` is None where the model doesn't say.
+    answer. ``context_length`` is None where the model doesn't say, ``price`` unless a budget was
+    asked for that is not the plan's own.
     """
 
     source: str
@@ -45,6 +47,7 @@ class Backend:
     prefix_id: int
     eos_ids: frozenset[int]
     context_length: int | None
+    price: float | None = None
 
     @property
     def depends_on_batch(self) -> bool:
@@ -53,22 +56,29 @@ class Backend:
 
 
 def open_artifact(
-    path: str, *, tokenizer: str | None, ep: Provider, threads: int | None
+    path: str,
+    *,
+    budget: str | float | None,
+    tokenizer: str | None,
+    ep: Provider,
+    threads: int | None,
 ) -> Backend:
-    """Load a compiled artifact.
+    """Load a compiled artifact, to run at a budget if it has a dial, else at its own.
 
     Raises:
         ArtifactError: Something is missing, damaged, or was not compiled by alloc-moe.
         DeviceError: ``ep="cuda"``, but CUDA can't be used.
+        GenerationError: There is a budget, but no dial that reaches it.
     """
     session = open_session(path, ep=ep, threads=threads)
     loaded = load_tokenizer(session.files, tokenizer)
     eos_ids = session.files.eos_ids()
+    price = None if budget is None else price_of(session.plan, budget)
 
     def step(
         ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache | None
     ) -> tuple[NDArray[np.floating], Cache]:
-        output = session.run(ids, attention_mask=mask, cache=cache)
+        output = session.run(ids, attention_mask=mask, cache=cache, price=price)
         return output.logits, output.cache
 
     return Backend(
@@ -81,10 +91,17 @@ def open_artifact(
         ),
         eos_ids=eos_ids,
         context_length=session.files.context_length(),
+        price=price,
     )
 
 
-def open_model(source: str, *, plan_file: str | None, trust_remote_code: bool) -> Backend:
+def open_model(
+    source: str,
+    *,
+    plan_file: str | None,
+    budget: str | float | None,
+    trust_remote_code: bool,
+) -> Backend:
     """Load an original model, to run in PyTorch under the plan in a file, else as trained.
 
     Raises:
@@ -102,6 +119,7 @@ def open_model(source: str, *, plan_file: str | None, trust_remote_code: bool) -
         if plan_file is None
         else read_plan(Path(plan_file), source=source, layers=moe.layers)
     )
+    price = None if budget is None else price_of(plan, budget)
     tokenizer = Tokenizer.from_str(moe.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -111,21 +129,22 @@ def open_model(source: str, *, plan_file: str | None, trust_remote_code: bool) -
     return Backend(
         source=source,
         plan=plan,
-        step=_torch_step(moe, plan),
+        step=_torch_step(moe, plan, price),
         tokenizer=tokenizer,
         prefix_id=_prefix(tokenizer, names, eos_ids, source=source),
         eos_ids=eos_ids,
         context_length=getattr(moe.config.get_text_config(), "max_position_embeddings", None),
+        price=price,
     )
 
 
-def _torch_step(moe: MoeModel, plan: AllocationPlan) -> Step:
+def _torch_step(moe: MoeModel, plan: AllocationPlan, price: float | None) -> Step:
     import torch
 
     from alloc_moe.compiler.policies import layer_parameters
     from alloc_moe.compiler.reference import allocated
 
-    parameters = layer_parameters(plan)
+    parameters = layer_parameters(plan, price)
 
     def step(
         ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any

@@ -51,6 +51,8 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         artifact: A bundle folder or .onnx file; this or ``pretrained`` is needed.
         pretrained: A checkpoint folder or hub id, to run in PyTorch on the CPU.
         plan: For ``pretrained``: an allocation.json or artifact; without it, all experts run.
+        budget: For plans with a dial: experts per token, as a fraction or a number, in place of
+            the plan's own budget.
         batch_size: Sequences per call. "auto" is 8, or 1 where results depend on batch mates.
         max_batch_size: The most that "auto" may take.
         device: What the harness's --device says; "cpu" is taken as ``ep=cpu``.
@@ -71,6 +73,7 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         artifact: str | None = None,
         pretrained: str | None = None,
         plan: str | None = None,
+        budget: str | float | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -91,32 +94,32 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             if plan is not None:
                 raise GenerationError("plan= is for pretrained=; an artifact has its own plan.")
             provider: Provider = "cpu" if device == "cpu" and ep == "auto" else ep
-            self._backend = open_artifact(
-                artifact, tokenizer=tokenizer, ep=provider, threads=threads
+            self.backend = open_artifact(
+                artifact, budget=budget, tokenizer=tokenizer, ep=provider, threads=threads
             )
         else:
             assert pretrained is not None
-            self._backend = open_model(
-                pretrained, plan_file=plan, trust_remote_code=trust_remote_code
+            self.backend = open_model(
+                pretrained, plan_file=plan, budget=budget, trust_remote_code=trust_remote_code
             )
-        self.max_length = max_length or self._backend.context_length or _DEFAULT_CONTEXT
+        self.max_length = max_length or self.backend.context_length or _DEFAULT_CONTEXT
         self.max_gen_toks = max_gen_toks
-        self.batch_size = choose_batch_size(self._backend, batch_size, most=max_batch_size)
+        self.batch_size = choose_batch_size(self.backend, batch_size, most=max_batch_size)
         self._seeds = itertools.count(seed)
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return min(self._backend.eos_ids, default=self._backend.prefix_id)
+        return min(self.backend.eos_ids, default=self.backend.prefix_id)
 
     @property
     def prefix_token_id(self) -> int:
         """The token that texts without context are scored after."""
-        return self._backend.prefix_id
+        return self.backend.prefix_id
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness writes beside its results: the plan, layer by layer."""
-        plan = self._backend.plan
+        """Return what the harness writes beside its results: the plan, and the price if set."""
+        plan = self.backend.plan
         return {
             "alloc_moe": {
                 "source": plan.source,
@@ -125,6 +128,7 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 "activations_per_token": plan.budget.activations,
                 "activations_per_token_original": plan.budget.original,
                 "experts_per_layer": [layer.k for layer in plan.layers],
+                "price": self.backend.price,
             }
         }
 
@@ -134,9 +138,9 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         Never twice: a text that begins with it gets no other.
         """
         if add_special_tokens is None:
-            start = self._backend.tokenizer.id_to_token(self.prefix_token_id)
+            start = self.backend.tokenizer.id_to_token(self.prefix_token_id)
             add_special_tokens = not (start and string.startswith(start))
-        encoding = self._backend.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        encoding = self.backend.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
@@ -170,14 +174,14 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         sharing: dict[tuple[int, ...], list[int]] = {}  # one-token options share their input
         for index, (_, context, continuation) in enumerate(requests):
-            sharing.setdefault(self._input(context, continuation), []).append(index)
+            if continuation:
+                sharing.setdefault(self._input(context, continuation), []).append(index)
         bar = tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm)
         for inputs in _batches(sorted(sharing, key=lambda ids: (-len(ids), ids)), self.batch_size):
             logits = self._prefill(inputs)
             for row, index in ((row, i) for row, ids in enumerate(inputs) for i in sharing[ids]):
                 key, _, continuation = requests[index]
-                if continuation:
-                    answers[index] = _score(logits[row], continuation)
+                answers[index] = _score(logits[row], continuation)
                 if key is not None:
                     self.cache_hook.add_partial("loglikelihood", key, answers[index])
                 bar.update(1)
@@ -189,7 +193,7 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         if len(continuation) > self.max_length:
             raise GenerationError(
                 f"A continuation has {len(continuation)} tokens; the context of "
-                f"{self._backend.source} holds {self.max_length}. Leave this task out."
+                f"{self.backend.source} holds {self.max_length}. Leave this task out."
             )
         whole = [*context, *continuation]
         if len(whole) > self.max_length + 1:
@@ -206,7 +210,7 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         for row, tokens in enumerate(inputs):
             ids[row, longest - len(tokens) :] = tokens
             mask[row, longest - len(tokens) :] = 1
-        return self._backend.step(ids, mask, None)[0]
+        return self.backend.step(ids, mask, None)[0]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after each context, up to the first stop string."""
@@ -244,10 +248,10 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             )
         prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
         stops = [stop for stop in known["until"] if stop]
-        ends = self._backend.eos_ids | {self.eot_token_id}
-        answers = [_Answer(TextStream(self._backend.tokenizer, ids), stops) for ids in prompts]
+        ends = self.backend.eos_ids | {self.eot_token_id}
+        answers = [_Answer(TextStream(self.backend.tokenizer, ids), stops) for ids in prompts]
         for _ in decode(
-            self._backend.step,
+            self.backend.step,
             prompts,
             max_new_tokens=known["max_gen_toks"],
             sampling=self._sampling(known),

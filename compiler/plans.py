@@ -18,7 +18,8 @@ def read_plan(path: Path, *, source: str, layers: Sequence[MoeLayer]) -> Allocat
     """Return the plan in an allocation.json or an artifact.
 
     Raises:
-        ArtifactError: It can't be read, or was made of another model than that of ``layers``.
+        ArtifactError: It can't be read, was made of another model than that of ``layers``, or
+            needs weights that only its artifact has.
     """
     if path.suffix == ".json":
         try:
@@ -28,6 +29,11 @@ def read_plan(path: Path, *, source: str, layers: Sequence[MoeLayer]) -> Allocat
         plan = AllocationPlan.from_json(text)
     else:
         plan = find_artifact(path).plan
+    if plan.correction:
+        raise ArtifactError(
+            f"The plan in {path} has a correction, which is in the weights of its artifact, "
+            "so it can't be run from the plan alone. Evaluate the artifact."
+        )
     planned = [(layer.name, layer.k_original) for layer in plan.layers]
     found = [(layer.name, layer.experts_per_token) for layer in layers]
     if planned != found:
