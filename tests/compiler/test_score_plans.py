@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from alloc_moe.compiler import package, verify
 from alloc_moe.compiler.cli_eval import eval_command
 from alloc_moe.compiler.errors import VerificationError
-from alloc_moe.compiler.pipeline import specialize
+from alloc_moe.compiler.pipeline import export, specialize
 from alloc_moe.compiler.policies import SCORED
 from alloc_moe.compiler.records import MoeModel
 from alloc_moe.compiler.verify import verify_artifact
@@ -105,19 +105,23 @@ def test_a_price_other_than_the_plans_is_refused(
         verify_artifact(tmp_path / "out.onnx", moe, plan, token_ids, dtype="float16")
 
 
+@pytest.fixture(scope="module")
+def half_graph(moe_model: Models) -> ir.Model:
+    return export(moe_model("olmoe"), dtype="float16")
+
+
 @pytest.mark.parametrize("redistribution", ["threshold", "price"])
 def test_half_precision_is_verified(
     moe_model: Models,
+    half_graph: ir.Model,
     score_plan: Plans,
     token_ids: NDArray[np.int64],
     tmp_path: Path,
     redistribution: str,
 ) -> None:
-    from alloc_moe.compiler.pipeline import export
-
     moe = moe_model("olmoe")
     plan = score_plan(moe, redistribution)
-    path = written(export(moe, dtype="float16"), plan, tmp_path)
+    path = written(half_graph, plan, tmp_path)
     result = verify_artifact(path, moe, plan, token_ids, dtype="float16")
     assert result.kl < verify.MAX_KL
 
