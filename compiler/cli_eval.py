@@ -173,12 +173,17 @@ def _evaluate_model(
     import torch
 
     from alloc_moe.compiler.pipeline import load
+    from alloc_moe.compiler.plans import read_plan, trained_plan
     from alloc_moe.compiler.policies import layer_parameters
     from alloc_moe.compiler.reference import allocated
     from alloc_moe.runtime.evaluate import default_window, evaluate
 
     moe = load(target, console, trust_remote_code=trust_remote_code)
-    plan = _plan(plan_file, target, [(la.name, la.experts_per_token) for la in moe.layers])
+    plan = (
+        trained_plan(target, moe.layers)
+        if plan_file is None
+        else read_plan(plan_file, source=target, layers=moe.layers)
+    )
     ids: Sequence[int] = moe.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ids = ids[: settings.tokens]
     context = getattr(moe.config.get_text_config(), "max_position_embeddings", None)
@@ -204,34 +209,6 @@ def _evaluate_model(
             logits_of, ids, window=window, stride=stride, on_scored=progress.advance
         )
     return dataclasses.replace(evaluation, activations=tuple(activations.executed)), plan
-
-
-def _plan(plan_file: Path | None, target: str, layers: list[tuple[str, int]]) -> AllocationPlan:
-    """Return the plan in a file or artifact; without one, that of the model as trained."""
-    from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer
-    from alloc_moe.runtime.errors import ArtifactError
-    from alloc_moe.runtime.files import find_artifact
-
-    if plan_file is None:
-        total = sum(k for _, k in layers)
-        trained = tuple(PlannedLayer(name, 0, k, k) for name, k in layers)
-        return AllocationPlan(target, Budget(1.0, total, total), "none", "keep", trained)
-    if plan_file.suffix == ".json":
-        plan = AllocationPlan.from_json(_read(plan_file))
-    else:
-        plan = find_artifact(plan_file).plan
-    if plan.correction:
-        raise ArtifactError(
-            f"The plan in {plan_file} has a correction, which is in the weights of its artifact, "
-            "so it can't be run from the plan alone. Evaluate the artifact."
-        )
-    found = [(layer.name, layer.k_original) for layer in plan.layers]
-    if found != layers:
-        raise ArtifactError(
-            f"The plan in {plan_file} is for {len(found)} MoE layers ({found[:1]}...), {target} "
-            f"has {len(layers)} ({layers[:1]}...). Give a plan made of this model."
-        )
-    return plan
 
 
 def _summary(evaluation: Evaluation, plan: AllocationPlan, budget: str | None) -> str:
