@@ -31,6 +31,7 @@ _TOLERANCE = 0.002  # relative: how far below the target the mean may stay
 _TOKENS_PER_BATCH = 4096
 _DIAL_POINTS = 12
 _BELOW_TOP_P = -1e30  # below every sum of router weights
+_ABOVE_ALL = 1e30  # above every score
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,25 @@ def layer_thresholds(
         ks: The target of each layer, from 1 to its K.
         advance: Called with 1 after each pass over the tokens.
     """
-    everything = keep_all(setting.redistribution)
-    whole = [k >= layer.experts_per_token for k, layer in zip(ks, moe.layers, strict=True)]
+    fixed = [
+        _fixed(k, layer.experts_per_token, setting.redistribution)
+        for k, layer in zip(ks, moe.layers, strict=True)
+    ]
 
     def choose(found: Sequence[_Falling], targets: Sequence[float]) -> list[float]:
         return [
-            everything if all_run else layer.threshold_for(k)
-            for layer, k, all_run in zip(found, targets, whole, strict=True)
+            layer.threshold_for(k) if value is None else value
+            for layer, k, value in zip(found, targets, fixed, strict=True)
         ]
 
     return _search(moe, ids, setting, list(ks), choose, advance)
+
+
+def _fixed(k: float, most: int, redistribution: Redistribution) -> float | None:
+    """The threshold for all experts or one, which holds on every text; None for those between."""
+    if k >= most:
+        return keep_all(redistribution)
+    return _ABOVE_ALL if k <= 1 else None
 
 
 def common_threshold(
@@ -161,9 +171,7 @@ def _search(
         values = choose(found, targets)
         found = _observe(moe, ids, setting, values)
         advance(1)
-        tried = Thresholds(
-            tuple(values), tuple(layer.kept(v) for layer, v in zip(found, values, strict=True))
-        )
+        tried = _kept(found, values)
         logger.debug("Pass %d keeps %.4f of %.4f", attempt, tried.activations, limit)
         if tried.activations <= limit and (best is None or tried.activations > best.activations):
             best = tried
@@ -172,13 +180,18 @@ def _search(
         # Aims a little below, as a sum above the limit is refused.
         excess = tried.activations - limit * (1 - _TOLERANCE / 2)
         targets = [max(target - excess * target / sum(targets), 1.0) for target in targets]
-    if best is None:  # scores in clumps, as of a router that gives equal weights
-        values = [_next_above(value) for value in values]
-        found = _observe(moe, ids, setting, values)
-        best = Thresholds(
-            tuple(values), tuple(layer.kept(v) for layer, v in zip(found, values, strict=True))
-        )
+    # Scores in clumps, as of a router that gives equal weights; one expert per layer always fits.
+    for values in ([_next_above(value) for value in values], [_ABOVE_ALL] * len(values)):
+        if best is None:
+            tried = _kept(_observe(moe, ids, setting, values), values)
+            best = tried if tried.activations <= limit else None
+    assert best is not None
     return best
+
+
+def _kept(found: Sequence[_Falling], thresholds: Sequence[float]) -> Thresholds:
+    ks = (layer.kept(value) for layer, value in zip(found, thresholds, strict=True))
+    return Thresholds(tuple(thresholds), tuple(ks))
 
 
 class _Falling:
@@ -204,7 +217,9 @@ def _common(found: Sequence[_Falling], activations: float) -> float:
 
 
 def _cut(falling: np.ndarray, count: int) -> float:
-    """Return the least float32 that at most `count` of the values reach."""
+    """Return a float32 that `count` of the values reach, or as few less as equal ones allow."""
+    if len(falling) == 0:  # of layers with one candidate, which runs in any case
+        return _ABOVE_ALL
     if count >= len(falling):
         return float(falling[-1])
     if count <= 0:
@@ -214,7 +229,7 @@ def _cut(falling: np.ndarray, count: int) -> float:
 
 
 def _above(found: Sequence[_Falling]) -> float:
-    return _next_above(max(float(layer.values[0]) for layer in found))
+    return _next_above(max(float(layer.values[0]) for layer in found if len(layer.values)))
 
 
 def _next_above(value: float) -> float:
