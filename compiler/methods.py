@@ -91,6 +91,8 @@ def parse_method(text: str) -> Method:
 
 
 def _unknown(part: str) -> str:
+    if part in PRESETS:
+        return f"{part!r} stands for a whole way to spend a budget, so it can't be part of a sum."
     names = [*PRESETS, "apart", *(name for group in _BY_PART.values() for name in group)]
     near = difflib.get_close_matches(part, names, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(dict.fromkeys(names))}."

@@ -181,9 +181,9 @@ def _search(
         excess = tried.activations - limit * (1 - _TOLERANCE / 2)
         targets = [max(target - excess * target / sum(targets), 1.0) for target in targets]
     # Scores in clumps, as of a router that gives equal weights; one expert per layer always fits.
-    for values in ([_next_above(value) for value in values], [_ABOVE_ALL] * len(values)):
+    for higher in ([_next_above(value) for value in values], [_ABOVE_ALL] * len(values)):
         if best is None:
-            tried = _kept(_observe(moe, ids, setting, values), values)
+            tried = _kept(_observe(moe, ids, setting, higher), higher)
             best = tried if tried.activations <= limit else None
     assert best is not None
     return best
