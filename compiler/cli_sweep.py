@@ -88,7 +88,7 @@ def sweep_command(
         ("sweep.csv", to_csv(results)),
         ("report.html", render(results)),
     ):
-        save_text(content, output / name, what="report")
+        save_text(content, output / name, what="The report")
     console.result(
         f"{markdown_table(results)}\n\nWrote {output / 'report.html'}",
         {"report": str(output / "report.html"), "results": str(output / "sweep.json")},

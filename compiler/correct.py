@@ -7,8 +7,9 @@ that expert: which experts run tells a good part of what the others would have a
 the experts' ``down`` projection and its bias.
 
 Layers are fitted in their order, on the hidden states that the layers before, already corrected,
-leave. One window in eight is not fitted on: a correction that doesn't bring the predictions there
-closer to the full model's is not taken.
+leave. An error counts by the size of the hidden states it is added to, which the next norm divides
+by. Then each layer is tried without its correction, all others having theirs: one that doesn't
+lower the loss on the calibration text is not kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alloc_moe.compiler.correction_sums import CorrectionSums
-from alloc_moe.compiler.divergence import divergence
+from alloc_moe.compiler.divergence import next_token_loss
 from alloc_moe.compiler.policies import POLICIES, LayerParameters, adjust_weights, rank_candidates
 from alloc_moe.compiler.records import Correction, CorrectionMode, MoeModel, Redistribution, Weights
 from alloc_moe.compiler.reference import allocated, correct, replaced_experts, run_kept
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENS_PER_BATCH = 4096
-_CHECKED_SHARE = 8
+_TRIED_TOKENS = 8192
+_TINY = 1e-30
 _ADDED_AS_IT_IS = 1e-3  # relative error allowed of a shift that reaches the hidden states
 
 
@@ -41,15 +43,15 @@ _ADDED_AS_IT_IS = 1e-3  # relative error allowed of a shift that reaches the hid
 class Corrections:
     """One correction per MoE layer, None where none helped.
 
-    ``kinds`` names what each layer got. The divergences, KL(full model || plan) in nats per token,
-    are those of the windows kept for checking, without and with the corrections.
+    ``kinds`` names what each layer got. The losses, in nats per token, are those of the plan on the
+    first ``tokens`` calibration tokens, without and with the corrections.
     """
 
     layers: tuple[Correction | None, ...]
     kinds: tuple[CorrectionMode, ...]
-    divergence_without: float
-    divergence_with: float
-    checked_tokens: int
+    loss_without: float
+    loss_with: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,33 +76,39 @@ def fit_corrections(
 
     Args:
         moe: The model, in float32.
-        ids: Calibration windows [windows, sequence], each a call of its own; two at least.
+        ids: Calibration windows [windows, sequence], each a pool of its own.
         running: The plan.
         mode: ``gain`` or ``affine``; with ``affine``, a layer that it doesn't help may get a gain.
-        advance: Called with 1 after each layer.
+        advance: Called with 1 after each of the two visits to a layer.
     """
-    if len(ids) < 2:
-        raise ValueError("One window to fit on and one to check are needed.")
     run = _Run(moe, ids, running)
-    layers: list[Correction | None] = []
-    kinds: list[CorrectionMode] = []
-    without = closest = run.divergence([])
+    fitted: list[dict[CorrectionMode, Correction | None]] = []
     for layer in range(len(moe.layers)):
         sums = run.measure(layer, per_expert=mode == "affine")
-        kind: CorrectionMode = "none"
-        taken: Correction | None = None
-        for tried in ("affine", "gain") if mode == "affine" else ("gain",):
-            fitted = sums.affine() if tried == "affine" else sums.gain()
-            divergence = run.divergence([*layers, fitted])
-            if divergence < closest:
-                kind, taken, closest = tried, fitted, divergence
-                break
-        logger.debug("Layer %d gets %s, divergence %.5f", layer, kind, closest)
-        layers.append(taken)
-        kinds.append(kind)
-        run.enter_next(layer, taken)
+        fitted.append({"none": None, "gain": sums.gain()})
+        if mode == "affine":
+            fitted[-1]["affine"] = sums.affine()
+        run.enter_next(layer, fitted[-1][mode])
         advance(1)
-    return Corrections(tuple(layers), tuple(kinds), without, closest, run.checked_tokens)
+    without = run.loss([None] * len(fitted))
+    kinds = [mode] * len(fitted)
+    least = run.loss([given[mode] for given in fitted])
+    for layer in reversed(range(len(fitted))):
+        for plainer in _plainer(mode):
+            tried = [*kinds[:layer], plainer, *kinds[layer + 1 :]]
+            loss = run.loss([given[kind] for given, kind in zip(fitted, tried, strict=True)])
+            if loss >= least:
+                break
+            kinds, least = tried, loss
+        advance(1)
+    if least > without:
+        kinds, least = ["none"] * len(fitted), without
+    layers = tuple(given[kind] for given, kind in zip(fitted, kinds, strict=True))
+    return Corrections(layers, tuple(kinds), without, least, run.tried.numel())
+
+
+def _plainer(mode: CorrectionMode) -> tuple[CorrectionMode, ...]:
+    return ("gain", "none") if mode == "affine" else ("none",)
 
 
 @dataclass
@@ -121,21 +129,12 @@ class _Run:
         self._running = running
         self._stack = DecoderStack(moe.model, moe.layers[0])
         self._at = 0
-        checked = max(1, len(ids) // _CHECKED_SHARE)
         size = max(1, _TOKENS_PER_BATCH // ids.shape[1])
-        self._fitted = [_Stream(part) for part in torch.split(ids[:-checked], size)]
-        self._checked = [_Stream(part) for part in torch.split(ids[-checked:], 1)]
-        self.checked_tokens = checked * ids.shape[1]
-        with replaced_experts(moe.model, {}):
-            self._ends = [
-                self._stack.run(stream.ids, None, start=0, stop=len(self._stack))
-                for stream in self._checked
-            ]
+        self._streams = [_Stream(part) for part in torch.split(ids, size)]
+        self.tried = ids[: max(1, _TRIED_TOKENS // ids.shape[1])]
 
-    def divergence(self, corrections: Sequence[Correction | None]) -> float:
-        """Return the mean KL(full || plan) of the checked windows, the first layers corrected."""
-        self._go_to(max(len(corrections) - 1, 0))
-        padded = [*corrections, *[None] * (len(self._moe.layers) - len(corrections))]
+    def loss(self, corrections: Sequence[Correction | None]) -> float:
+        """Return the plan's next-token loss on the windows to try on, with these corrections."""
         total = 0.0
         with allocated(
             self._moe.model,
@@ -143,33 +142,31 @@ class _Run:
             self._running.parameters,
             redistribution=self._running.redistribution,
             weights=self._running.weights,
-            corrections=padded,
+            corrections=corrections,
         ):
-            for stream, full in zip(self._checked, self._ends, strict=True):
-                end = self._stack.run(
-                    stream.ids, stream.plan, start=self._at, stop=len(self._stack)
-                )
-                total += divergence(self._stack.head, self._moe, full[0], end[0])
-        return total / self.checked_tokens
+            for ids in torch.split(self.tried, max(1, _TOKENS_PER_BATCH // self.tried.shape[1])):
+                end = self._stack.run(ids, None, start=0, stop=len(self._stack))
+                total += next_token_loss(self._stack.head, self._moe, ids, end)
+        return total / self.tried[:, 1:].numel()
 
     def measure(self, layer: int, *, per_expert: bool) -> CorrectionSums:
         """Return the sums that a correction of `layer` is fitted with."""
         self._go_to(layer)
         on_stream = self._reaches_the_stream(layer)
         sums = CorrectionSums(self._moe.layers[layer].num_experts if per_expert else 0)
-        for stream in self._fitted:
+        for stream in self._streams:
             tap = _Tap(self._running, layer, stream.ids.shape[1], run_all=not on_stream)
             plan = self._step(stream.ids, stream.plan, layer, tap)
             stream.full_next = self._step(stream.ids, stream.full, layer)
-            missing = (
-                (stream.full_next - plan).flatten(0, 1) if on_stream else tap.full - tap.outputs
-            )
-            sums.add(tap.outputs, tap.ids, tap.weights, missing)
+            states = stream.full_next.flatten(0, 1)
+            missing = states - plan.flatten(0, 1) if on_stream else tap.full - tap.outputs
+            importance = 1 / states.square().mean(1).clamp(min=_TINY)
+            sums.add(tap.outputs, tap.ids, tap.weights, missing, importance)
         return sums
 
     def enter_next(self, layer: int, correction: Correction | None) -> None:
         """Move all hidden states past `layer`, corrected."""
-        for stream in (*self._fitted, *self._checked):
+        for stream in self._streams:
             full = stream.full_next
             if full is None:
                 full = self._step(stream.ids, stream.full, layer)
@@ -183,7 +180,7 @@ class _Run:
         decoder_layer = self._moe.layers[layer].decoder_layer
         if self._at == decoder_layer:
             return
-        for stream in (*self._fitted, *self._checked):
+        for stream in self._streams:
             where = {"start": self._at, "stop": decoder_layer}
             stream.full = self._stack.run(stream.ids, stream.full, **where)
             stream.plan = self._stack.run(stream.ids, stream.plan, **where)
@@ -203,7 +200,7 @@ class _Run:
         Then what these lack is what the output lacks. Else (a norm after the experts, say) only the
         output on the plan's own hidden states can be restored.
         """
-        stream = self._fitted[0]
+        stream = self._streams[0]
         ids, hidden = stream.ids[:1], None if stream.plan is None else stream.plan[:1]
         plain = _Tap(self._running, layer, ids.shape[1])
         before = self._step(ids, hidden, layer, plain)

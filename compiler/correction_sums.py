@@ -8,7 +8,7 @@ from alloc_moe.compiler.records import Correction
 from alloc_moe.compiler.reference import dense_weights
 
 _RIDGE_SCALE = 1e-3  # relative to a dimension's mean square
-_RIDGE_BIAS = 1e-2  # relative to the mean square of the experts' weights
+_RIDGE_BIAS = 10.0  # per expert and token, relative to the mean square of the experts' weights
 
 
 class CorrectionSums:
@@ -20,18 +20,34 @@ class CorrectionSums:
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
+        self._tokens = 0
         self._yy = self._ym = torch.zeros((), dtype=torch.float64)  # [H] later
         self._ww = self._wy = self._wm = torch.zeros((), dtype=torch.float64)  # [E, E], [E, H]
 
     def add(
-        self, outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, missing: torch.Tensor
+        self,
+        outputs: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        missing: torch.Tensor,
+        importance: torch.Tensor | None = None,
     ) -> None:
-        """Add tokens: outputs and missing [T, H], ids and weights [T, K], zero where dropped."""
-        y, m = outputs.double(), missing.double()
+        """Add tokens.
+
+        Args:
+            outputs: What the kept experts give [T, H].
+            ids: The candidates' experts [T, K].
+            weights: Their weights [T, K], zero where dropped.
+            missing: What the outputs lack [T, H].
+            importance: How much the square of a token's error counts [T]; the same by default.
+        """
+        self._tokens += len(outputs)
+        root = 1.0 if importance is None else importance.double().sqrt()[:, None]
+        y, m = outputs.double() * root, missing.double() * root
         self._yy = self._yy + (y * y).sum(0)
         self._ym = self._ym + (y * m).sum(0)
         if self._experts:
-            w = dense_weights(ids, weights, self._experts).double()
+            w = dense_weights(ids, weights, self._experts).double() * root
             self._ww = self._ww + w.T @ w
             self._wy = self._wy + w.T @ y
             self._wm = self._wm + w.T @ m
@@ -47,7 +63,8 @@ class CorrectionSums:
         With a ridge that draws s to 1 and B to 0. B is eliminated first: its normal matrix
         [E, E] is the same for every dimension.
         """
-        ridge = _RIDGE_BIAS * self._ww.diagonal().mean().clamp(min=1e-30)
+        share = _RIDGE_BIAS * self._experts / self._tokens  # little text is trusted little
+        ridge = share * self._ww.diagonal().mean().clamp(min=1e-30)
         normal = self._ww + ridge * torch.eye(self._experts, dtype=torch.float64).to(self._ww)
         solved = torch.linalg.solve(normal, torch.cat([self._wy, self._wm], dim=1))
         of_outputs, of_missing = solved.chunk(2, dim=1)  # [E, H] each

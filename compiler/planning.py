@@ -17,7 +17,7 @@ import torch
 
 from alloc_moe.compiler.allocate import cost_limit, make_plan, profiled_costs
 from alloc_moe.compiler.correct import Corrections, Running, fit_corrections
-from alloc_moe.compiler.errors import CalibrationError, ProfileError
+from alloc_moe.compiler.errors import ProfileError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.records import Correction, CorrectionMode, Redistribution, Weights
 from alloc_moe.compiler.refinement import Refinement, refine_allocation, refine_sizes
@@ -89,7 +89,6 @@ def make_planned(
     Raises:
         BudgetError: The budget is below the cheapest plan.
         ProfileError: The profile doesn't suit the model or the redistribution.
-        CalibrationError: There is too little text to fit corrections.
     """
     plan = make_plan(
         moe.layers,
@@ -249,17 +248,13 @@ def _fit(
     mode: CorrectionMode,
     console: Console,
 ) -> Corrections:
-    if len(calibration.ids) < 2:
-        raise CalibrationError(
-            f"A correction needs two windows of {calibration.sequence_length} tokens, one to fit "
-            f"and one to check it; there are {calibration.tokens} tokens. Give more with --tokens, "
-            "or use --correct none."
-        )
     # A cap is for single calls; corrections are for the mean.
     parameters = [dataclasses.replace(given, cap=None) for given in layer_parameters(plan)]
-    running = Running(parameters, plan.redistribution, plan.weights)  # type: ignore[arg-type]
+    # Of calibration windows each is a pool of its own, whoever shares one later.
+    policy = "sequence" if plan.redistribution == "batch" else plan.redistribution
+    running = Running(parameters, policy, plan.weights)  # type: ignore[arg-type]
     ids = torch.from_numpy(calibration.ids)
-    with console.progress("Correcting", len(moe.layers), unit="layers") as progress:
+    with console.progress("Correcting", 2 * len(moe.layers), unit="steps") as progress:
         fitted = fit_corrections(moe, ids, running, mode=mode, advance=progress.advance)
     plainer = [
         f"{layer.name}: {kind}"
@@ -276,9 +271,9 @@ def _describe(mode: CorrectionMode, fitted: Corrections) -> dict[str, object]:
     return {
         "mode": mode,
         "layers": list(fitted.kinds),
-        "kl_without": fitted.divergence_without,
-        "kl_with": fitted.divergence_with,
-        "checked_tokens": fitted.checked_tokens,
+        "loss_without": fitted.loss_without,
+        "loss_with": fitted.loss_with,
+        "tokens": fitted.tokens,
     }
 
 

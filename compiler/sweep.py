@@ -198,7 +198,7 @@ class _Work:
             self._console.note(f"{method.name} at {budget}, seed {text.seed}")
             planned = self._plan(method, budget, text, profile)
             self._cells[key] = self._run(planned)
-            save_text(json.dumps(self._cells, indent=0), self._kept, what="results")
+            save_text(json.dumps(self._cells, indent=0), self._kept, what="The results")
         found: dict[str, Any] = self._cells[key]
         return found
 
