@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.allocate import cost_limit, make_plan, profiled_costs
+from alloc_moe.compiler.allocate import (
+    cost_limit,
+    make_plan,
+    profiled_costs,
+    uniform_allocation,
+)
 from alloc_moe.compiler.correct import Corrections, Running, fit_corrections
 from alloc_moe.compiler.errors import ProfileError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
@@ -90,6 +95,9 @@ def make_planned(
         BudgetError: The budget is below the cheapest plan.
         ProfileError: The profile doesn't suit the model or the redistribution.
     """
+    most = [layer.experts_per_token for layer in moe.layers]
+    # One threshold for all layers divides the budget itself, and spends all of it.
+    given = options.redistribution in _COMMON or budget.activations == budget.original
     plan = make_plan(
         moe.layers,
         budget,
@@ -98,6 +106,7 @@ def make_planned(
         redistribution=options.redistribution,
         weights=options.weights,
         costs=costs,
+        allocation=uniform_allocation(most, int(budget.activations)) if given else None,
     )
     full = plan.budget.activations == plan.budget.original
     setting = Setting(options.redistribution, options.weights, expert_sizes(plan, profile, moe))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from alloc_moe.compiler.records import MoeModel, Redistribution
+    from alloc_moe.compiler.calibration import CalibrationSet
+    from alloc_moe.compiler.records import Metric, MoeModel, Redistribution, SensitivityProfile
     from alloc_moe.runtime.artifact import AllocationPlan
 
 
@@ -79,6 +80,27 @@ def plan_for() -> Callable[..., AllocationPlan]:
 def token_ids() -> NDArray[np.int64]:
     """Return text of random bytes [windows, tokens]."""
     return np.random.default_rng(3).integers(0, 256, (8, 64))
+
+
+@pytest.fixture(scope="session")
+def calibration(token_ids: NDArray[np.int64]) -> CalibrationSet:
+    """Return windows of random bytes to calibrate on."""
+    from alloc_moe.compiler.calibration import CalibrationSet
+
+    windows, length = token_ids.shape
+    return CalibrationSet(token_ids, "0" * 64, 0, windows * length, length, "random bytes")
+
+
+@pytest.fixture(scope="session")
+def profile_of(
+    moe_model: Callable[[str], MoeModel], calibration: CalibrationSet
+) -> Callable[[str, Metric], SensitivityProfile]:
+    """Return a function from a family's name and a metric to what fewer experts cost it."""
+    from alloc_moe.compiler.sensitivity import measure_sensitivity
+
+    return functools.cache(
+        lambda family, metric: measure_sensitivity(moe_model(family), calibration, metric=metric)
+    )
 
 
 @pytest.fixture(scope="session")
