@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,8 +41,9 @@ def model(
 
 @pytest.fixture
 def artifact(model: str, tmp_path: Path) -> Path:
-    """An artifact of the model at half its budget, uniformly."""
-    outcome = compiled(model, tmp_path / "out.onnx", "--allocation", "uniform")
+    """An artifact of the model at half its budget, uniformly, whose plan holds on any text."""
+    options = ("--allocation", "uniform", "--redistribute", "batch", "--correct", "none")
+    outcome = compiled(model, tmp_path / "out.onnx", *options)
     assert outcome.exit_code == 0
     return tmp_path / "out.onnx"
 
@@ -64,6 +66,19 @@ def evaluated(*arguments: str | Path) -> Result:
 def test_a_compile_says_what_it_wrote(model: str, tmp_path: Path) -> None:
     outcome = compiled(model, tmp_path / "out.onnx")
     assert outcome.exit_code == 0, outcome.stderr
+    first, second, third = outcome.stdout.splitlines()
+    plan = find_artifact(tmp_path / "out.onnx").plan
+    assert 5.9 < plan.budget.activations <= 6
+    assert first == (
+        f"Wrote {tmp_path / 'out.onnx'}: {plan.budget.activations:.6g} of 12 expert activations "
+        "per token, redistribution price"
+    )
+    assert second == f"Experts per layer: {' '.join(f'{layer.k:.4g}' for layer in plan.layers)}"
+    assert re.fullmatch(r"Largest logit error .* \d\.\de-\d\d over 108 tokens", third)
+
+
+def test_whole_numbers_of_experts_are_told_as_such(model: str, tmp_path: Path) -> None:
+    outcome = compiled(model, tmp_path / "out.onnx", "--redistribute", "batch")
     first, second, third = outcome.stdout.splitlines()
     assert first == (
         f"Wrote {tmp_path / 'out.onnx'}: 6 of 12 expert activations per token, redistribution batch"
@@ -103,6 +118,8 @@ def alone(
         capture_output=True,
         text=True,
         check=True,
+        # As many as the tests have: among how many a sum is divided changes its last bits.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return done, output
 
@@ -120,6 +137,7 @@ def test_nothing_but_the_command_speaks(
     assert done.stdout.count("\n") == 3
     started = re.compile(
         "Loading|mixtral: 2 MoE layers, 8 experts, top-2|Calibrating on|Profiling: |"
+        "Setting thresholds: |Correcting: |Layers where --correct affine|Measuring the dial: |"
         "Exporting the graph: |Writing weights: |Verifying against PyTorch: "
     )
     assert [line for line in done.stderr.splitlines() if not started.match(line)] == []
@@ -242,7 +260,13 @@ def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         need_compile_extra()
 
 
-def test_artifact_and_model_are_evaluated_alike(model: str, artifact: Path, text: Path) -> None:
+@pytest.mark.parametrize("redistribution", ["batch", "price"])
+def test_artifact_and_model_are_evaluated_alike(
+    model: str, tmp_path: Path, text: Path, redistribution: str
+) -> None:
+    artifact = tmp_path / "out.onnx"
+    options = ("--redistribute", redistribution, "--correct", "none")
+    assert compiled(model, artifact, *options).exit_code == 0
     options = ("--text", text, "--window", "64", "--json", "-q")
     of_artifact = json.loads(evaluated(artifact, *options, "--ep", "cpu").stdout)
     of_model = json.loads(evaluated(model, *options, "--plan", artifact).stdout)
@@ -252,6 +276,18 @@ def test_artifact_and_model_are_evaluated_alike(model: str, artifact: Path, text
     assert of_artifact["plan"] == of_model["plan"]
     full = json.loads(evaluated(model, *options).stdout)
     assert full["activations_per_token"] == [4, 4, 4]
+
+
+def test_a_plan_with_a_correction_needs_its_artifact(
+    model: str, tmp_path: Path, text: Path
+) -> None:
+    artifact = tmp_path / "out.onnx"
+    assert compiled(model, artifact).exit_code == 0
+    outcome = evaluated(model, "--text", text, "--plan", artifact)
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert f"The plan in {artifact} has a correction" in outcome.stderr
+    assert "Evaluate the artifact." in outcome.stderr
+    assert evaluated(artifact, "--text", text, "--ep", "cpu").exit_code == 0
 
 
 def test_an_evaluation_shows_plan_and_executed_experts(artifact: Path, text: Path) -> None:

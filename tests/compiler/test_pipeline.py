@@ -33,6 +33,9 @@ Compile = Callable[..., Compiled]
 
 FILES = ("out.onnx", "out.onnx.data", "out.onnx.profile.json")
 
+# A profile that is measured layer by layer, and a plan that is met exactly.
+BY_LAYER = {"sensitivity": "kl", "redistribution": "batch"}
+
 # A compile in a process of its own that is killed in the middle.
 KILLED = """
 import os, signal, sys
@@ -56,7 +59,8 @@ if moment == "profiling":
     )
 else:
     package.save_graph = lambda graph, path, **_: save(graph, path, advance=die)
-options = CompileOptions(model, output, "0.5", tokens=256, force=True)
+by_layer = {"sensitivity": "kl", "redistribution": "batch"}  # BY_LAYER
+options = CompileOptions(model, output, "0.5", tokens=256, force=True, **by_layer)
 pipeline.compile_model(options, Console(quiet=True))
 """
 
@@ -80,7 +84,7 @@ def compile_to(
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The layers whose sensitivity is measured during the test."""
+    """The layers whose sensitivity is measured during the test, by a metric of single layers."""
     layers: list[int] = []
     measure = sensitivity.ReplayRun.measure
 
@@ -100,10 +104,26 @@ def test_a_compile_leaves_artifact_and_profile(compile_to: Compile, tmp_path: Pa
     session = open_session(compiled.path, ep="cpu", count_activations=True)
     assert session.plan == compiled.plan
     assert session.plan.verify == compiled.verification.to_plan()
-    assert sum(layer.k for layer in session.plan.layers) == session.plan.budget.activations <= 6
+    assert sum(layer.k for layer in session.plan.layers) == session.plan.budget.activations
+    assert 5.9 < session.plan.budget.activations <= 6
+
+
+def test_the_plan_is_executed_on_the_calibration_text(
+    compile_to: Compile, moe_model: Callable[[str], MoeModel], tmp_path: Path
+) -> None:
+    plan = compile_to(tmp_path / "out.onnx").plan
+    session = open_session(tmp_path / "out.onnx", ep="cpu", count_activations=True)
+    text = pipeline.calibrate(moe_model("olmoe"), None, Console(quiet=True), tokens=256, seed=0)
+    executed = session.run(text.ids).activations
+    assert executed == pytest.approx([layer.k * 256 for layer in plan.layers], abs=1.5)  # near ties
+
+
+def test_an_exact_plan_is_executed_on_any_text(compile_to: Compile, tmp_path: Path) -> None:
+    plan = compile_to(tmp_path / "out.onnx", redistribution="batch").plan
+    assert sum(layer.k for layer in plan.layers) == plan.budget.activations <= 6
+    session = open_session(tmp_path / "out.onnx", ep="cpu", count_activations=True)
     ids = np.random.default_rng(0).integers(0, 256, (2, 9))
-    executed = session.run(ids).activations
-    assert executed == tuple(layer.k * 18 for layer in session.plan.layers)
+    assert session.run(ids).activations == tuple(layer.k * 18 for layer in plan.layers)
 
 
 def test_the_plan_says_what_it_was_made_of(
@@ -112,10 +132,24 @@ def test_the_plan_says_what_it_was_made_of(
     plan = compile_to(tmp_path / "out.onnx", seed=5, redistribution="none", weights="renorm").plan
     assert plan.source == str(checkpoint("olmoe"))
     assert (plan.redistribution, plan.weights) == ("none", "renorm")
-    assert plan.sensitivity["metric"] == "kl"
+    assert plan.sensitivity["metric"] == "fisher"
     assert plan.sensitivity["seed"] == 5
     assert {"alloc-moe", "torch", "transformers", "onnxruntime"} <= set(plan.versions)
     assert [layer.name for layer in plan.layers] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert plan.correction["mode"] == "affine"
+    assert len(plan.correction["layers"]) == 3
+
+
+def test_by_default_an_artifact_has_a_price_a_dial_and_corrected_experts(
+    compile_to: Compile, tmp_path: Path
+) -> None:
+    plan = compile_to(tmp_path / "out.onnx").plan
+    assert plan.redistribution == "price"
+    assert plan.price is not None
+    assert plan.dial[0].activations > 6 > plan.dial[-1].activations
+    assert plan.correction["mode"] == "affine"
+    plain = compile_to(tmp_path / "plain.onnx", correction="none").plan
+    assert plain.correction == {}
 
 
 def test_the_same_compile_twice_gives_the_same_bytes(compile_to: Compile, tmp_path: Path) -> None:
@@ -137,7 +171,14 @@ def test_a_bundle_has_graph_plan_and_tokenizer(compile_to: Compile, tmp_path: Pa
     assert open_session(tmp_path / "half", ep="cpu").plan == compiled.plan
 
 
-@pytest.mark.parametrize("options", [{"budget": "1.0"}, {"allocation": "uniform"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": "1.0", "redistribution": "batch"},
+        {"allocation": "uniform"},
+        {"redistribution": "top-p"},
+    ],
+)
 def test_no_profile_is_made_that_is_not_needed(
     compile_to: Compile, measured: list[int], tmp_path: Path, options: dict[str, str]
 ) -> None:
@@ -147,17 +188,37 @@ def test_no_profile_is_made_that_is_not_needed(
     assert measured == []
 
 
+def test_the_dial_of_a_full_budget_needs_a_profile(compile_to: Compile, tmp_path: Path) -> None:
+    compiled = compile_to(tmp_path / "out.onnx", budget="1.0")
+    assert compiled.plan.budget.activations == 12
+    assert compiled.plan.dial[-1].activations < 6
+    assert compiled.profile == tmp_path / "out.onnx.profile.json"
+    assert compiled.profile.is_file()
+
+
+@pytest.mark.parametrize(
+    ("metric", "redistribution", "least"), [("kl", "batch", 9), ("fisher", "price", 8.9)]
+)
 def test_a_profile_serves_every_budget(
-    compile_to: Compile, measured: list[int], tmp_path: Path
+    compile_to: Compile,
+    measured: list[int],
+    tmp_path: Path,
+    metric: str,
+    redistribution: str,
+    least: float,
 ) -> None:
-    profile = tmp_path / "profile.json"
-    compile_to(tmp_path / "half.onnx", profile=profile)
-    assert measured == [0, 1, 2]
-    before = profile.read_bytes()
-    compiled = compile_to(tmp_path / "most.onnx", profile=profile, budget="0.75")
-    assert compiled.plan.budget.activations == 9
-    assert measured == [0, 1, 2]
-    assert profile.read_bytes() == before
+    options = {
+        "profile": tmp_path / "profile.json",
+        "sensitivity": metric,
+        "redistribution": redistribution,
+    }
+    compile_to(tmp_path / "half.onnx", **options)
+    assert measured == ([0, 1, 2] if metric == "kl" else [])
+    before = options["profile"].read_bytes()
+    compiled = compile_to(tmp_path / "most.onnx", budget="0.75", **options)
+    assert least <= compiled.plan.budget.activations <= 9
+    assert measured == ([0, 1, 2] if metric == "kl" else [])
+    assert options["profile"].read_bytes() == before  # its seconds too
 
 
 def test_a_profile_of_something_else_is_refused(compile_to: Compile, tmp_path: Path) -> None:
@@ -182,7 +243,7 @@ def test_an_existing_output_is_kept_without_force(compile_to: Compile, tmp_path:
     with pytest.raises(OutputError, match="Give --force"):
         compile_to(tmp_path / "out.onnx")
     assert (tmp_path / "out.onnx").read_text() == "mine"
-    compile_to(tmp_path / "out.onnx", allocation="uniform", force=True)
+    compile_to(tmp_path / "out.onnx", allocation="uniform", redistribution="batch", force=True)
     assert open_session(tmp_path / "out.onnx", ep="cpu").plan.budget.activations == 6
 
 
@@ -271,7 +332,7 @@ def test_a_compile_killed_while_profiling_is_resumed(
     assert [path.name for path in folder.iterdir()] == ["out.onnx.profile.json"]
     rows = json.loads((folder / "out.onnx.profile.json").read_text())["costs"]
     assert [row is None for row in rows] == [False, True, True]
-    compile_to(folder / "out.onnx")
+    compile_to(folder / "out.onnx", **BY_LAYER)
     assert measured == [1, 2]
     assert json.loads((folder / "out.onnx.profile.json").read_text())["costs"][0] == rows[0]
     assert {path.name for path in folder.iterdir()} == set(FILES)
@@ -292,7 +353,7 @@ def test_a_compile_killed_while_writing_leaves_the_old_artifact(
     assert {path.name for path in folder.iterdir()} == {*FILES, ".out.onnx.partial"}
     for name in FILES[:2]:
         assert (folder / name).read_text() == f"old {name}"
-    compile_to(folder / "out.onnx", force=True)
+    compile_to(folder / "out.onnx", force=True, **BY_LAYER)
     assert measured == []  # the profile was complete
     assert {path.name for path in folder.iterdir()} == set(FILES)
     assert open_session(folder / "out.onnx", ep="cpu").plan.budget.activations == 6
