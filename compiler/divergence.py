@@ -73,19 +73,20 @@ class Divergence:
         return self._stack.run(ids, None, start=0, stop=len(self._stack)).flatten(0, 1)
 
 
-def next_token_loss(
+def next_token_losses(
     head: Callable[[torch.Tensor], torch.Tensor],
     moe: MoeModel,
     ids: torch.Tensor,
     end: torch.Tensor,
-) -> float:
-    """Return the loss, summed, of windows [windows, sequence] whose states at the end are `end`."""
+) -> torch.Tensor:
+    """Return the losses [tokens] of windows [windows, sequence] whose states at the end are `end`.
+
+    A window's last token predicts nothing and has none.
+    """
     rows = max(32, _LOGITS_PER_BATCH // moe.config.get_text_config().vocab_size)
     states, targets = end[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    return sum(
-        F.cross_entropy(head(part), wanted, reduction="sum").item()
-        for part, wanted in zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
-    )
+    parts = zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
+    return torch.cat([F.cross_entropy(head(part), want, reduction="none") for part, want in parts])
 
 
 def divergence(
