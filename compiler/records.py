@@ -116,7 +116,8 @@ class SensitivityProfile:
 
     ``costs[l][k - 1]`` is the cost of k experts in MoE layer l; it need not fall with k. A row is
     None until that layer was measured. The first six fields say what was measured: a profile
-    whose fields differ from those asked for is refused, and so is one of another redistribution.
+    whose fields differ from those asked for is refused, and so is one of another redistribution or
+    correction.
 
     ``expert_sizes[l][e]`` is how much expert e of MoE layer l adds, before the router's weight: for
     ``fisher`` in nats, for ``output`` the norm (root mean squares over the tokens that have e among
@@ -124,7 +125,8 @@ class SensitivityProfile:
 
     ``redistribution`` says which of a token's candidates ran at a mean of k: its first k (none),
     the largest weights of its window (sequence, which is also what batch means for one window), or
-    the weights above a threshold of the layer (threshold).
+    the weights above a threshold of the layer (threshold). ``correction`` says how the layer's
+    output was corrected at that k.
     """
 
     metric: Metric
@@ -139,6 +141,7 @@ class SensitivityProfile:
     baseline_loss: float
     seconds: float
     redistribution: Redistribution = "none"
+    correction: CorrectionMode = "none"
     expert_sizes: tuple[tuple[float, ...] | None, ...] = ()
     partial: PartialSums | None = None
 
@@ -164,7 +167,7 @@ class SensitivityProfile:
             for name in ("layer_names", "experts_per_token"):
                 data[name] = tuple(data[name])
             data["costs"] = _rows(data["costs"])
-            # Files of earlier versions have neither of these two.
+            # Files of earlier versions have neither of these two, nor a correction.
             data["expert_sizes"] = _rows(data.get("expert_sizes", [None] * len(data["costs"])))
             if partial := data.pop("partial", None):
                 partial["layers"] = _rows(partial["layers"])

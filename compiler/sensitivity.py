@@ -2,7 +2,8 @@
 
 ``kl``: the mean over tokens of KL(full model || only layer l at k), in nats. ``ppl-suffix``, the
 paper's: perplexity with layer l at k, every later layer at top-1, every earlier one at K.
-``output`` and ``fisher`` take one pass for all layers; see the modules that measure them.
+``output`` and ``fisher`` take one pass for all layers; see the modules that measure them. With a
+correction, the layer at k has the one fitted for it alone; the others have none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from alloc_moe.compiler.errors import OutputError, ProfileError, UnsupportedModelError
 from alloc_moe.compiler.records import (
+    CorrectionMode,
     Metric,
     MoeLayer,
     MoeModel,
@@ -29,8 +31,9 @@ from alloc_moe.compiler.records import (
     Redistribution,
     SensitivityProfile,
 )
+from alloc_moe.compiler.sensitivity_correct import Reduced, make_reduced, measured_correction
 from alloc_moe.compiler.sensitivity_fisher import FisherRun
-from alloc_moe.compiler.sensitivity_keep import Keep, make_keep, measured_redistribution
+from alloc_moe.compiler.sensitivity_keep import measured_redistribution
 from alloc_moe.compiler.sensitivity_output import OutputRun
 from alloc_moe.compiler.sensitivity_replay import ReplayRun
 from alloc_moe.compiler.sensitivity_sums import LayerSums
@@ -54,6 +57,7 @@ _COMPARED = {
     "sequence_length": "the sequence length",
     "seed": "the seed",
     "redistribution": "the redistribution",
+    "correction": "the correction",
 }
 
 
@@ -63,6 +67,7 @@ def measure_sensitivity(
     *,
     metric: Metric,
     redistribution: Redistribution = "none",
+    correction: CorrectionMode = "none",
     path: Path | None = None,
     console: Console | None = None,
 ) -> SensitivityProfile:
@@ -77,6 +82,9 @@ def measure_sensitivity(
         redistribution: Which of a layer's candidates run at a mean of k. Each calibration window is
             a pool of its own, so that ``batch`` means ``sequence``; for ``price``, which takes the
             experts' sizes and no costs, these are as for ``none``.
+        correction: How a layer at k is corrected, by least squares on the same tokens. Sizes of
+            experts are as without: centring them, as the shift per expert would suggest, gave the
+            same plans on the bundled model. None is fitted for ``price`` and ``data-free``.
         path: Where the profile is saved after every layer, for ``output`` and ``fisher`` every half
             minute. If there is one already, only what it lacks is measured, with the same result as
             without the interruption.
@@ -88,7 +96,8 @@ def measure_sensitivity(
         OutputError: The file can't be written.
     """
     policy = measured_redistribution(redistribution)
-    profile = _empty_profile(moe_model, calibration, metric, policy)
+    correction = measured_correction(metric, redistribution, correction)
+    profile = _empty_profile(moe_model, calibration, metric, policy, correction)
     if path is not None and path.exists():
         profile = _resume(profile, path, moe_model.layers)
     if profile.complete:
@@ -110,10 +119,10 @@ def _measure_layers(
     """Complete a profile layer by layer."""
     start = time.monotonic()
     todo = [layer for layer, row in enumerate(profile.costs) if row is None]
-    policy: Redistribution = profile.redistribution
-    batches = _batches(moe_model, calibration)
-    keep = None if policy == "none" else make_keep(moe_model, batches, policy)
-    run = ReplayRun(moe_model, calibration, metric=profile.metric, keep=keep)
+    reduced = None
+    if (profile.redistribution, profile.correction) != ("none", "none"):
+        reduced = _reduced(moe_model, calibration, profile)
+    run = ReplayRun(moe_model, calibration, metric=profile.metric, reduced=reduced)
     total = sum(run.operations(layer) for layer in todo)
     with _progress(console, total) as advance, torch.inference_mode():
         baseline = _finite(run.enter(todo[0]))
@@ -151,7 +160,7 @@ def _measure_windows(
             for layer, row in zip(moe_model.layers, partial.layers, strict=True)
         ]
         batches = _batches(moe_model, calibration)
-        add = _one_pass(moe_model, profile, make_keep(moe_model, batches, profile.redistribution))
+        add = _one_pass(moe_model, profile, _reduced(moe_model, calibration, profile))
         windows = 0
         with _progress(console, len(calibration.ids), unit="windows") as advance:
             for ids in batches:
@@ -189,15 +198,22 @@ def _costs(profile: SensitivityProfile, sums: LayerSums) -> tuple[float, ...]:
 
 
 def _one_pass(
-    moe_model: MoeModel, profile: SensitivityProfile, keep: Keep
+    moe_model: MoeModel, profile: SensitivityProfile, reduced: Reduced
 ) -> Callable[[torch.Tensor, int, Sequence[LayerSums]], float]:
     """Return what adds windows, given the index of the first, to sums, and returns their loss."""
     if profile.metric == "fisher":
-        return FisherRun(moe_model, keep, seed=profile.seed).add
-    output = OutputRun(moe_model, keep)
+        return FisherRun(moe_model, reduced, seed=profile.seed).add
+    output = OutputRun(moe_model, reduced)
     if profile.metric == "data-free":
         return functools.partial(output.add_random, seed=profile.seed)
     return lambda ids, _, sums: output.add(ids, sums)
+
+
+def _reduced(
+    moe_model: MoeModel, calibration: CalibrationSet, profile: SensitivityProfile
+) -> Reduced:
+    batches = _batches(moe_model, calibration)
+    return make_reduced(moe_model, batches, profile.redistribution, profile.correction)
 
 
 def _batches(moe_model: MoeModel, calibration: CalibrationSet) -> Sequence[torch.Tensor]:
@@ -215,7 +231,11 @@ def _finite(loss: float) -> float:
 
 
 def _empty_profile(
-    moe_model: MoeModel, calibration: CalibrationSet, metric: Metric, policy: Redistribution
+    moe_model: MoeModel,
+    calibration: CalibrationSet,
+    metric: Metric,
+    policy: Redistribution,
+    correction: CorrectionMode,
 ) -> SensitivityProfile:
     layers: tuple[MoeLayer, ...] = moe_model.layers
     return SensitivityProfile(
@@ -231,6 +251,7 @@ def _empty_profile(
         baseline_loss=0.0,
         seconds=0.0,
         redistribution=policy,
+        correction=correction,
         expert_sizes=(None,) * len(layers),
     )
 

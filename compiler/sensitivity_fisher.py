@@ -7,6 +7,8 @@ the Fisher information of the output, and S is close to the divergence that ``kl
 
 The gradient of the loss with respect to a candidate's weight is g . f_e, f_e being its expert's
 output. So neither g nor any f_e is kept: one number per candidate gives every cost and every size.
+With corrections d_k is no sum of these: a weight of zero on each d_k, added to the output, has the
+gradient g . d_k.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from alloc_moe.compiler.policies import rank_candidates
 from alloc_moe.compiler.records import MoeModel
 from alloc_moe.compiler.reference import replaced_experts, run_pairs
 from alloc_moe.compiler.replay import DecoderStack
-from alloc_moe.compiler.sensitivity_keep import Keep
+from alloc_moe.compiler.sensitivity_correct import Reduced
 from alloc_moe.compiler.sensitivity_sums import LayerSums
 
 if TYPE_CHECKING:
@@ -34,18 +36,26 @@ if TYPE_CHECKING:
 _LOGITS_PER_BATCH = 2**22  # 16 MB in float32
 
 
+class _Seen(NamedTuple):
+    """A layer's candidates, and tensors of zeros whose gradients are wanted."""
+
+    weights: torch.Tensor  # [tokens, candidates]
+    ids: torch.Tensor  # [tokens, candidates]
+    probe: torch.Tensor  # [tokens, candidates]; its gradient is that of the weights
+    changes: torch.Tensor | None  # [tokens, k < K], on the changes at k; None without corrections
+
+
 class FisherRun:
     """Adds up the costs and expert sizes of every MoE layer, some calibration windows at a time."""
 
-    def __init__(self, moe_model: MoeModel, keep: Keep, *, seed: int) -> None:
+    def __init__(self, moe_model: MoeModel, reduced: Reduced, *, seed: int) -> None:
         self._model = moe_model.model
         self._layers = moe_model.layers
         self._stack = DecoderStack(self._model, self._layers[0])
         self._vocabulary = moe_model.config.get_text_config().vocab_size
-        self._keep = keep
+        self._reduced = reduced
         self._seed = seed
-        # Per layer: weights, ids, and a tensor whose gradient is that of the weights.
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._seen: dict[int, _Seen] = {}
 
     def add(self, ids: torch.Tensor, first: int, sums: Sequence[LayerSums]) -> float:
         """Add what windows [windows, sequence] give to `sums`.
@@ -83,27 +93,36 @@ class FisherRun:
         """Run a layer's experts so that the gradient of their weights is found afterwards."""
         ranked, ranked_ids = rank_candidates(weights, ids)
         probe = torch.zeros_like(ranked, requires_grad=True)
-        self._seen[index] = ranked.detach(), ranked_ids, probe
+        changes = None
+        if self._reduced.corrections is not None:
+            changes = torch.zeros_like(ranked[:, 1:], requires_grad=True)
+        self._seen[index] = _Seen(ranked.detach(), ranked_ids, probe, changes)
         # Their activations, most of the model's, are computed again when the gradient gets here.
         outputs: torch.Tensor = checkpoint(
-            _sum_pairs,
+            functools.partial(_outputs, self._reduced, index),
             experts,
             hidden,
             ranked_ids,
             ranked + probe,
+            changes,
             use_reentrant=False,
             preserve_rng_state=False,
         )
         return outputs
 
     def _add_layer(self, index: int, sums: LayerSums) -> None:
-        weights, ids, probe = self._seen[index]
+        weights, ids, probe, changes = self._seen[index]
         assert probe.grad is not None
         sums.add_pairs(ids, probe.grad.double().square())
-        changes = weights.double() * probe.grad  # [tokens, candidates], of the loss
+        along = weights.double() * probe.grad  # [tokens, candidates], of the loss
         for k in range(1, weights.shape[1]):  # by definition nothing changes at K
-            dropped = ~self._keep(index, k, weights, ids)
-            sums.costs[k - 1] += (changes * dropped).sum(1).square().sum().cpu()
+            if changes is None:
+                dropped = ~self._reduced.keep(index, k, weights, ids)
+                change = (along * dropped).sum(1)
+            else:
+                assert changes.grad is not None
+                change = changes.grad[:, k - 1].double()
+            sums.costs[k - 1] += change.square().sum().cpu()
         sums.whole += 2 * len(weights)
 
     def _losses(
@@ -131,8 +150,14 @@ class FisherRun:
         return loss, torch.cat(gradients)
 
 
-def _sum_pairs(
-    experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+def _outputs(
+    reduced: Reduced,
+    layer: int,
+    experts: torch.nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    changes: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the outputs [tokens, hidden], by operations whose gradients add up in fixed order.
 
@@ -140,7 +165,15 @@ def _sum_pairs(
     """
     rows = hidden.repeat_interleave(ids.shape[1], 0)
     pairs = run_pairs(experts, rows, ids.flatten(), weights.flatten())
-    return pairs.view(*ids.shape, -1).sum(1)
+    pairs = pairs.view(*ids.shape, -1)
+    outputs = pairs.sum(1)
+    if changes is None:
+        return outputs
+    full, fixed = outputs.detach(), pairs.detach()
+    for k in range(1, ids.shape[1]):
+        change = reduced.outputs(layer, k, fixed, weights.detach(), ids) - full
+        outputs = outputs + changes[:, k - 1, None] * change
+    return outputs
 
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

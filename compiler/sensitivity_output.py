@@ -17,7 +17,7 @@ from alloc_moe.compiler.policies import rank_candidates
 from alloc_moe.compiler.records import MoeModel
 from alloc_moe.compiler.reference import replaced_experts, run_pairs
 from alloc_moe.compiler.replay import DecoderStack
-from alloc_moe.compiler.sensitivity_keep import Keep
+from alloc_moe.compiler.sensitivity_correct import Reduced
 from alloc_moe.compiler.sensitivity_sums import LayerSums
 
 _LOGITS_PER_BATCH = 2**22  # 16 MB in float32
@@ -26,12 +26,12 @@ _LOGITS_PER_BATCH = 2**22  # 16 MB in float32
 class OutputRun:
     """Adds up the costs and expert sizes of every MoE layer, some calibration windows at a time."""
 
-    def __init__(self, moe_model: MoeModel, keep: Keep) -> None:
+    def __init__(self, moe_model: MoeModel, reduced: Reduced) -> None:
         self._model = moe_model.model
         self._layers = moe_model.layers
         self._stack = DecoderStack(self._model, self._layers[0])
         self._vocabulary = moe_model.config.get_text_config().vocab_size
-        self._keep = keep
+        self._reduced = reduced
 
     def add(self, ids: torch.Tensor, sums: Sequence[LayerSums]) -> float:
         """Add windows [windows, sequence] to `sums`; return the next-token loss, summed."""
@@ -87,7 +87,11 @@ class OutputRun:
         products = weighted @ weighted.transpose(1, 2)
         sums.whole += tokens if absolute else products.sum().cpu()
         for k in range(1, candidates):  # by definition nothing changes at K
-            dropped = (~self._keep(index, k, ranked, ranked_ids)).double()
-            squares = torch.einsum("tj,tjk,tk->", dropped, products, dropped)
+            if self._reduced.corrections is None:
+                dropped = (~self._reduced.keep(index, k, ranked, ranked_ids)).double()
+                squares = torch.einsum("tj,tjk,tk->", dropped, products, dropped)
+            else:
+                given = self._reduced.outputs(index, k, weighted.to(hidden), ranked, ranked_ids)
+                squares = (given - weighted.sum(1)).square().sum()
             sums.costs[k - 1] += squares.cpu()
         return weighted.sum(1).to(hidden.dtype)

@@ -2,7 +2,7 @@
 
 Nothing before layer l changes, so what enters its decoder layer is kept and only the rest replayed.
 A layer's experts run once; their outputs summed for every k go through the rest of the model as one
-batch. Without redistribution those are prefix sums, in rank order, of the outputs at K.
+batch. Without redistribution and correction those are prefix sums, in rank order, of those at K.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from alloc_moe.compiler.replay import DecoderStack
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration import CalibrationSet
-    from alloc_moe.compiler.sensitivity_keep import Keep
+    from alloc_moe.compiler.sensitivity_correct import Reduced
 
 _TOKENS_PER_BATCH = 4096  # of all k together: bounds the memory of activations
 _LOGITS_PER_BATCH = 2**22  # of all k together, 16 MB in float32
@@ -44,13 +44,13 @@ class ReplayRun:
         calibration: CalibrationSet,
         *,
         metric: Metric,
-        keep: Keep | None,
+        reduced: Reduced | None,
     ) -> None:
-        """Prepare to measure with the candidates of `keep`; None keeps each token's first k."""
+        """Prepare to measure layers as `reduced` gives them; None keeps each token's first k."""
         self._model = moe_model.model
         self._layers = moe_model.layers
         self._metric = metric
-        self._keep = keep
+        self._reduced = reduced
         self._stack = DecoderStack(self._model, self._layers[0])
         self._vocabulary = moe_model.config.get_text_config().vocab_size
         most = max(layer.experts_per_token for layer in self._layers)
@@ -133,8 +133,8 @@ class ReplayRun:
         """Return the hidden states at the end [ks, windows, sequence, hidden], per k of `layer`."""
         calls: dict[str, ExpertsCall] = {
             self._layers[layer].experts_name: functools.partial(_prefix_sums, ks)
-            if self._keep is None
-            else functools.partial(_kept_sums, ks, functools.partial(self._keep, layer))
+            if self._reduced is None
+            else functools.partial(_reduced_sums, ks, self._reduced, layer)
         }
         if self._metric == "ppl-suffix":
             calls |= {later.experts_name: _top_1 for later in self._layers[layer + 1 :]}
@@ -211,9 +211,10 @@ def _prefix_sums(
     return torch.cat([sums[:, k - 1] for k in ks])
 
 
-def _kept_sums(
+def _reduced_sums(
     ks: Sequence[int],
-    keep: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    reduced: Reduced,
+    layer: int,
     experts: torch.nn.Module,
     hidden: torch.Tensor,
     ids: torch.Tensor,
@@ -225,8 +226,7 @@ def _kept_sums(
     inputs = hidden[:tokens].repeat_interleave(candidates, 0)
     pairs = run_pairs(experts, inputs, ranked_ids.flatten(), ranked.flatten())
     pairs = pairs.view(tokens, candidates, -1)
-    masks = (keep(k, ranked, ranked_ids).to(pairs.dtype) for k in ks)
-    return torch.cat([torch.einsum("tj,tjh->th", mask, pairs) for mask in masks])
+    return torch.cat([reduced.outputs(layer, k, pairs, ranked, ranked_ids) for k in ks])
 
 
 def _top_1(

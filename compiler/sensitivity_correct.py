@@ -1,0 +1,142 @@
+"""What a layer gives at a mean of k experts while its sensitivity is measured, corrected or not.
+
+The correction of layer l at k is the one that `fit_corrections` would fit if that layer alone had k
+experts and all others all of theirs: what enters the layer is then the full model's, so one pass
+over the calibration tokens fits every layer at every k.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from alloc_moe.compiler.correction_sums import CorrectionSums
+from alloc_moe.compiler.policies import rank_candidates
+from alloc_moe.compiler.records import Correction, CorrectionMode, Metric, MoeModel, Redistribution
+from alloc_moe.compiler.reference import correct, replaced_experts, run_pairs
+from alloc_moe.compiler.replay import DecoderStack
+from alloc_moe.compiler.sensitivity_keep import Keep, make_keep
+
+_TINY = 1e-30  # keeps 0 / 0 out where hidden states are all zero
+
+
+def measured_correction(
+    metric: Metric, redistribution: Redistribution, correction: CorrectionMode
+) -> CorrectionMode:
+    """Return the correction that a profile is measured with.
+
+    ``price`` needs expert sizes, which no correction changes, and ``data-free`` has no text to fit
+    one on: both are measured without.
+    """
+    return "none" if metric == "data-free" or redistribution == "price" else correction
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Layers that run some of their candidates.
+
+    ``corrections[l][k - 1]`` is what MoE layer l at k is corrected by, for k < K; None for no
+    correction anywhere.
+    """
+
+    keep: Keep
+    corrections: Sequence[Sequence[Correction]] | None = None
+
+    def outputs(
+        self, layer: int, k: int, pairs: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the layer's outputs [T, H] at k.
+
+        Args:
+            layer: The index of the MoE layer.
+            k: The mean number of experts.
+            pairs: The weighted outputs of all candidates [T, K, H], T being whole windows.
+            weights: Their weights [T, K], ranked.
+            ids: Their experts [T, K].
+        """
+        mask = self.keep(layer, k, weights, ids).to(pairs.dtype)
+        outputs = torch.einsum("tj,tjh->th", mask, pairs)
+        if self.corrections is None or k == weights.shape[1]:
+            return outputs
+        return correct(self.corrections[layer][k - 1], outputs, ids, weights * mask)
+
+
+def make_reduced(
+    moe_model: MoeModel,
+    batches: Sequence[torch.Tensor],
+    redistribution: Redistribution,
+    correction: CorrectionMode,
+) -> Reduced:
+    """Return the layers at k, under a measured redistribution and correction.
+
+    Args:
+        moe_model: The model.
+        batches: All calibration windows, as [windows, sequence].
+        redistribution: One that `measured_redistribution` returns.
+        correction: One that `measured_correction` returns.
+    """
+    keep = make_keep(moe_model, batches, redistribution)
+    if correction == "none":
+        return Reduced(keep)
+    return Reduced(keep, _fit(moe_model, batches, Reduced(keep), correction))
+
+
+@dataclass
+class _Seen:
+    """What the experts of one layer are given and give."""
+
+    pairs: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K, H]
+    weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K]
+    ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K]
+
+
+def _fit(
+    moe_model: MoeModel, batches: Sequence[torch.Tensor], reduced: Reduced, mode: CorrectionMode
+) -> list[list[Correction]]:
+    """Return the correction of each layer at each k < K."""
+    per_expert = mode == "affine"
+    sums = [
+        [CorrectionSums(layer.num_experts * per_expert) for _ in range(1, layer.experts_per_token)]
+        for layer in moe_model.layers
+    ]
+    stack = DecoderStack(moe_model.model, moe_model.layers[0])
+    with torch.no_grad():
+        for ids in batches:
+            hidden, at = None, 0
+            for index, layer in enumerate(moe_model.layers):
+                hidden = stack.run(ids, hidden, start=at, stop=layer.decoder_layer)
+                seen, at = _Seen(), layer.decoder_layer + 1
+                calls = {layer.experts_name: functools.partial(_watch, seen)}
+                with replaced_experts(moe_model.model, calls):
+                    hidden = stack.run(ids, hidden, start=layer.decoder_layer, stop=at)
+                _add(sums[index], reduced, index, seen, hidden.flatten(0, 1))
+    return [[each.affine() if per_expert else each.gain() for each in row] for row in sums]
+
+
+def _watch(
+    seen: _Seen,
+    experts: torch.nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    seen.weights, seen.ids = rank_candidates(weights, ids)
+    rows = hidden.repeat_interleave(ids.shape[1], 0)
+    pairs = run_pairs(experts, rows, seen.ids.flatten(), seen.weights.flatten())
+    seen.pairs = pairs.view(*ids.shape, -1)
+    return seen.pairs.sum(1)
+
+
+def _add(
+    sums: Sequence[CorrectionSums], reduced: Reduced, layer: int, seen: _Seen, states: torch.Tensor
+) -> None:
+    """Add tokens to the sums of every k; `states` [T, H] are what leaves the decoder layer."""
+    full = seen.pairs.sum(1)
+    importance = 1 / states.square().mean(1).clamp(min=_TINY)  # as for a plan's corrections
+    for k, sums_k in enumerate(sums, start=1):
+        outputs = reduced.outputs(layer, k, seen.pairs, seen.weights, seen.ids)
+        kept = seen.weights * reduced.keep(layer, k, seen.weights, seen.ids)
+        sums_k.add(outputs, seen.ids, kept, full - outputs, importance)
