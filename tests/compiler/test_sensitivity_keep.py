@@ -12,9 +12,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from alloc_moe.compiler import sensitivity, sensitivity_replay
 from alloc_moe.compiler.calibration import CalibrationSet
-from alloc_moe.compiler.policies import LayerParameters, rank_candidates, scores
+from alloc_moe.compiler.policies import LayerParameters, scores
 from alloc_moe.compiler.records import Metric, MoeModel, Redistribution
-from alloc_moe.compiler.reference import Activations, allocated, library_experts, replaced_experts
+from alloc_moe.compiler.reference import Activations, Watch, allocated
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 
 Models = Callable[[str], MoeModel]
@@ -43,11 +43,21 @@ def full(moe: MoeModel) -> list[LayerParameters]:
 
 
 def run(
-    moe: MoeModel, parameters: list[LayerParameters], policy: Redistribution
+    moe: MoeModel,
+    parameters: list[LayerParameters],
+    policy: Redistribution,
+    watch: Watch | None = None,
 ) -> tuple[torch.Tensor, Activations]:
     with (
         torch.inference_mode(),
-        allocated(moe.model, moe.layers, parameters, redistribution=policy, weights="keep") as seen,
+        allocated(
+            moe.model,
+            moe.layers,
+            parameters,
+            redistribution=policy,
+            weights="keep",
+            watch=watch,
+        ) as seen,
     ):
         return moe.model(input_ids=IDS).logits.double(), seen
 
@@ -56,15 +66,11 @@ def all_scores(moe: MoeModel, layer: int, policy: Redistribution) -> torch.Tenso
     """Return the scores of a layer's second and later candidates, in falling order."""
     found: list[torch.Tensor] = []
 
-    def watch(
-        experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        found.append(scores(policy, *rank_candidates(weights, ids))[:, 1:])
-        return library_experts(experts, hidden, ids, weights)
+    def watch(index: int, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        if index == layer:
+            found.append(scores(policy, weights, ids)[:, 1:])
 
-    calls = {moe.layers[layer].experts_name: watch}
-    with torch.inference_mode(), replaced_experts(moe.model, calls):
-        moe.model(input_ids=IDS)
+    run(moe, full(moe), policy, watch)
     return found[0].flatten().sort(descending=True).values
 
 
