@@ -54,6 +54,14 @@ def exported(moe_model: Callable[[str], MoeModel]) -> Callable[[str], ir.Model]:
 
 
 @pytest.fixture(scope="session")
+def half_graph(moe_model: Callable[[str], MoeModel]) -> ir.Model:
+    """Return a normalised graph in float16."""
+    from alloc_moe.compiler.pipeline import export
+
+    return export(moe_model("olmoe"), dtype="float16")
+
+
+@pytest.fixture(scope="session")
 def plan_for() -> Callable[..., AllocationPlan]:
     """Return a function from a model and the k of each layer to a plan."""
     from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer

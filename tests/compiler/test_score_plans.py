@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from alloc_moe.compiler import package, verify
 from alloc_moe.compiler.cli_eval import eval_command
 from alloc_moe.compiler.errors import VerificationError
-from alloc_moe.compiler.pipeline import export, specialize
+from alloc_moe.compiler.pipeline import specialize
 from alloc_moe.compiler.policies import SCORED
 from alloc_moe.compiler.records import MoeModel
 from alloc_moe.compiler.verify import verify_artifact
@@ -103,11 +103,6 @@ def test_a_price_other_than_the_plans_is_refused(
         verify_artifact(tmp_path / "out.onnx", moe, plan, token_ids, dtype="float32")
     with pytest.raises(VerificationError, match=r"executed \[.*\] experts per layer where"):
         verify_artifact(tmp_path / "out.onnx", moe, plan, token_ids, dtype="float16")
-
-
-@pytest.fixture(scope="module")
-def half_graph(moe_model: Models) -> ir.Model:
-    return export(moe_model("olmoe"), dtype="float16")
 
 
 @pytest.mark.parametrize("redistribution", ["threshold", "price"])
