@@ -9,6 +9,7 @@ of its own. Corrections are fitted to the plan that will run, and the thresholds
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ from alloc_moe.compiler.thresholds import (
     layer_thresholds,
     measure_dial,
 )
+from alloc_moe.runtime.artifact import DialPoint
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration import CalibrationSet
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.command import Console
 
 _DIAL_TOKENS = 8192
+_DIAL_GAP = 0.5  # activations between the plan's own point and the next
 _COMMON: tuple[Redistribution, ...] = ("price", "top-p", "ratio")
 
 
@@ -127,7 +130,9 @@ def make_planned(
             plan = _with_thresholds(moe, calibration, wanted, setting, console)
         plan = dataclasses.replace(plan, correction=_describe(options.correction, fitted))
     if options.redistribution == "price" and options.dial:
-        plan = _with_dial(moe, calibration, plan, setting, options, console)
+        plan = _with_dial(
+            moe, calibration, plan, setting, options, wanted.budget.activations, console
+        )
     return Planned(plan, corrections)
 
 
@@ -292,6 +297,7 @@ def _with_dial(
     plan: AllocationPlan,
     setting: Setting,
     options: PlanOptions,
+    asked: float,
     console: Console,
 ) -> AllocationPlan:
     if options.cap is not None:
@@ -301,4 +307,9 @@ def _with_dial(
     ids = torch.from_numpy(calibration.ids[:windows])
     with console.progress("Measuring the dial", dial_passes(), unit="prices") as progress:
         dial = measure_dial(moe, ids, setting, advance=progress.advance)
-    return dataclasses.replace(plan, dial=dial)
+    assert plan.price is not None
+    # The budget asked for shall give the very price that was set for it.
+    own = DialPoint(float(math.floor(asked)), plan.price)
+    others = (point for point in dial if abs(point.activations - own.activations) >= _DIAL_GAP)
+    points = sorted((own, *others), key=lambda point: -point.activations)
+    return dataclasses.replace(plan, dial=tuple(points))
