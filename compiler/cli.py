@@ -12,7 +12,7 @@ from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.pipeline import Compiled
-    from alloc_moe.compiler.records import Metric, Redistribution
+    from alloc_moe.compiler.records import CorrectionMode, Metric, Redistribution
 
 _METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
 
@@ -59,6 +59,16 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "per layer; tokens compete within the call (batch) or the sequence; plain top-k "
             "(none); cumulative weight (top-p), or weight relative to the best expert's (ratio). "
             "Default: price, or threshold with another --cost than activations.",
+        ),
+        click.option(
+            "--correct",
+            "correction",
+            type=click.Choice(["affine", "gain", "none"]),
+            default="affine",
+            show_default=True,
+            help="Change the experts' weights to make up for those that don't run: by a factor per "
+            "dimension and a shift per expert, or by one factor per layer. Sensitivities are "
+            "measured with that.",
         ),
         click.option(
             "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."
@@ -114,15 +124,6 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     default=1,
     show_default=True,
     help="Tokens in the decode step that --cost bytes or latency is for.",
-)
-@click.option(
-    "--correct",
-    "correction",
-    type=click.Choice(["affine", "gain", "none"]),
-    default="affine",
-    show_default=True,
-    help="Change the experts' weights to make up for those that don't run: by a factor per "
-    "dimension and a shift per expert, or by one factor per layer.",
 )
 @click.option(
     "--cap",
@@ -231,6 +232,7 @@ def profile_command(
     seed: int,
     sensitivity: Metric,
     redistribution: Redistribution | None,
+    correction: CorrectionMode,
     trust_remote_code: bool,
 ) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
@@ -245,6 +247,7 @@ def profile_command(
         text,
         metric=sensitivity,
         redistribution=redistribution or "price",
+        correction=correction,
         path=output,
         console=console,
     )

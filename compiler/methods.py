@@ -15,8 +15,8 @@ class Method:
     """A way to spend a budget.
 
     ``metric`` divides it among the layers, for ``price`` by expert sizes; None gives all layers the
-    same. With ``apart`` sensitivities are measured without the redistribution that will run, as in
-    the literature.
+    same. With ``apart`` sensitivities are measured without the redistribution and the correction
+    that will run, as in the literature.
     """
 
     name: str

@@ -80,6 +80,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             calibration,
             metric=options.sensitivity,
             redistribution=options.redistribution,
+            correction=options.correction,
             path=profile_path,
             console=console,
         )

@@ -320,7 +320,10 @@ def _sensitivities(results: SweepResults) -> str:
         return ""
     figures = []
     for sensitivity in results.sensitivities:
-        title = f"{escape(sensitivity.metric)} <small>under {escape(sensitivity.redistribution)}, "
+        under = escape(sensitivity.redistribution)
+        if sensitivity.correction != "none":
+            under += f" + {escape(sensitivity.correction)}"
+        title = f"{escape(sensitivity.metric)} <small>under {under}, "
         title += f"{sensitivity.seconds:.1f} s</small>"
         figures.append(
             element("figure", {}, element("h3", {}, title), heat_map(sensitivity, results))

@@ -20,9 +20,16 @@ from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.errors import SweepError
 from alloc_moe.compiler.methods import DEFAULT, Method
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
-from alloc_moe.compiler.records import Metric, MoeModel, Redistribution, SensitivityProfile
+from alloc_moe.compiler.records import (
+    CorrectionMode,
+    Metric,
+    MoeModel,
+    Redistribution,
+    SensitivityProfile,
+)
 from alloc_moe.compiler.saved import save_text
 from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler.sensitivity_correct import measured_correction
 from alloc_moe.compiler.sensitivity_keep import measured_redistribution
 from alloc_moe.compiler.sweep_records import (
     CalibrationText,
@@ -145,7 +152,9 @@ class _Work:
         self._options, self._console, self._moe, self._scored = options, console, moe, scored
         self._texts = texts
         self._graph: ir.Model | None = None
-        self._profiles: dict[tuple[Metric, Redistribution, int], SensitivityProfile] = {}
+        self._profiles: dict[
+            tuple[Metric, Redistribution, CorrectionMode, int], SensitivityProfile
+        ] = {}
         self._kept = options.folder / "cells.json"
         options.folder.mkdir(parents=True, exist_ok=True)
         self._cells: dict[str, Any] = {}
@@ -185,8 +194,9 @@ class _Work:
                 profile.redistribution,
                 tuple(row for row in profile.costs if row is not None),
                 profile.seconds,
+                profile.correction,
             )
-            for (_, _, seed), profile in self._profiles.items()
+            for (*_, seed), profile in self._profiles.items()
             if seed == self._texts[0].seed
         )
 
@@ -205,6 +215,8 @@ class _Work:
     def _key(self, method: Method, budget: str, text: CalibrationSet) -> str:
         """Of all that a cell depends on."""
         made_of = [text.sha256, text.seed, text.tokens] if method.calibrated else []
+        if (correction := _measured_with(method)) != "none":
+            made_of.append(correction)
         settings = [dataclasses.astuple(dataclasses.replace(method, name="")), budget, made_of]
         scored = [self._scored.sha256, len(self._scored.ids), self._moe.fingerprint]
         return json.dumps([*settings, *scored])
@@ -213,14 +225,16 @@ class _Work:
         if method.metric is None:
             return None
         policy = measured_redistribution("none" if method.apart else method.redistribution)
-        key = (method.metric, policy, text.seed)
+        correction = _measured_with(method)
+        key = (method.metric, policy, correction, text.seed)
         if key not in self._profiles:
-            name = f"profile-{method.metric}-{policy}-{text.seed}.json"
+            name = f"profile-{method.metric}-{policy}-{correction}-{text.seed}.json"
             self._profiles[key] = measure_sensitivity(
                 self._moe,
                 text,
                 metric=method.metric,
                 redistribution=policy,
+                correction=correction,
                 path=self._options.folder / name,
                 console=self._console,
             )
@@ -288,3 +302,10 @@ class _Work:
             "planned": [layer.k for layer in plan.layers],
             "histogram": [(counts / counts.sum()).tolist() for counts in histograms],
         }
+
+
+def _measured_with(method: Method) -> CorrectionMode:
+    """Return the correction that is in place while a method's sensitivities are measured."""
+    if method.metric is None or method.apart:
+        return "none"
+    return measured_correction(method.metric, method.redistribution, method.correction)

@@ -36,12 +36,16 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What fewer experts cost each layer: ``costs[l][k - 1]`` for k experts in MoE layer l."""
+    """What fewer experts cost each layer: ``costs[l][k - 1]`` for k experts in MoE layer l.
+
+    They were measured under the redistribution and with the correction.
+    """
 
     metric: str
     redistribution: str
     costs: tuple[tuple[float, ...], ...]
     seconds: float
+    correction: str = "none"
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,16 @@ def test_a_profile_of_another_redistribution_is_refused(model: str, tmp_path: Pa
     )
 
 
+def test_a_profile_with_another_correction_is_refused(model: str, tmp_path: Path) -> None:
+    common = ["--tokens", "256", "--redistribute", "sequence", "--sensitivity", "output"]
+    options = [model, "-o", str(tmp_path / "p.json"), *common]
+    assert CliRunner().invoke(profile_command, [*options, "--correct", "gain"]).exit_code == 0
+    assert json.loads((tmp_path / "p.json").read_text())["correction"] == "gain"
+    outcome = CliRunner().invoke(profile_command, options)
+    assert outcome.exit_code == 1
+    assert "the correction (there gain, now affine) changed" in " ".join(outcome.stderr.split())
+
+
 @pytest.mark.parametrize("command", [compile_command, profile_command, eval_command])
 def test_help_has_an_example(command: Any) -> None:
     assert "\n  Example" in CliRunner().invoke(command, ["--help"]).stdout
