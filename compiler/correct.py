@@ -109,7 +109,7 @@ def fit_corrections(
 def _is_more(losses: torch.Tensor, others: torch.Tensor) -> bool:
     """Whether the mean of paired losses [tokens] is above the other's by more than chance."""
     difference = losses - others
-    error = difference.std() / math.sqrt(len(difference))
+    error = difference.std(correction=0) / math.sqrt(len(difference))
     return bool(difference.mean() > _STANDARD_ERRORS * error)
 
 
