@@ -69,6 +69,20 @@ def test_metrics_ranks_random_plans(
     assert again.stdout == outcome.stdout
 
 
+def test_metrics_compares_ways_to_measure(run: Callable[..., Result], tmp_path: Path) -> None:
+    options = ["--redistribute", "sequence", "--correct", "affine", "--metrics", "output,fisher"]
+    outcome = run(*options)
+    assert outcome.exit_code == 0, outcome.output
+    rows = [line.split(" | ") for line in outcome.stdout.splitlines() if line.startswith("|")]
+    ways = ["neither", "sequence", "sequence + affine"]
+    expected = [["| " + metric, way] for metric in ("output", "fisher") for way in ways]
+    assert [row[:2] for row in rows[2:]] == [*expected, ["| uniform k", ""]]
+    for way in ("none.none", "sequence.none", "sequence.affine"):
+        assert (tmp_path / f"metrics.fisher.{way}.json").is_file()
+    assert run(*options).stdout == outcome.stdout
+    assert run(*options[:3], "gain").exit_code == 1  # of other settings
+
+
 def test_metrics_refuses_results_of_other_settings(
     run: Callable[..., Result], tmp_path: Path
 ) -> None:

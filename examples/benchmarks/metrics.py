@@ -7,6 +7,10 @@ Results are kept: an interrupted run goes on where it was.
 
     python examples/benchmarks/metrics.py examples/tiny-moe \
         --text examples/tiny-moe/heldout.txt -o metrics.json
+
+With ``--correct affine`` one other table is made instead: the loss added by the plans that metrics
+choose when they are measured plainly, under the redistribution, and with the correction as well.
+All plans run under that redistribution with corrections fitted to them.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,13 +31,22 @@ from scipy.stats import spearmanr
 
 from alloc_moe.compiler import pipeline
 from alloc_moe.compiler.allocate import parse_budget, solve_allocation, uniform_allocation
-from alloc_moe.compiler.calibration import load_calibration
+from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
+from alloc_moe.compiler.correct import Running, fit_corrections
 from alloc_moe.compiler.policies import LayerParameters
-from alloc_moe.compiler.records import Metric, MoeModel, Redistribution, SensitivityProfile
+from alloc_moe.compiler.records import (
+    Correction,
+    CorrectionMode,
+    Metric,
+    MoeModel,
+    Redistribution,
+    SensitivityProfile,
+)
 from alloc_moe.compiler.reference import allocated
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.runtime.command import Console
 
+Correct = Callable[[Sequence[int]], Sequence[Correction | None]]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 _TOKENS_PER_BATCH = 2048  # one call; each of its windows shares its own activations
 
@@ -69,6 +82,15 @@ class Predictor:
     show_default=True,
     help="What the plans and the profiles are measured under; windows are sequences.",
 )
+@click.option(
+    "--correct",
+    "correction",
+    type=click.Choice(["none", "gain", "affine"]),
+    default="none",
+    show_default=True,
+    help="Show what measuring with this in place changes, instead of random plans.",
+)
+@click.option("--metrics", default=",".join(METRICS), show_default=True)
 def main(
     model: str,
     text: str,
@@ -79,22 +101,14 @@ def main(
     text_tokens: int,
     seed: int,
     redistribute: Redistribution,
+    correction: CorrectionMode,
+    metrics: str,
 ) -> None:
-    """Measure random plans of MODEL and print two Markdown tables."""
+    """Measure random plans of MODEL and print two Markdown tables, or another with --correct."""
     console = Console()
     moe = pipeline.load(model, console, trust_remote_code=False)
     calibration = pipeline.calibrate(moe, None, console, tokens=tokens, seed=seed)
-    profiles = [
-        measure_sensitivity(
-            moe,
-            calibration,
-            metric=metric,
-            redistribution=redistribute,
-            path=output.with_suffix(f".{metric}.json"),
-            console=console,
-        )
-        for metric in METRICS
-    ]
+    profiles = Profiles(output, moe, calibration, console)
     held_out = load_calibration(text, moe.tokenizer, moe.config, tokens=text_tokens, seed=seed)
     settings = {
         "model": moe.fingerprint,
@@ -103,15 +117,24 @@ def main(
         "seed": seed,
         "redistribution": redistribute,
     }
-    losses = Losses(output, settings, moe, held_out.ids)
     most = [layer.experts_per_token for layer in moe.layers]
     sums = {name: int(parse_budget(name, most).activations) for name in budgets.split(",")}
+    measured = [metric for metric in METRICS if metric in metrics.split(",")]
+    if correction != "none":
+        settings |= {"correction": correction, "calibration": [calibration.sha256, tokens]}
+        correct = corrector(moe, calibration, redistribute, correction)
+        losses = Losses(output, settings, moe, held_out.ids, correct)
+        print(f"{held_out.tokens} held-out tokens, {calibration.tokens} calibration tokens; ")
+        print(f"all plans run under {redistribute} with {correction} corrections.\n")
+        print(in_place(measured, profiles, losses, sums, redistribute, correction))
+        return
+    losses = Losses(output, settings, moe, held_out.ids)
     random = np.random.default_rng(seed)
     sampled = {
         name: [random_plan(random, most, budget) for _ in range(plans // len(sums))]
         for name, budget in sums.items()
     }
-    predictors = [predictor(profile) for profile in profiles]
+    predictors = [predictor(profiles.measure(metric, redistribute)) for metric in measured]
     everything = [plan for each in sampled.values() for plan in each]
     chosen = {
         name: {each.name: solve_allocation(each.costs, budget) for each in predictors}
@@ -130,11 +153,59 @@ def main(
     print(choices(chosen, sampled, losses))
 
 
+@dataclass(frozen=True)
+class Profiles:
+    """Sensitivities on one text, in files beside the results."""
+
+    output: Path
+    moe: MoeModel
+    calibration: CalibrationSet
+    console: Console
+
+    def measure(
+        self,
+        metric: Metric,
+        redistribution: Redistribution = "none",
+        correction: CorrectionMode = "none",
+    ) -> SensitivityProfile:
+        """Return a profile, measured if there is no file of it."""
+        return measure_sensitivity(
+            self.moe,
+            self.calibration,
+            metric=metric,
+            redistribution=redistribution,
+            correction=correction,
+            path=self.output.with_suffix(f".{metric}.{redistribution}.{correction}.json"),
+            console=self.console,
+        )
+
+
+def corrector(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    redistribution: Redistribution,
+    mode: CorrectionMode,
+) -> Correct:
+    """Return what fits corrections to a plan, as a compile does."""
+    ids = torch.from_numpy(calibration.ids)
+
+    def fit(plan: Sequence[int]) -> Sequence[Correction | None]:
+        running = Running([LayerParameters(k) for k in plan], redistribution, "keep")
+        return fit_corrections(moe, ids, running, mode=mode).layers
+
+    return fit
+
+
 class Losses:
     """The loss that plans add to the full model's on a text, saved after each."""
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], moe: MoeModel, ids: np.ndarray[Any, Any]
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        moe: MoeModel,
+        ids: np.ndarray[Any, Any],
+        correct: Correct | None = None,
     ) -> None:
         """Continue the file at `path` if there is one; of other settings it ends the program."""
         self._path, self._moe, self._ids = path, moe, torch.from_numpy(ids)
@@ -144,11 +215,12 @@ class Losses:
             if self._found["settings"] != settings:
                 sys.exit(f"{path} has the results of other settings. Delete it or name another.")
         self._redistribution: Redistribution = settings["redistribution"]
+        self._correct = correct
+        self._full = [layer.experts_per_token for layer in moe.layers]
 
     def added(self, plan: Sequence[int]) -> float:
         """Return the plan's loss less the full model's, in nats per token."""
-        full = [layer.experts_per_token for layer in self._moe.layers]
-        return self._loss(plan) - self._loss(full)
+        return self._loss(plan) - self._loss(self._full)
 
     def _loss(self, plan: Sequence[int]) -> float:
         name = " ".join(map(str, plan))
@@ -163,6 +235,9 @@ class Losses:
     def _measure(self, plan: Sequence[int]) -> float:
         total = 0.0
         parameters = [LayerParameters(k) for k in plan]
+        corrections = None
+        if self._correct is not None and list(plan) != self._full:
+            corrections = self._correct(plan)
         with (
             torch.inference_mode(),
             allocated(
@@ -171,6 +246,7 @@ class Losses:
                 parameters,
                 redistribution=self._redistribution,
                 weights="keep",
+                corrections=corrections,
             ) as seen,
         ):
             for ids in self._ids.split(max(1, _TOKENS_PER_BATCH // self._ids.shape[1])):
@@ -238,6 +314,38 @@ def choices(
         lines.append(f"| {name} | {' | '.join(cells)} |")
     best = [f"{min(map(losses.added, plans)):+.4f}" for plans in sampled.values()]
     lines.append(f"| best random plan | {' | '.join(best)} |")
+    return "\n".join(lines)
+
+
+def in_place(
+    metrics: Sequence[Metric],
+    profiles: Profiles,
+    losses: Losses,
+    sums: Mapping[str, int],
+    redistribution: Redistribution,
+    correction: CorrectionMode,
+) -> str:
+    """Return the loss added by plans from sensitivities measured in different ways, as a table."""
+    lines = [
+        f"| metric | measured with | {' | '.join(sums)} | seconds |",
+        "|---|---|" + "---|" * (len(sums) + 1),
+    ]
+    ways: dict[tuple[Redistribution, CorrectionMode], str] = {("none", "none"): "neither"}
+    ways.setdefault((redistribution, "none"), redistribution)
+    both = correction if redistribution == "none" else f"{redistribution} + {correction}"
+    ways[redistribution, correction] = both
+    for metric in metrics:
+        if metric == "data-free":  # on noise, where there is nothing to fit
+            continue
+        for (policy, mode), name in ways.items():
+            each = predictor(profiles.measure(metric, policy, mode))
+            plans = [solve_allocation(each.costs, budget) for budget in sums.values()]
+            cells = [f"{losses.added(plan):+.4f}" for plan in plans]
+            lines.append(f"| {metric} | {name} | {' | '.join(cells)} | {each.seconds:.1f} |")
+    most = [layer.experts_per_token for layer in profiles.moe.layers]
+    uniform = [uniform_allocation(most, budget) for budget in sums.values()]
+    cells = [f"{losses.added(plan):+.4f}" for plan in uniform]
+    lines.append(f"| uniform k |  | {' | '.join(cells)} |  |")
     return "\n".join(lines)
 
 
