@@ -7,14 +7,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from alloc_moe.compiler.records import Correction, MoeModel
+    from alloc_moe.runtime.artifact import AllocationPlan
+
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "tiny-moe"
-HELD_OUT = MODEL / "heldout.txt"
+HELD_OUT, CALIBRATION = MODEL / "heldout.txt", MODEL / "calibration.txt"
+CALIBRATION_TOKENS = 2048
 NEW_TOKENS = 64
 NEAR_TIE = 1e-3
 
@@ -33,11 +40,47 @@ def run(command: str, *arguments: object) -> Any:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "half"
-    compiled = run(
-        "alloc-compile", MODEL, "--budget", "0.5", "--tokens", "1024", "-o", f"{folder}/"
-    )
+    sized = ("--budget", "0.5", "--tokens", CALIBRATION_TOKENS)
+    compiled = run("alloc-compile", MODEL, *sized, "-o", f"{folder}/")
     assert compiled["plan"]["verify"]["max_abs_logit_error"] < 1e-3
     return folder
+
+
+class Reference(NamedTuple):
+    """What the artifact must equal: the model in PyTorch, and what its experts are changed by."""
+
+    moe: MoeModel
+    plan: AllocationPlan
+    corrections: Sequence[Correction | None]
+
+
+@pytest.fixture(scope="module")
+def reference(bundle: Path) -> Reference:
+    """The artifact's plan, and the corrections that the same options give again."""
+    from alloc_moe.compiler.allocate import parse_budget
+    from alloc_moe.compiler.load import load_model
+    from alloc_moe.compiler.pipeline import calibrate
+    from alloc_moe.compiler.planning import PlanOptions, make_planned
+    from alloc_moe.compiler.records import SensitivityProfile
+    from alloc_moe.runtime.command import Console
+    from alloc_moe.runtime.files import find_artifact
+
+    moe, console = load_model(str(MODEL)), Console(quiet=True)
+    path = bundle.with_name("half.profile.json")
+    planned = make_planned(
+        moe,
+        calibrate(moe, None, console, tokens=CALIBRATION_TOKENS, seed=0),
+        parse_budget("0.5", [layer.experts_per_token for layer in moe.layers]),
+        PlanOptions(dial=False),
+        source=str(MODEL),
+        profile=SensitivityProfile.from_json(path.read_text("utf-8"), path=path),
+        console=console,
+    )
+    plan = find_artifact(bundle).plan
+    assert plan.price == pytest.approx(planned.plan.price, rel=1e-4)
+    assert plan.correction["layers"] == planned.plan.correction["layers"]
+    assert any(planned.corrections)
+    return Reference(moe, plan, planned.corrections)
 
 
 @pytest.fixture(scope="module")
@@ -47,34 +90,90 @@ def prompts() -> list[str]:
     return [text[1000:1090], text[60_000:60_030], text[150_000:150_240]]
 
 
-def test_held_out_text_executes_exactly_what_is_planned(bundle: Path) -> None:
-    found = run("alloc-eval", bundle, "--text", HELD_OUT, "--tokens", "4096")
-    planned = [layer["k"] * found["tokens_run"] for layer in found["plan"]["layers"]]
-    assert found["activations"] == planned
-    assert sum(layer["k"] for layer in found["plan"]["layers"]) <= 24
+def test_text_like_the_calibration_text_executes_the_plan(bundle: Path) -> None:
+    found = run("alloc-eval", bundle, "--text", CALIBRATION, "--tokens", "8192")
+    plan = found["plan"]
+    assert plan["redistribution"] == "price"
+    assert plan["budget"]["activations"] == pytest.approx(24, rel=0.003)
+    assert plan["budget"]["activations"] <= 24
+    assert sum(found["activations_per_token"]) == pytest.approx(24, rel=0.03)
 
 
-def test_full_budget_has_the_perplexity_of_the_original(tmp_path: Path) -> None:
-    run("alloc-compile", MODEL, "--budget", "1.0", "-o", tmp_path / "full.onnx")
+@pytest.mark.parametrize(("budget", "activations"), [("0.25", 12), ("36", 36)])
+def test_the_same_artifact_executes_other_budgets(
+    bundle: Path, budget: str, activations: int
+) -> None:
+    options = ("--text", CALIBRATION, "--tokens", "8192", "--budget", budget)
+    found = run("alloc-eval", bundle, *options)
+    assert sum(found["activations_per_token"]) == pytest.approx(activations, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of the full budget, whose weights are the model's own at any price."""
+    artifact = tmp_path_factory.mktemp("full") / "full.onnx"
+    run("alloc-compile", MODEL, "--budget", "1.0", "--tokens", "512", "-o", artifact)
+    return artifact
+
+
+def test_full_budget_has_the_perplexity_of_the_original(full: Path) -> None:
     options = ("--text", HELD_OUT, "--tokens", "4096")
-    artifact = run("alloc-eval", tmp_path / "full.onnx", *options)
+    artifact = run("alloc-eval", full, *options)
     original = run("alloc-eval", MODEL, *options)
     assert artifact["perplexity"] == pytest.approx(original["perplexity"], rel=1e-4)
     assert artifact["activations"] == original["activations"]
 
 
-def test_artifact_and_pytorch_under_its_plan_have_the_same_loss(bundle: Path) -> None:
-    options = ("--text", HELD_OUT, "--tokens", "2048")
+def test_artifact_and_original_have_the_same_loss_at_a_budget(full: Path) -> None:
+    options = ("--text", HELD_OUT, "--tokens", "2048", "--budget", "0.5")
+    artifact = run("alloc-eval", full, *options)
+    in_pytorch = run("alloc-eval", MODEL, "--plan", full, *options)
+    assert artifact["loss"] == pytest.approx(in_pytorch["loss"], rel=1e-4)
+    # A score at the price may fall on either side.
+    assert artifact["activations"] == pytest.approx(in_pytorch["activations"], rel=1e-3)
+
+
+@pytest.mark.parametrize("budget", [None, "0.25"])
+def test_artifact_and_pytorch_have_the_same_loss_under_plan_and_corrections(
+    bundle: Path, reference: Reference, budget: str | None
+) -> None:
+    import torch
+
+    from alloc_moe.compiler.policies import layer_parameters
+    from alloc_moe.compiler.reference import allocated
+    from alloc_moe.runtime.dial import price_of
+    from alloc_moe.runtime.evaluate import evaluate
+
+    options = ("--text", HELD_OUT, "--tokens", "2048", *(("--budget", budget) if budget else ()))
     artifact = run("alloc-eval", bundle, *options)
-    plan = bundle / "allocation.json"
-    reference = run("alloc-eval", MODEL, "--plan", plan, *options)
-    assert artifact["loss"] == pytest.approx(reference["loss"], rel=1e-4)
-    assert artifact["activations"] == reference["activations"]
+    moe, plan, corrections = reference
+    ids = moe.tokenizer(HELD_OUT.read_text("utf-8"), add_special_tokens=False, verbose=False)
+    given = layer_parameters(plan, price_of(plan, budget) if budget else None)
+    with (
+        torch.inference_mode(),
+        allocated(
+            moe.model,
+            moe.layers,
+            given,
+            redistribution="price",
+            weights="keep",
+            corrections=corrections,
+        ) as activations,
+    ):
+        found = evaluate(
+            lambda tokens: moe.model(torch.from_numpy(tokens)).logits.numpy(),
+            ids["input_ids"][:2048],
+            window=artifact["window"],
+            stride=artifact["stride"],
+        )
+    assert artifact["loss"] == pytest.approx(found.loss, rel=1e-4)
+    # A score at the price may fall on either side.
+    assert artifact["activations"] == pytest.approx(activations.executed, rel=1e-3)
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
 def test_greedy_tokens_equal_those_of_pytorch(
-    bundle: Path, prompts: list[str], rows: list[int]
+    bundle: Path, reference: Reference, prompts: list[str], rows: list[int]
 ) -> None:
     from alloc_moe.runtime.generate import generate
     from alloc_moe.runtime.session import open_session
@@ -84,7 +183,7 @@ def test_greedy_tokens_equal_those_of_pytorch(
     tokenizer = load_tokenizer(session.files)
     ids = [tokenizer.encode(prompts[row]).ids for row in rows]
     made = generate(session, ids, max_new_tokens=NEW_TOKENS, eos_ids=frozenset())
-    expected, logits = _generate_in_pytorch(bundle, ids)
+    expected, logits = _generate_in_pytorch(reference, ids)
     _assert_same_but_near_ties(np.asarray(made), expected, logits)
 
 
@@ -124,26 +223,54 @@ def test_text_streams_the_same_as_it_is_returned(bundle: Path) -> None:
     assert prompt + returned["completions"][0]["text"] == streamed.removesuffix("\n")
 
 
+def test_text_of_another_budget_is_that_of_its_price(bundle: Path) -> None:
+    from alloc_moe.runtime.text_model import load
+
+    prompt = HELD_OUT.read_text("utf-8")[1000:1300]
+    options = ("--prompt", prompt, "--max-new-tokens", "24")
+    as_compiled = run("alloc-run", bundle, *options)["completions"][0]
+    with_budget = run("alloc-run", bundle, *options, "--budget", "0.25")["completions"][0]
+    model = load(bundle, ep="cpu")
+    for completion, budget in ((as_compiled, None), (with_budget, "0.25")):
+        (expected,) = model.generate([prompt], max_new_tokens=24, budget=budget)
+        assert completion["text"] == expected.text
+    assert as_compiled["text"] != with_budget["text"]
+
+
+def test_inspect_shows_price_dial_and_correction(bundle: Path) -> None:
+    command = Path(sys.executable).with_name("alloc-inspect")
+    shown = subprocess.run([command, bundle], capture_output=True, text=True, check=True).stdout
+    facts = {line.split("  ")[0] for line in shown.splitlines()}
+    assert {"budget", "redistribution", "price", "dial", "correction", "verified"} <= facts
+    assert shown.count("│ model.layers.") == 6
+    data = run("alloc-inspect", bundle)
+    assert data.pop("artifact") == str(bundle / "model.onnx")
+    assert data == json.loads((bundle / "allocation.json").read_text("utf-8"))
+
+
 def _generate_in_pytorch(
-    bundle: Path, ids: list[list[int]]
+    reference: Reference, ids: list[list[int]]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return tokens [rows, new] and logits [rows, new, vocabulary] under the plan."""
+    """Return tokens [rows, new] and logits [rows, new, vocabulary] under plan and corrections."""
     import torch
 
-    from alloc_moe.compiler.load import load_model
     from alloc_moe.compiler.policies import layer_parameters
     from alloc_moe.compiler.reference import allocated
-    from alloc_moe.runtime.files import find_artifact
 
-    plan = find_artifact(bundle).plan
-    moe = load_model(str(MODEL))
+    moe, plan, corrections = reference
     longest = max(map(len, ids))
     padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-    given = layer_parameters(plan)
     with (
         torch.inference_mode(),
-        allocated(moe.model, moe.layers, given, redistribution="batch", weights="keep"),
+        allocated(
+            moe.model,
+            moe.layers,
+            layer_parameters(plan),
+            redistribution="price",
+            weights="keep",
+            corrections=corrections,
+        ),
     ):
         output = moe.model.generate(
             padded,
