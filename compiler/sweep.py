@@ -17,7 +17,7 @@ import numpy as np
 from alloc_moe.compiler import package, pipeline
 from alloc_moe.compiler.allocate import parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet
-from alloc_moe.compiler.errors import SweepError
+from alloc_moe.compiler.errors import OutputError, SweepError
 from alloc_moe.compiler.methods import DEFAULT, Method
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.records import (
@@ -138,6 +138,18 @@ def _scored_text(options: SweepOptions, moe: MoeModel) -> _Scored:
     return _Scored(options.text.name, hashlib.sha256(data).hexdigest(), ids[: options.text_tokens])
 
 
+def _read_cells(path: Path) -> dict[str, Any]:
+    """Return what earlier runs measured, by all that it depends on."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise SweepError(
+            f"{path} holds no results of a sweep ({error!r}). Delete it to measure them again."
+        ) from error
+
+
 class _Work:
     """The model, exported once, and what was measured already."""
 
@@ -156,10 +168,14 @@ class _Work:
             tuple[Metric, Redistribution, CorrectionMode, int], SensitivityProfile
         ] = {}
         self._kept = options.folder / "cells.json"
-        options.folder.mkdir(parents=True, exist_ok=True)
-        self._cells: dict[str, Any] = {}
-        if self._kept.is_file():
-            self._cells = json.loads(self._kept.read_text("utf-8"))
+        try:
+            options.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"The folder {options.folder} can't be written to: {error.strerror}. "
+                "Give another with -o."
+            ) from error
+        self._cells = _read_cells(self._kept)
 
     def full_loss(self) -> float:
         """Return the loss of the artifact that runs every expert."""
