@@ -12,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
     from numpy.typing import NDArray
 
     from alloc_moe.compiler.calibration import CalibrationSet
@@ -97,6 +98,21 @@ def calibration(token_ids: NDArray[np.int64]) -> CalibrationSet:
 
     windows, length = token_ids.shape
     return CalibrationSet(token_ids, "0" * 64, 0, windows * length, length, "random bytes")
+
+
+@pytest.fixture(scope="session")
+def own_text(moe_model: Callable[[str], MoeModel]) -> torch.Tensor:
+    """Return windows that the small OLMoE wrote: on these it is hard to be better than it is."""
+    import torch
+
+    moe = moe_model("olmoe")
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(256, (8, 1), generator=random)
+    with torch.no_grad():
+        for _ in range(63):
+            likely = moe.model(input_ids=ids).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=random)], dim=1)
+    return ids
 
 
 @pytest.fixture(scope="session")

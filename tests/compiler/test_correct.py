@@ -256,19 +256,6 @@ def test_a_fitted_layer_is_closer_to_the_full_model(
     assert errors["affine"][0] < errors["gain"][0]
 
 
-@pytest.fixture(scope="module")
-def own_text(moe_model: Models) -> torch.Tensor:
-    """Return windows that the small model wrote: on these it is hard to be better than it."""
-    moe = moe_model("olmoe")
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(256, (8, 1), generator=random)
-    with torch.inference_mode():
-        for _ in range(47):
-            likely = moe.model(input_ids=ids).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=random)], dim=1)
-    return ids.clone()
-
-
 HARMFUL = Correction(np.full(64, -20, np.float32), np.full((8, 64), 3, np.float32))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from alloc_moe.compiler import correct
 from alloc_moe.compiler.allocate import parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.errors import BudgetError, ProfileError
@@ -26,6 +27,12 @@ Profiles = Callable[..., SensitivityProfile]
 Make = Callable[..., Planned]
 
 REDISTRIBUTIONS: tuple[Redistribution, ...] = get_args(Redistribution)
+
+
+@pytest.fixture(autouse=True)
+def every_correction_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On so little text it is chance which corrections lower the loss."""
+    monkeypatch.setattr(correct._Run, "losses", lambda *_: torch.zeros(2))
 
 
 @pytest.fixture
@@ -92,10 +99,10 @@ def test_a_plan_runs_what_it_says(
     assert plan.budget.activations > 5.9
     assert (plan.sensitivity["metric"], plan.sensitivity["tokens"]) == ("fisher", 512)
     assert (plan.correction["mode"], len(plan.correction["layers"])) == ("affine", 3)
-    assert any(correction is not None for correction in planned.corrections)
-    for correction, kind in zip(planned.corrections, plan.correction["layers"], strict=True):
-        assert (correction is None) == (kind == "none")
-        assert (correction is not None and correction.bias is not None) == (kind == "affine")
+    assert plan.correction["layers"] == ["affine"] * 3
+    assert all(
+        correction is not None and correction.bias is not None for correction in planned.corrections
+    )
     assert AllocationPlan.from_json(plan.to_json()) == plan
 
 
