@@ -15,7 +15,7 @@ def main(model: str, output: str, *, tokens: int = 8192, new_tokens: int = 40) -
     """Compile `model` into the bundle folder `output` and continue two prompts with it."""
     options = CompileOptions(model, output, "0.5", tokens=tokens, force=True)
     compiled = compile_model(options, Console())
-    experts = [layer.k for layer in compiled.plan.layers]
+    experts = " ".join(f"{layer.k:.2f}" for layer in compiled.plan.layers)
     print(f"Experts per layer: {experts}, trained with {compiled.plan.layers[0].k_original}")
 
     text_model = runtime.load(compiled.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +32,9 @@ def test_compile_and_generate(
     main = load("01_compile_and_generate.py").main
     main(str(checkpoint("olmoe")), f"{tmp_path / 'half'}/", tokens=256, new_tokens=4)
     printed = capsys.readouterr().out
-    assert "Experts per layer: [" in printed
+    assert re.search(
+        r"^Experts per layer: \d\.\d\d \d\.\d\d \d\.\d\d, trained with 4$", printed, re.M
+    )
     assert "'In the beginning' -> " in printed
     assert (tmp_path / "half" / "genai_config.json").is_file()
 
@@ -39,16 +42,24 @@ def test_compile_and_generate(
 def test_many_budgets(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load("02_many_budgets.py").main(str(checkpoint("olmoe")), str(tmp_path), tokens=256)
+    model = checkpoint("olmoe")
+    text = str(model / "calibration.txt")
+    load("02_many_budgets.py").main(str(model), str(tmp_path), text, tokens=256)
     printed = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in printed] == ["0.375", "0.5", "0.75"]
-    assert {path.name for path in tmp_path.glob("*.onnx")} == {
-        f"budget-{budget}.onnx" for budget in ("0.375", "0.5", "0.75")
-    }
+    names = [f"budget-{budget}.onnx" for budget in ("0.25", "0.5", "0.75")]
+    assert [line.partition(" made in ")[0] for line in printed[:3]] == names
+    assert {path.name for path in tmp_path.glob("*.onnx")} == set(names)
+    half = "budget-0.5.onnx"
+    found = [re.fullmatch(r"(\S+) at (\S+): (\S+) experts, loss \d\.\d{4}", p) for p in printed[3:]]
+    assert [match[1] for match in found if match] == [half, names[0], half, half, names[2]]
+    for match in found:
+        assert match is not None
+        assert float(match[3]) == pytest.approx(12 * float(match[2]), rel=0.2)
 
 
 @pytest.mark.slow
-def test_training_makes_a_model_that_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "layers"), [("olmoe", 6), ("qwen3_moe", 5)])
+def test_training_makes_a_model_that_loads(tmp_path: Path, family: str, layers: int) -> None:
     from alloc_moe.compiler.load import load_model
 
     words = ["experts", "router", "layer", "token", "the", "of", "a", "few", "are", "enough"]
@@ -57,9 +68,11 @@ def test_training_makes_a_model_that_loads(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("<|endoftext|>".join(documents), "utf-8")
     command = [sys.executable, EXAMPLES / "train_tiny_moe.py", "--text", "text.txt"]
     options = ["--work", "work", "--out", "out", "--minutes", "0.05", "--vocab-size", "300"]
+    options += ["--family", family]
     subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True)
     moe = load_model(str(tmp_path / "out"))
-    assert [layer.experts_per_token for layer in moe.layers] == [8] * 6
+    assert moe.config.model_type == family
+    assert [layer.experts_per_token for layer in moe.layers] == [8] * layers
 
 
 def test_every_example_is_tested() -> None:
