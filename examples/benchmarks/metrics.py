@@ -124,7 +124,9 @@ def main(
         settings |= {"correction": correction, "calibration": [calibration.sha256, tokens]}
         correct = corrector(moe, calibration, redistribute, correction)
         losses = Losses(output, settings, moe, held_out.ids, correct)
-        print(f"{held_out.tokens} held-out tokens, {calibration.tokens} calibration tokens; ")
+        print(
+            f"{held_out.tokens} held-out tokens, {calibration.tokens} calibration tokens; ", end=""
+        )
         print(f"all plans run under {redistribute} with {correction} corrections.\n")
         print(in_place(measured, profiles, losses, sums, redistribute, correction))
         return
