@@ -47,7 +47,7 @@ class Divergence:
         assert setting.sizes is not None
         found = common_threshold(self._moe, self._windows, setting, activations)
         parameters = [
-            LayerParameters(k, threshold, sizes)
+            LayerParameters(k, threshold, sizes, overlap=setting.overlap)
             for k, threshold, sizes in zip(found.ks, found.values, setting.sizes, strict=True)
         ]
         # Plans that happen to use a little less than others would look a little worse.

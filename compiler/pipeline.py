@@ -214,6 +214,7 @@ def specialize(
         plan.weights,
         thresholds=[given.threshold for given in parameters],
         sizes=[layer.sizes for layer in plan.layers],
+        overlap=plan.overlap or 0.0,
         cap=plan.cap,
         dial=plan.redistribution == "price" and plan.cap is None,
     )

@@ -23,6 +23,7 @@ from alloc_moe.compiler.allocate import (
     uniform_allocation,
 )
 from alloc_moe.compiler.correct import Corrections, Running, fit_corrections
+from alloc_moe.compiler.divergence import Divergence
 from alloc_moe.compiler.errors import ProfileError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.records import Correction, CorrectionMode, Redistribution, Weights
@@ -46,19 +47,24 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.command import Console
 
 _DIAL_TOKENS = 8192
+_OVERLAP_TOKENS = 4096
 _DIAL_GAP = 0.5  # activations between the plan's own point and the next
 _COMMON: tuple[Redistribution, ...] = ("price", "top-p", "ratio")
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is wanted of a plan, besides its budget."""
+    """What is wanted of a plan, besides its budget.
+
+    ``overlaps`` are tried for ``price``; the plan takes that of the least divergence.
+    """
 
     redistribution: Redistribution = "price"
     weights: Weights = "keep"
     correction: CorrectionMode = "affine"
     cap: float | None = None
     dial: bool = True
+    overlaps: tuple[float, ...] = (0.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,10 @@ def make_planned(
     )
     full = plan.budget.activations == plan.budget.original
     setting = Setting(options.redistribution, options.weights, expert_sizes(plan, profile, moe))
+    if options.redistribution == "price":
+        setting = _with_overlap(
+            moe, calibration, setting, options, plan.budget.activations, console
+        )
     if refinement is not None and profile is not None and not full:
         plan, setting = _refined(
             moe, calibration, plan, setting, refinement, budget, profile, costs, console
@@ -134,6 +144,30 @@ def make_planned(
             moe, calibration, plan, setting, options, wanted.budget.activations, console
         )
     return Planned(plan, corrections)
+
+
+def _with_overlap(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    setting: Setting,
+    options: PlanOptions,
+    activations: float,
+    console: Console,
+) -> Setting:
+    """Return the setting with the overlap at which the plan diverges least from the full model."""
+    tried = [dataclasses.replace(setting, overlap=overlap) for overlap in options.overlaps]
+    if activations == sum(layer.experts_per_token for layer in moe.layers):
+        return tried[-1]  # all run at price 0; this one is for the dial
+    if len(tried) == 1:
+        return tried[0]
+    windows = max(1, _OVERLAP_TOKENS // calibration.sequence_length)
+    divergence = Divergence(moe, dataclasses.replace(calibration, ids=calibration.ids[:windows]))
+    with console.progress("Measuring overlap", len(tried), unit="values") as progress:
+        found = []
+        for candidate in tried:
+            found.append(divergence.of_price(candidate, activations))
+            progress.advance()
+    return tried[found.index(min(found))]
 
 
 def _refined(
@@ -233,6 +267,7 @@ def _with_thresholds(
         wanted,
         layers=layers,
         price=found.values[0] if by_price else None,
+        overlap=setting.overlap if by_price and setting.overlap else None,
         budget=dataclasses.replace(wanted.budget, activations=found.activations),
     )
 

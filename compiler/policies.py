@@ -30,13 +30,15 @@ class LayerParameters:
 
     ``k`` is the mean number of experts per real token. The policies in `SCORED` keep scores of
     ``threshold`` or more, whatever ``k`` is; ``sizes[e]`` multiplies the weights of expert e under
-    ``price``. ``cap`` limits each call to that multiple of ``k``.
+    ``price``, and ``overlap`` is what `scores` says. ``cap`` limits each call to that multiple of
+    ``k``.
     """
 
     k: float
     threshold: float = 0.0
     sizes: torch.Tensor | tuple[float, ...] | None = None
     cap: float | None = None
+    overlap: float = 0.0
 
     def quota(self, candidates: int) -> float:
         """Return how many experts besides the first a capped call may run per real token."""
@@ -75,7 +77,9 @@ def layer_parameters(plan: AllocationPlan, price: float | None = None) -> list[L
         if price is None:
             raise ArtifactError("The plan redistributes by price but lacks it. Compile again.")
     return [
-        LayerParameters(layer.k, _threshold(plan, layer, price), layer.sizes, plan.cap)
+        LayerParameters(
+            layer.k, _threshold(plan, layer, price), layer.sizes, plan.cap, plan.overlap or 0.0
+        )
         for layer in plan.layers
     ]
 
@@ -129,8 +133,14 @@ def scores(
     weights: torch.Tensor,
     ids: torch.Tensor,
     sizes: torch.Tensor | Sequence[float] | None = None,
+    overlap: float = 0.0,
 ) -> torch.Tensor:
     """Return what each candidate is kept by [tokens, candidates], float32.
+
+    Dropping a token's candidates i costs the loss about the square of the sum of what they add.
+    With s = size times weight, that is s^2 for one alone; where those ranked after it, of sum t,
+    are dropped already, one more costs s (s + 2 overlap t), overlap being the cosine between what
+    two experts add. ``price`` compares the root of that.
 
     The first candidate has a score too, but runs in any case. The artifact does the same float32
     operations in the same order.
@@ -140,6 +150,7 @@ def scores(
         weights: Router weights [tokens, candidates], ranked by `rank_candidates`.
         ids: The candidates' experts [tokens, candidates].
         sizes: For ``price``: what the weights of each expert are multiplied by [experts].
+        overlap: For ``price``: 0 takes what experts add for uncorrelated, 1 for parallel.
     """
     weights = weights.float()
     match redistribution:
@@ -153,9 +164,24 @@ def scores(
                 before.append(before[-1] + column)
             return -torch.stack(before, dim=1)
         case "price":
-            assert sizes is not None
-            return torch.as_tensor(sizes, dtype=torch.float32, device=ids.device)[ids] * weights
+            added = _sizes(sizes, ids) * weights
+            if overlap == 0:
+                return added
+            return (added * (added + _after(added) * (2 * overlap))).sqrt()
     raise ValueError(f"{redistribution!r} compares no scores; {', '.join(SCORED)} do.")
+
+
+def _sizes(sizes: torch.Tensor | Sequence[float] | None, ids: torch.Tensor) -> torch.Tensor:
+    assert sizes is not None
+    return torch.as_tensor(sizes, dtype=torch.float32, device=ids.device)[ids]
+
+
+def _after(values: torch.Tensor) -> torch.Tensor:
+    """The sum of the columns after each [tokens, candidates]."""
+    sums = [torch.zeros_like(values[:, 0])]
+    for column in reversed(values[:, 1:].unbind(1)):  # torch.cumsum adds in double precision
+        sums.append(sums[-1] + column)
+    return torch.stack(sums[::-1], dim=1)
 
 
 def _none(
@@ -228,7 +254,7 @@ def _by_score(
     redistribution: Redistribution,
 ) -> Kept:
     """Rank 1 always runs, others if their score reaches the threshold and the cap has room."""
-    score = scores(redistribution, weights, ids, parameters.sizes)
+    score = scores(redistribution, weights, ids, parameters.sizes, parameters.overlap)
     threshold = torch.tensor(parameters.threshold, dtype=torch.float32, device=score.device)
     reached = (score >= threshold) & real.reshape(-1, 1)
     others, margin = reached[:, 1:], math.inf
@@ -251,11 +277,18 @@ def _slopes(
     ids: torch.Tensor,
     parameters: LayerParameters,
 ) -> torch.Tensor:
-    """By how much a score changes with its weight [tokens, candidates]."""
+    """By how much a score changes at most with the weights it is made of [tokens, candidates]."""
     ones = torch.ones_like(weights, dtype=torch.float32)
     match redistribution:
         case "price":
-            return scores("price", ones, ids, parameters.sizes)
+            sizes, overlap = _sizes(parameters.sizes, ids), parameters.overlap
+            if overlap == 0:
+                return sizes
+            added = sizes * weights
+            score = scores("price", weights, ids, parameters.sizes, overlap)
+            # Its own weight's part and that of the weights after it.
+            own = sizes * (added + overlap * _after(added))
+            return (own + overlap * added * _after(sizes)) / score.clamp(min=_TINY)
         case "ratio":
             return ones / weights[:, :1].clamp(min=_TINY)
     return ones

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -122,7 +123,7 @@ def refine_sizes(
         )
 
     def evaluate(steps: Plan) -> float:
-        tried = Setting("price", setting.weights, weighed(steps))
+        tried = dataclasses.replace(setting, sizes=weighed(steps))
         return divergence.of_price(tried, activations)
 
     steps, report = search(
@@ -153,6 +154,7 @@ def _fingerprint(
         calibration.tokens,
         setting.redistribution,
         setting.weights,
+        setting.overlap,
         values,
         activations,
     ]

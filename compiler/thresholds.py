@@ -38,13 +38,14 @@ _ABOVE_ALL = 1e30  # above every score
 class Setting:
     """How a model runs while thresholds are sought: all of a plan but the thresholds.
 
-    ``sizes[l][e]`` are the expert sizes for ``price``; None for the other policies.
+    ``sizes[l][e]`` are the expert sizes for ``price``, None for the other policies; ``overlap`` is
+    what `scores` says.
     """
 
     redistribution: Redistribution
     weights: Weights = "keep"
     sizes: tuple[tuple[float, ...], ...] | None = None
-    cap: float | None = None
+    overlap: float = 0.0
     corrections: tuple[Correction | None, ...] | None = None
 
 
@@ -245,12 +246,12 @@ def _observe(
     sizes = setting.sizes or (None,) * len(moe.layers)
 
     def watch(layer: int, weights: torch.Tensor, candidates: torch.Tensor) -> None:
-        found = scores(setting.redistribution, weights, candidates, sizes[layer])
+        found = scores(setting.redistribution, weights, candidates, sizes[layer], setting.overlap)
         parts[layer].append(found[:, 1:].flatten().cpu())
 
     parameters = [
         # A cap is for single calls: means are set without it.
-        LayerParameters(layer.experts_per_token, threshold, sizes[index])
+        LayerParameters(layer.experts_per_token, threshold, sizes[index], overlap=setting.overlap)
         for index, (layer, threshold) in enumerate(zip(moe.layers, thresholds, strict=True))
     ]
     stack = DecoderStack(moe.model, moe.layers[0])

@@ -14,7 +14,7 @@ from onnxscript import OnnxFunction
 from alloc_moe.passes import routing
 from alloc_moe.passes.base import DOMAIN, add_function, add_initializer, routed_experts
 from alloc_moe.passes.policies import POLICIES, SCORES, TOP_K
-from alloc_moe.passes.policies.scored import cap_call, keep_scored
+from alloc_moe.passes.policies.scored import cap_call, keep_scored, score_overlapping
 
 MICROSOFT = "com.microsoft"
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
@@ -31,7 +31,8 @@ class Allocation:
     ``experts_per_token[l]`` is the k of layer l, ``redistribution`` a name in `POLICIES` or
     `SCORES`. For the latter, scores of ``thresholds[l]`` or more are kept, and ``cap`` limits calls
     to that multiple of k. ``sizes[l]`` are those of the experts, for ``price``, whose threshold is
-    the same in all layers; with ``dial`` it is an input of the graph that may be left out.
+    the same in all layers; ``overlap`` is how far what two of them add points the same way. With
+    ``dial`` the price is an input of the graph that may be left out.
     """
 
     experts_per_token: Sequence[float]
@@ -39,6 +40,7 @@ class Allocation:
     weights: str = "keep"
     thresholds: Sequence[float] = ()
     sizes: Sequence[Sequence[float] | None] = ()
+    overlap: float = 0.0
     cap: float | None = None
     dial: bool = False
 
@@ -98,11 +100,13 @@ class LowerExpertsPass(ir.passes.InPlacePass):
         """Keep the candidates whose score reaches the threshold, if the cap has room."""
         allocation, layer, trained = self._allocation, _layer(node), _trained(node)
         ranked, ids = _rank(builder, node, trained)
-        sizes = allocation.sizes[layer] if layer < len(allocation.sizes) else None
-        (scores,) = builder.call(
-            SCORES[allocation.redistribution],
-            [ranked, ids, None if sizes is None else builder.constant(f"sizes.{layer}", sizes)],
-        )
+        given = allocation.sizes[layer] if layer < len(allocation.sizes) else None
+        sizes = None if given is None else builder.constant(f"sizes.{layer}", given)
+        if allocation.overlap:
+            overlap = builder.constant(f"overlap.{layer}", 2 * allocation.overlap)
+            (scores,) = builder.call(score_overlapping, [ranked, ids, sizes, overlap])
+        else:
+            (scores,) = builder.call(SCORES[allocation.redistribution], [ranked, ids, sizes])
         (keep,) = builder.call(keep_scored, [scores, real, self._threshold(builder, layer)])
         quota = trained - 1.0
         if allocation.cap is not None:

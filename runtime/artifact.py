@@ -25,7 +25,7 @@ ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 """Name of the value [rows, experts] before a layer's MoE op: log weights, DROPPED if not run."""
 DROPPED = -1e4
 """What stands in the router probabilities for an expert that is not executed."""
-_OPTIONAL = ("price", "dial", "cap", "correction", "cost")
+_OPTIONAL = ("price", "overlap", "dial", "cap", "correction", "cost")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ class AllocationPlan:
 
     The invariant: ``sum(layer.k) == budget.activations <= budget asked for``. ``price`` is the
     least score kept in all layers, for the redistribution of that name; ``dial`` lists other prices
-    by falling activations. ``cap`` limits every call to that multiple of each layer's k.
+    by falling activations. ``overlap`` says how far what experts add points the same way, 0 to 1:
+    with size times weight s, the score of a candidate is sqrt(s (s + 2 overlap t)), t being the
+    sum of s over the candidates ranked after it. ``cap`` limits every call to that multiple of each
+    layer's k.
     ``correction`` says how the experts' weights were changed to make up for dropped experts.
     ``cost``, where the budget was one of bytes or milliseconds, holds ``limit``, ``planned`` and
     ``original`` in its ``unit``, for a decode step of ``batch`` tokens.
@@ -81,6 +84,7 @@ class AllocationPlan:
     weights: str
     layers: tuple[PlannedLayer, ...]
     price: float | None = None
+    overlap: float | None = None
     dial: tuple[DialPoint, ...] = ()
     cap: float | None = None
     correction: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -117,6 +121,7 @@ class AllocationPlan:
                 weights=data["weights"],
                 layers=tuple(_layer(layer) for layer in data["layers"]),
                 price=data.get("price"),
+                overlap=data.get("overlap"),
                 dial=tuple(_pick(DialPoint, point) for point in data.get("dial", ())),
                 cap=data.get("cap"),
                 correction=data.get("correction", {}),

@@ -43,6 +43,19 @@ def score_price(weights: FLOAT[...], ids: INT64[...], sizes: FLOAT[...]) -> FLOA
 
 
 @script(OPSET, default_opset=op)
+def score_overlapping(
+    weights: FLOAT[...], ids: INT64[...], sizes: FLOAT[...], twice_overlap: FLOAT[...]
+) -> FLOAT[...]:
+    """Return what a candidate costs if it is dropped after all those ranked behind it [T, K].
+
+    With s = size times weight and t the sum of s behind it: sqrt(s (s + 2 overlap t)).
+    """
+    added = op.Mul(op.Gather(sizes, ids, axis=0), weights)
+    behind = op.CumSum(added, op.Constant(value_int=1), exclusive=1, reverse=1)
+    return op.Sqrt(op.Mul(added, op.Add(added, op.Mul(behind, twice_overlap))))
+
+
+@script(OPSET, default_opset=op)
 def keep_scored(scores: FLOAT[...], real: BOOL[...], threshold: FLOAT[...]) -> BOOL[...]:
     """Keep the first candidate of real tokens, and those whose score reaches the threshold."""
     column = op.Reshape(real, op.Constant(value_ints=[-1, 1]))
