@@ -1,0 +1,128 @@
+"""Single-stream decode and the dial: losses that no pool can help, as README's tables show them.
+
+Artifacts are compiled at half of their activations and run on held-out text with one token per
+call, teacher-forced, as generation does; then the default artifact is turned to other budgets and
+compared with artifacts compiled for those.
+
+    python examples/benchmarks/decode.py examples/tiny-moe --text examples/tiny-moe/heldout.txt
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from alloc_moe.compiler import package, pipeline
+from alloc_moe.compiler.allocate import parse_budget
+from alloc_moe.compiler.methods import Method, parse_method
+from alloc_moe.compiler.planning import PlanOptions, make_planned
+from alloc_moe.compiler.records import SensitivityProfile
+from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.runtime.command import Console
+from alloc_moe.runtime.dial import price_of
+from alloc_moe.runtime.evaluate import Evaluation, evaluate_artifact
+from alloc_moe.runtime.session import ArtifactSession, open_session
+
+DECODED = ("uniform", "batch", "threshold", "price", "default")
+BUDGETS = ("0.25", "0.375", "0.5", "0.625", "0.75", "1.0")
+
+
+class Compiler:
+    """The model, exported once, its calibration text and a fisher profile of it."""
+
+    def __init__(self, model: str, *, tokens: int, folder: Path) -> None:
+        self._console = Console(quiet=True)
+        self._folder = folder
+        self.moe = pipeline.load(model, self._console, trust_remote_code=False)
+        self._text = pipeline.calibrate(self.moe, None, self._console, tokens=tokens, seed=0)
+        self._profile: SensitivityProfile = measure_sensitivity(
+            self.moe, self._text, metric="fisher", redistribution="price"
+        )
+        self._graph = pipeline.export(self.moe, dtype="float32")
+
+    def artifact(self, method: Method, budget: str, *, dial: bool = False) -> ArtifactSession:
+        """Return the artifact of a method and a budget, loaded."""
+        planned = make_planned(
+            self.moe,
+            self._text,
+            parse_budget(budget, [layer.experts_per_token for layer in self.moe.layers]),
+            PlanOptions(method.redistribution, "keep", method.correction, dial=dial),
+            source=self.moe.source,
+            profile=None if method.metric is None else self._profile,
+            console=self._console,
+        )
+        model = pipeline.specialize(
+            self._graph, planned.plan, device="cpu", corrections=planned.corrections
+        )
+        path = self._folder / f"{len(list(self._folder.iterdir()))}.onnx"
+        package.save_graph(model, path)
+        return open_session(path, ep="cpu", count_activations=True, stop_spinning=True)
+
+
+def row(name: str, found: Evaluation, full: Evaluation) -> str:
+    """Return a Markdown row: added loss and measured activations."""
+    activations = sum(found.activations_per_token or ())
+    return f"| {name} | {found.loss - full.loss:+.4f} | {activations:.2f} |"
+
+
+def decode_table(compiler: Compiler, ids: Sequence[int]) -> None:
+    """Print the loss that each method adds at half the activations, one token per call."""
+
+    def decoded(method: str, budget: str) -> Evaluation:
+        session = compiler.artifact(parse_method(method), budget)
+        return evaluate_artifact(session, ids, window=512, stride=448, decode=True)
+
+    full = decoded("uniform", "1.0")
+    print(f"One token per call, {full.tokens_scored} tokens; full model: loss {full.loss:.4f}")
+    print("\n| at half the activations | added loss | activations |\n|---|---|---|")
+    for name in DECODED:
+        print(row(parse_method(name).name, decoded(name, "0.5"), full), flush=True)
+
+
+def dial_table(compiler: Compiler, ids: Sequence[int]) -> None:
+    """Print the loss at each budget of one artifact, beside artifacts compiled for that budget."""
+    full = evaluate_artifact(
+        compiler.artifact(parse_method("uniform"), "1.0"), ids, window=512, stride=448
+    )
+    corrected = compiler.artifact(parse_method("default"), "0.5", dial=True)
+    plain = compiler.artifact(parse_method("price"), "1.0", dial=True)
+    print("\n| budget | compiled for it | dialled, corrected at 0.5 | dialled, uncorrected |")
+    print("|---|---|---|---|")
+    for budget in BUDGETS:
+        cells = [
+            evaluate_artifact(
+                compiler.artifact(parse_method("default"), budget), ids, window=512, stride=448
+            )
+        ]
+        for session in (corrected, plain):
+            price = price_of(session.plan, budget)
+            cells.append(evaluate_artifact(session, ids, window=512, stride=448, price=price))
+        texts = (
+            f"{cell.loss - full.loss:+.4f} ({sum(cell.activations_per_token or ()):.1f})"
+            for cell in cells
+        )
+        print(f"| {budget} | " + " | ".join(texts) + " |", flush=True)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="Held-out text.")
+@click.option("--decode-tokens", default=4096, show_default=True)
+@click.option("--dial-tokens", default=16384, show_default=True)
+@click.option("--tokens", default=8192, show_default=True, help="Calibration tokens.")
+def main(model: str, text: Path, decode_tokens: int, dial_tokens: int, tokens: int) -> None:
+    """Print both tables for MODEL."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = Compiler(model, tokens=tokens, folder=Path(folder))
+        ids = compiler.moe.tokenizer(
+            text.read_text("utf-8"), add_special_tokens=False, verbose=False
+        )["input_ids"]
+        decode_table(compiler, ids[:decode_tokens])
+        dial_table(compiler, ids[:dial_tokens])
+
+
+if __name__ == "__main__":
+    main()
