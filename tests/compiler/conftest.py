@@ -144,7 +144,8 @@ def score_plan(token_ids: NDArray[np.int64]) -> Callable[..., AllocationPlan]:
         found: list[torch.Tensor] = []
 
         def record(*call: Any) -> torch.Tensor:
-            found.append(scores(redistribution, *rank_candidates(call[3], call[2]), sizes)[:, 1:])
+            ranked = rank_candidates(call[3], call[2])
+            found.append(scores(redistribution, *ranked, sizes, more.get("overlap", 0.0))[:, 1:])
             return library_experts(*call)
 
         with (

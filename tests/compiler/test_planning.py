@@ -14,11 +14,13 @@ import torch
 from alloc_moe.compiler import correct
 from alloc_moe.compiler.allocate import parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet
+from alloc_moe.compiler.divergence import Divergence
 from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.records import MoeModel, Redistribution, SensitivityProfile
 from alloc_moe.compiler.reference import allocated
+from alloc_moe.compiler.thresholds import Setting
 from alloc_moe.runtime.artifact import AllocationPlan
 from alloc_moe.runtime.command import Console
 
@@ -192,6 +194,23 @@ def test_without_a_profile_all_experts_have_one_size(make: Make) -> None:
     assert {layer.sizes for layer in plan.layers} == {(1.0,) * 8}
     assert plan.sensitivity == {}
     assert plan.budget.activations <= 6
+
+
+def test_the_overlap_of_the_least_divergence_is_taken(
+    make: Make, moe_model: Models, calibration: CalibrationSet, profile_of: Profiles
+) -> None:
+    sizes = make("0.5", "price", dial=False, correction="none").plan
+    measured = Divergence(moe_model("olmoe"), calibration)
+    rows = tuple(layer.sizes for layer in sizes.layers if layer.sizes)
+    found = {
+        overlap: measured.of_price(Setting("price", sizes=rows, overlap=overlap), 6)
+        for overlap in (0.0, 0.5, 1.0)
+    }
+    for tried in itertools.permutations(found):
+        plan = make("0.5", "price", dial=False, correction="none", overlaps=tried).plan
+        assert (plan.overlap or 0.0) == min(found, key=lambda overlap: found[overlap])
+    assert make("0.5", "price", dial=False, correction="none", overlaps=(0.7,)).plan.overlap == 0.7
+    assert make("1.0", "price", dial=False, overlaps=(0.0, 0.7)).plan.overlap == 0.7
 
 
 def test_without_a_profile_layers_share_evenly(make: Make) -> None:

@@ -194,6 +194,34 @@ def test_scores_are_what_each_policy_compares() -> None:
         scores("batch", WEIGHTS, IDS)
 
 
+def test_overlap_counts_what_is_ranked_behind() -> None:
+    sizes = torch.tensor([1.0, 2.0, 4.0])
+    for overlap in (0.25, 1.0):
+        found = scores("price", WEIGHTS, IDS, sizes, overlap)
+        for token in range(2):
+            added = [float(sizes[e] * w) for e, w in zip(IDS[token], WEIGHTS[token], strict=True)]
+            for rank, one in enumerate(added):
+                # |d|^2 with this expert dropped too, less that without: a cosine of `overlap`.
+                expected = one**2 + 2 * overlap * one * sum(added[rank + 1 :])
+                assert float(found[token, rank]) ** 2 == pytest.approx(expected)
+    assert torch.equal(
+        scores("price", WEIGHTS, IDS, sizes, 0.0), scores("price", WEIGHTS, IDS, sizes)
+    )
+
+
+def test_margin_holds_for_overlapping_experts() -> None:
+    random = torch.Generator().manual_seed(0)
+    weights = torch.rand(40, 4, generator=random).sort(1, descending=True).values + 0.1
+    ids = torch.stack([torch.randperm(4, generator=random) for _ in range(40)])
+    given = LayerParameters(2.0, 0.4, (0.5, 1.0, 1.5, 2.0), overlap=0.6)
+    real = torch.ones(1, 40, dtype=torch.bool)
+    mask, margin = POLICIES["price"](weights, ids, real, given)
+    assert 0 < margin < 0.01
+    for _ in range(50):  # changes below the margin, of all weights at once, turn no decision
+        noise = (torch.rand(40, 4, generator=random) * 2 - 1) * 0.9 * margin
+        assert torch.equal(POLICIES["price"](weights + noise, ids, real, given).mask, mask)
+
+
 def test_top_p_adds_in_single_precision() -> None:
     weights = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
     expected = np.cumsum(weights.numpy(), axis=1, dtype=np.float32)[:, :-1]

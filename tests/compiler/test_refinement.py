@@ -161,7 +161,7 @@ def test_a_second_refinement_measures_nothing_again(
             moe,
             small,
             parse_budget("0.5", [4, 4, 4]),
-            PlanOptions(redistribution, correction="none", dial=False),  # type: ignore[arg-type]
+            PlanOptions(redistribution, correction="none", dial=False, overlaps=(0.5,)),  # type: ignore[arg-type]
             source="small",
             profile=profile_of("olmoe", "fisher"),
             console=QUIET,
@@ -170,14 +170,12 @@ def test_a_second_refinement_measures_nothing_again(
 
     first = plan()
     measured = len(counted)
-    assert measured == first.sensitivity["refined"]["measured"] > 0
+    assert measured > 0
+    assert set(first.sensitivity["refined"]) >= {"first_loss", "loss", "finished"}
     assert first.budget.activations <= 6
     second = plan()
     assert len(counted) == measured
-    assert second.sensitivity["refined"]["measured"] == 0
-    assert second.sensitivity["refined"]["remembered"] == measured
-    assert second.layers == first.layers
-    assert second.price == first.price
+    assert second == first
     assert AllocationPlan.from_json(second.to_json()) == second
 
 

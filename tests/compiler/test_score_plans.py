@@ -62,6 +62,28 @@ def test_artifacts_execute_what_the_reference_does(
     assert result.tokens == (108 if redistribution == "price" else 54)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_overlapping_experts_are_priced_as_in_the_reference(
+    moe_model: Models,
+    exported: Graphs,
+    score_plan: Plans,
+    token_ids: NDArray[np.int64],
+    tmp_path: Path,
+    family: str,
+    device: str,
+) -> None:
+    moe = moe_model(family)
+    plan = score_plan(moe, "price", overlap=0.5)
+    assert AllocationPlan.from_json(plan.to_json()).overlap == 0.5
+    path = written(exported(family), plan, tmp_path, device)
+    assert verify_artifact(path, moe, plan, token_ids, dtype="float32").tokens == 108
+    # Without the overlap other experts run.
+    other = dataclasses.replace(plan, overlap=None)
+    with pytest.raises(VerificationError, match=r"executed|logits"):
+        verify_artifact(path, moe, other, token_ids, dtype="float32")
+
+
 @pytest.mark.parametrize("redistribution", SCORED)
 def test_capped_artifacts_execute_what_the_reference_does(
     moe_model: Models,

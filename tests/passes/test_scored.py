@@ -234,7 +234,9 @@ def output_of(
     executed = []
     for index, threshold in enumerate(allocation.thresholds):
         real = torch.from_numpy(inputs["attention_mask"] > 0)
-        given = LayerParameters(2.0, threshold, tuple(SIZES.tolist()), allocation.cap)
+        given = LayerParameters(
+            2.0, threshold, tuple(SIZES.tolist()), allocation.cap, allocation.overlap
+        )
         kept = keep_mask(allocation.redistribution, ranked, ids, real, given)  # type: ignore[arg-type]
         scale = adjust_weights(weights, ranked, kept).numpy().astype(np.float64)
         gate_up, down = (
@@ -280,13 +282,39 @@ def test_output_and_executed_experts_are_those_of_the_reference(
             assert max(executed) <= 2 * real.sum()
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["mask", "pairs"])
+@pytest.mark.parametrize("cap", [None, 1.0])
+def test_overlapping_experts_are_scored_as_in_the_reference(
+    session: Session, cap: float | None, pairs: bool, half: bool
+) -> None:
+    inputs = feeds(REAL, dtype=np.float16 if half else np.float32)
+    ranked, ids = rank_candidates(
+        torch.from_numpy(inputs["expert_weights"].astype(np.float32)),
+        torch.from_numpy(inputs["expert_ids"]),
+    )
+    exact = scores("price", ranked, ids, SIZES.tolist(), 0.7)
+    # A price that is a score itself decides by its last bit.
+    for price in exact[6:10, 2].tolist():
+        allocation = scored("price", [price, price], cap=cap, overlap=0.7)
+        model = lowered(allocation, pairs=pairs, half=half)
+        output, *probs = session(model).run(None, inputs)
+        expected, executed = output_of(model, inputs, allocation, "keep")
+        tolerance = {"rtol": 2e-2, "atol": 5e-3} if half else {"rtol": 1e-5, "atol": 2e-6}
+        np.testing.assert_allclose(output, expected, **tolerance)
+        pads = 0 if pairs else int((~REAL).sum())
+        assert [(prob > DROPPED / 2).sum() - pads for prob in probs] == executed
+
+
 @pytest.mark.parametrize("pairs", [False, True], ids=["mask", "pairs"])
 def test_a_price_of_zero_runs_every_candidate(session: Session, pairs: bool) -> None:
     inputs = feeds(REAL)
-    free = session(lowered(scored("price", [0.0, 0.0]), pairs=pairs)).run(None, inputs)
     full = session(lowered(Allocation([4, 4], "none"), pairs=pairs)).run(None, inputs)
-    for actual, expected in zip(free, full, strict=True):
-        np.testing.assert_array_equal(actual, expected)
+    for overlap in (0.0, 0.5):
+        allocation = scored("price", [0.0, 0.0], overlap=overlap)
+        free = session(lowered(allocation, pairs=pairs)).run(None, inputs)
+        for actual, expected in zip(free, full, strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["mask", "pairs"])
