@@ -7,7 +7,6 @@ improved by moving single experts from one layer to another.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
