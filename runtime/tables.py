@@ -69,12 +69,14 @@ def speed_table(
 
 def _optional(plan: AllocationPlan) -> dict[str, str]:
     """What only some redistributions have; a row that doesn't apply is left out."""
-    dial = ", ".join(f"{_mean(point.activations)} at {point.price:.3g}" for point in plan.dial)
+    dial = ", ".join(f"{point.activations:.4g} at {point.price:.3g}" for point in plan.dial)
     facts = {
         "price": "" if plan.price is None else f"{plan.price:.3g} per activation",
         "dial": dial and f"activations {dial}",
+        "overlap": "" if plan.overlap is None else f"{plan.overlap:g}",
         "cap": "" if plan.cap is None else f"{plan.cap:g} times k in every call",
         "correction": _pairs(plan.correction),
+        "cost": _pairs(plan.cost),
     }
     return {fact: value for fact, value in facts.items() if value}
 
@@ -118,7 +120,9 @@ def _pairs(facts: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:  # any JSON value
     """Return a value on little room: numbers rounded, a checksum by its start."""
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.4g}" if value else "0"
+    if isinstance(value, list | tuple):
+        return "/".join(f"{name} x{value.count(name)}" for name in dict.fromkeys(value))
     text = str(value)
     is_checksum = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
     return f"{text[:12]}..." if is_checksum else text
