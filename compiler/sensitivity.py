@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.errors import OutputError, ProfileError, UnsupportedModelError
+from alloc_moe.compiler.errors import ProfileError, UnsupportedModelError
 from alloc_moe.compiler.records import (
     CorrectionMode,
     Metric,
@@ -31,6 +30,7 @@ from alloc_moe.compiler.records import (
     Redistribution,
     SensitivityProfile,
 )
+from alloc_moe.compiler.saved import save_text
 from alloc_moe.compiler.sensitivity_correct import Reduced, make_reduced, measured_correction
 from alloc_moe.compiler.sensitivity_fisher import FisherRun
 from alloc_moe.compiler.sensitivity_keep import measured_redistribution
@@ -295,18 +295,7 @@ def _both(found: object, expected: object) -> str:
 
 
 def _save(profile: SensitivityProfile, path: Path) -> None:
-    """Replace the file in one step, so that an interruption leaves the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(profile.to_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"The profile can't be saved as {path}: {error.strerror}. Choose another path."
-        ) from error
+    save_text(profile.to_json() + "\n", path, what="The profile")
 
 
 @contextlib.contextmanager
