@@ -19,6 +19,14 @@ _METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
 
 _SCORED = ("price", "threshold", "top-p", "ratio")
 _WITHOUT_ALLOCATION = ("price", "top-p", "ratio")
+_SIZED = ("fisher", "output")
+
+
+def _price_needs_sizes(sensitivity: str) -> str:
+    return (
+        f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
+        f"doesn't measure. Use {' or '.join(_SIZED)}, or another --redistribute."
+    )
 
 
 def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +66,8 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Which of a token's experts run. One price for all layers and tokens; a threshold "
             "per layer; tokens compete within the call (batch) or the sequence; plain top-k "
             "(none); cumulative weight (top-p), or weight relative to the best expert's (ratio). "
-            "Default: price, or threshold with another --cost than activations.",
+            "Default: price; threshold where experts' sizes aren't measured (--sensitivity kl, "
+            "ppl-suffix, data-free) or the --cost isn't activations.",
         ),
         click.option(
             "--correct",
@@ -186,8 +195,11 @@ def compile_command(
     from alloc_moe.compiler.pipeline import compile_model
     from alloc_moe.compiler.records import CompileOptions
 
+    sized = options["sensitivity"] in _SIZED or options["allocation"] == "uniform"
     if redistribution is None:
-        redistribution = "price" if options["cost"] == "activations" else "threshold"
+        redistribution = "price" if sized and options["cost"] == "activations" else "threshold"
+    if redistribution == "price" and not sized:
+        raise click.UsageError(_price_needs_sizes(options["sensitivity"]))
     if cap is not None and redistribution not in _SCORED:
         raise click.UsageError(f"--cap is for {', '.join(_SCORED)}; {redistribution} is exact.")
     if options["cost"] != "activations" and redistribution in _WITHOUT_ALLOCATION:
@@ -246,7 +258,7 @@ def profile_command(
         moe,
         text,
         metric=sensitivity,
-        redistribution=redistribution or "price",
+        redistribution=redistribution or ("price" if sensitivity in _SIZED else "threshold"),
         correction=correction,
         path=output,
         console=console,
