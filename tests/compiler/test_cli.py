@@ -100,6 +100,19 @@ def test_json_is_one_object_on_stdout(model: str, tmp_path: Path) -> None:
     }
 
 
+def test_a_metric_without_sizes_sets_thresholds_by_itself(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    options = ["--sensitivity", "kl", "--correct", "none", "--json", "-q"]
+    outcome = compiled(model, out, *options)
+    assert outcome.exit_code == 0, outcome.stderr
+    plan = json.loads(outcome.stdout)["plan"]
+    assert plan["redistribution"] == "threshold"
+    assert plan["sensitivity"]["metric"] == "kl"
+    asked = compiled(model, out, "--force", "--redistribute", "price", *options)
+    assert asked.exit_code == 2
+    assert "sizes of experts, which --sensitivity kl doesn't measure" in asked.stderr
+
+
 def test_quiet_says_nothing_but_the_result(model: str, tmp_path: Path) -> None:
     outcome = compiled(model, tmp_path / "out.onnx", "-q", "--allocation", "uniform")
     assert outcome.stderr == ""
