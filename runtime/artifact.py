@@ -84,11 +84,11 @@ class AllocationPlan:
     weights: str
     layers: tuple[PlannedLayer, ...]
     price: float | None = None
-    overlap: float | None = None
     dial: tuple[DialPoint, ...] = ()
     cap: float | None = None
     correction: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overlap: float | None = None
     sensitivity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verify: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)

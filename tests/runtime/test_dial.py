@@ -183,7 +183,7 @@ def test_commands_take_budgets(dial_bundle: Path, toy: Path) -> None:
 def test_inspect_shows_what_the_plan_has(dial_bundle: Path, tmp_path: Path, make_toy: Any) -> None:
     text = CliRunner().invoke(inspect_command, [str(dial_bundle)]).stdout
     assert "0.1 per activation" in text
-    assert "activations 7.0 at 0.05, 4.0 at 0.1, 2.50 at 0.4" in text.replace("\n", " ")
+    assert "activations 7 at 0.05, 4 at 0.1, 2.5 at 0.4" in text.replace("\n", " ")
     assert "threshold" not in text
     plan = json.loads(PLAN.to_json())
     plan |= {"redistribution": "threshold", "cap": 1.5, "correction": {"kind": "affine"}}
