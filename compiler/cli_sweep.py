@@ -71,7 +71,7 @@ def sweep_command(
         model,
         output,
         tuple(budgets.split(",")),
-        tuple(parse_method(plan) for plan in plans.split(",")),
+        tuple(dict.fromkeys(parse_method(plan) for plan in plans.split(","))),
         text,
         text_tokens,
         seeds=_integers(seeds),

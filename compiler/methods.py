@@ -80,6 +80,14 @@ def parse_method(text: str) -> Method:
                 f"{text} has two parts, {found[kind]} and {part}, where one is possible."
             )
         found[kind] = part
+    if (
+        found.get("redistribution") in ("top-p", "ratio")
+        and found.get("metric", "uniform") != "uniform"
+    ):
+        raise SweepError(
+            f"{text} has no use for {found['metric']}: {found['redistribution']} divides a budget "
+            "among layers by itself. Leave one of them out."
+        )
     metric = found.get("metric", "fisher" if found.get("redistribution") == "price" else "uniform")
     return Method(
         " + ".join(text.split("+")),

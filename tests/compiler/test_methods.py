@@ -75,3 +75,10 @@ def test_what_is_no_method_is_refused(text: str, message: str) -> None:
 def test_what_depends_on_the_calibration_text_is_known() -> None:
     fixed = {name for name, method in PRESETS.items() if not method.calibrated}
     assert fixed == {"uniform", "batch"}
+
+
+@pytest.mark.parametrize("redistribution", ["top-p", "ratio"])
+def test_a_metric_that_nothing_goes_by_is_refused(redistribution: str) -> None:
+    with pytest.raises(SweepError, match=rf"no use for kl: {redistribution} divides a budget"):
+        parse_method(f"kl+{redistribution}")
+    assert parse_method(f"uniform+{redistribution}").metric is None
