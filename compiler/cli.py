@@ -164,11 +164,19 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=click.Choice(["float32", "float16", "bfloat16", "int8", "int4"]),
     default="float32",
     show_default=True,
-    help="Type of weights and activations; the 16-bit ones are for --device cuda, bfloat16 must be "
+    help="Type of the weights. int8 and int4 are rounded in blocks, with float32 activations "
+    "(float16 for --device cuda). float16 and bfloat16 are for --device cuda, bfloat16 must be "
     "compiled where CUDA is.",
+)
+@click.option(
+    "--block",
+    type=click.Choice(["16", "32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="For int8 and int4: how many weights share a scale. More is faster, less is more exact.",
 )
 @click.option(
     "--device",
@@ -185,6 +193,7 @@ def compile_command(
     redistribution: Redistribution | None,
     cap: float | None,
     refine_minutes: float,
+    block: str,
     **options: Any,
 ) -> None:
     """Compile MODEL, a Mixture-of-Experts checkpoint, into an ONNX artifact on a budget.
@@ -215,6 +224,7 @@ def compile_command(
             redistribution=redistribution,
             cap=cap,
             refine_seconds=60 * refine_minutes,
+            block=int(block),
         ),
         console,
     )

@@ -27,8 +27,8 @@ _UNITS: dict[CostKind, str] = {
     "bytes": "bytes",
     "latency": "ms",
 }
-# Quantised types go here with their scales: int4 in blocks of 32 with a float32 scale is 4 + 1.
-_BITS_PER_WEIGHT = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
+# Quantised types with their scales, float32 per block of 64.
+_BITS_PER_WEIGHT = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0, "int8": 8.5, "int4": 4.5}
 
 
 @dataclass(frozen=True)

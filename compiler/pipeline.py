@@ -26,6 +26,7 @@ from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
+from alloc_moe.compiler.quantization import BITS, choose_formats, quantized
 from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel
 from alloc_moe.compiler.refinement import Refinement
 from alloc_moe.compiler.sensitivity import measure_sensitivity
@@ -39,6 +40,7 @@ from alloc_moe.runtime.artifact import GENERATION_KEY, PLAN_KEY, AllocationPlan,
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from alloc_moe.compiler.quantization import Quantization
     from alloc_moe.runtime.command import Console
 
 _RECORDED = ("alloc-moe", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -63,6 +65,11 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     output = package.parse_output(options.output, force=options.force)
     check_verifiable(options.dtype)
     moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
+    if options.dtype in BITS:
+        with _step(console, f"Rounding weights to {options.dtype}"):
+            moe = quantized(
+                moe, choose_formats(moe.skeleton, moe.layers, options.dtype, block=options.block)
+            )
     budget = parse_budget(
         options.budget, [layer.experts_per_token for layer in moe.layers], kind=options.cost
     )
@@ -95,9 +102,9 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         refinement=_refinement(options, output),
         console=console,
     )
-    planned = dataclasses.replace(
-        planned, plan=dataclasses.replace(planned.plan, versions=versions())
-    )
+    described = moe.quantization.to_plan() if moe.quantization else {}
+    plan = dataclasses.replace(planned.plan, versions=versions(), quantization=described)
+    planned = dataclasses.replace(planned, plan=plan)
     with package.staging(output) as staged:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
@@ -170,12 +177,20 @@ def calibrate(
     return load_calibration(text, moe.tokenizer, moe.config, tokens=tokens, seed=seed)
 
 
-def export(moe: MoeModel, *, dtype: DType, trust_remote_code: bool = False) -> ir.Model:
-    """Return the model's graph, ready to be specialised for any number of plans."""
+def export(
+    moe: MoeModel, *, dtype: DType, device: str = "cpu", trust_remote_code: bool = False
+) -> ir.Model:
+    """Return the model's graph, ready to be specialised for any number of plans.
+
+    Linear layers and embeddings are stored as the model's quantization says, if it has one;
+    activations are then float32 on the CPU and float16 on CUDA.
+    """
+    if dtype in BITS:
+        dtype = "float32" if device == "cpu" else "float16"
     graph = export_graph(
         moe.config, moe.reader, moe.layers, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    normalize_passes()(graph)
+    normalize_passes(moe.quantization.weights if moe.quantization else {})(graph)
     _check_inputs(graph, moe)
     graph.metadata_props[GENERATION_KEY] = json.dumps(
         {
@@ -204,6 +219,7 @@ def specialize(
     *,
     device: str,
     corrections: Sequence[Correction | None] = (),
+    quantization: Quantization | None = None,
 ) -> ir.Model:
     """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared."""
     model = graph.clone()
@@ -223,7 +239,9 @@ def specialize(
         for layer, correction in enumerate(corrections)
         if correction is not None
     }
-    specialize_passes(allocation, pairs=device == "cuda", corrections=changed)(model)
+    formats = dict(enumerate(quantization.experts)) if quantization else {}
+    pairs = device == "cuda"
+    specialize_passes(allocation, pairs=pairs, corrections=changed, formats=formats)(model)
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
     return model
 
@@ -240,8 +258,19 @@ def _build(
     """Export, rewrite, write into `staged`, and verify what was written."""
     plan, corrections = planned.plan, planned.corrections
     with _step(console, "Exporting the graph"):
-        graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-    model = specialize(graph, plan, device=options.device, corrections=corrections)
+        graph = export(
+            moe,
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    model = specialize(
+        graph,
+        plan,
+        device=options.device,
+        corrections=corrections,
+        quantization=moe.quantization,
+    )
     path = staged / output.graph_name
     weights = [value.const_value for value in model.graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)

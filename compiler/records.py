@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from alloc_moe.compiler.checkpoint import CheckpointReader
+    from alloc_moe.compiler.quantization import Quantization
 
 Allocation = Literal["sensitivity", "uniform"]
 Metric = Literal["kl", "ppl-suffix", "output", "fisher", "data-free"]
@@ -24,7 +25,7 @@ Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top
 Weights = Literal["keep", "renorm"]
 CorrectionMode = Literal["none", "gain", "affine"]
 CostKind = Literal["activations", "bytes", "latency"]
-DType = Literal["float32", "float16", "bfloat16"]
+DType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -50,6 +51,7 @@ class CompileOptions:
     refine: int = 0
     refine_seconds: float = 600.0
     dtype: DType = "float32"
+    block: int = 64
     device: Device = "cpu"
     force: bool = False
     trust_remote_code: bool = False
@@ -75,7 +77,8 @@ class MoeModel:
     """A loaded checkpoint.
 
     ``model`` is in eval mode, float32 on the CPU; ``skeleton`` is the same without weights;
-    ``reader`` reads single weights from the files in ``folder``.
+    ``reader`` reads single weights from the files in ``folder``. With a ``quantization``, the
+    weights of ``model`` are rounded as it says, those of ``reader`` are not.
     """
 
     source: str
@@ -87,6 +90,7 @@ class MoeModel:
     reader: CheckpointReader
     tokenizer: PreTrainedTokenizerBase
     layers: tuple[MoeLayer, ...]
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from onnxscript import OnnxFunction
 from onnxscript.values import Opset
 
 DOMAIN = "alloc_moe"
+MICROSOFT = "com.microsoft"
 OPSET = Opset(DOMAIN, 1)
 ROUTED_EXPERTS = "RoutedExperts"
 
@@ -33,6 +35,28 @@ def lazy_tensor(
         name=name,
         cache=False,
     )
+
+
+def lazy_parts(
+    compute: Callable[[], Sequence[np.ndarray]],
+    specifications: Sequence[tuple[str, Sequence[int], ir.DataType]],
+) -> list[ir.LazyTensor]:
+    """Return tensors that one call of `compute` makes together, as (name, shape, type) say.
+
+    What one computation gave is kept until it was read, so that weights written one after another
+    are computed once; a part read again is computed again.
+    """
+    made: dict[int, np.ndarray] = {}
+
+    def part(index: int) -> np.ndarray:
+        if index not in made:
+            made.update(enumerate(compute()))
+        return made.pop(index)
+
+    return [
+        lazy_tensor(functools.partial(part, index), shape, dtype, name)
+        for index, (name, shape, dtype) in enumerate(specifications)
+    ]
 
 
 def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:

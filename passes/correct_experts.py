@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from alloc_moe.passes.base import add_initializer, lazy_tensor, routed_experts
+from alloc_moe.passes.quantize_experts import DOWN_SCALES, expert_format
 
 _DOWN, _DOWN_BIAS = 5, 6
 
@@ -24,7 +25,8 @@ class ExpertCorrection:
 class CorrectExpertsPass(ir.passes.InPlacePass):
     """Scale the rows of ``down`` and add to its bias, which is made where there is none.
 
-    Runs before the experts are lowered, and after they are laid out: ``down`` is [E, H, I].
+    Runs before the experts are lowered, and after they are laid out: ``down`` is [E, H, I]; if they
+    are quantised, its scales are [E, H, blocks].
 
     Args:
         corrections: By MoE layer; layers not listed stay as they are.
@@ -45,7 +47,9 @@ class CorrectExpertsPass(ir.passes.InPlacePass):
 
 
 def _correct(model: ir.Model, node: ir.Node, correction: ExpertCorrection) -> None:
-    down = node.inputs[_DOWN]
+    # Quantised weights keep their values: the scales of a row take its factor.
+    index = _DOWN if expert_format(node) is None else DOWN_SCALES
+    down = node.inputs[index]
     assert down is not None
     tensor = down.const_value
     if tensor is None:
@@ -57,7 +61,7 @@ def _correct(model: ir.Model, node: ir.Node, correction: ExpertCorrection) -> No
     scaled = lazy_tensor(
         lambda: _scaled(tensor.numpy(), rows), tensor.shape.numpy(), tensor.dtype, name
     )
-    node.replace_input_with(_DOWN, add_initializer(model, scaled))
+    node.replace_input_with(index, add_initializer(model, scaled))
     bias = _corrected_bias(node, correction)
     if bias is None:
         return

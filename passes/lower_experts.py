@@ -12,12 +12,20 @@ import onnx_ir as ir
 from onnxscript import OnnxFunction
 
 from alloc_moe.passes import routing
-from alloc_moe.passes.base import DOMAIN, add_function, add_initializer, routed_experts
+from alloc_moe.passes.base import (
+    DOMAIN,
+    MICROSOFT,
+    add_function,
+    add_initializer,
+    routed_experts,
+)
 from alloc_moe.passes.policies import POLICIES, SCORES, TOP_K
 from alloc_moe.passes.policies.scored import cap_call, keep_scored, score_overlapping
+from alloc_moe.passes.quantize_experts import DOWN_SCALES, GATE_UP_SCALES, expert_format
+from alloc_moe.passes.quantize_matmuls import INT8_ACTIVATIONS
 
-MICROSOFT = "com.microsoft"
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
+ROUTER_WEIGHTS = "alloc_moe.router_weights.{layer}"
 DROPPED = -1e4
 PRICE_INPUT = "alloc_moe.price"
 
@@ -225,13 +233,18 @@ def _rank(builder: _Builder, node: ir.Node, candidates: int) -> Sequence[ir.Valu
 
 
 def _lower_mask(builder: _Builder, node: ir.Node, routing_: _Routing) -> ir.Value:
+    candidates = [routing_.weights, routing_.ids, routing_.keep]
+    experts, k, layer = _num_experts(node), routing_.candidates, routing_.layer
+    if expert_format(node) is not None:
+        (weights,) = builder.call(routing.dense_weights, candidates, experts=experts)
+        weights.name = ROUTER_WEIGHTS.format(layer=layer)
+        weights = _cast(builder, weights, node.inputs[0])
+        return _qmoe(builder, node, node.inputs[0], weights, k, weights=weights)
     probabilities, total = builder.call(
-        routing.mask_lowering,
-        [routing_.weights, routing_.ids, routing_.keep],
-        experts=_num_experts(node),
-        dropped=DROPPED,
+        routing.mask_lowering, candidates, experts=experts, dropped=DROPPED
     )
-    output = _moe(builder, node, node.inputs[0], probabilities, routing_.candidates, routing_.layer)
+    probabilities.name = ROUTER_PROBS.format(layer=layer)
+    output = _moe(builder, node, node.inputs[0], probabilities, k)
     (scale,) = builder.op("CastLike", [total, output])
     return builder.op("Mul", [output, scale])[0]
 
@@ -243,8 +256,14 @@ def _lower_pairs(builder: _Builder, node: ir.Node, routing_: _Routing) -> ir.Val
         experts=_num_experts(node),
         dropped=DROPPED,
     )
+    probabilities.name = ROUTER_PROBS.format(layer=routing_.layer)
     (rows,) = builder.op("Gather", [node.inputs[0], token], attributes={"axis": 0})
-    outputs = _moe(builder, node, rows, probabilities, 1, routing_.layer)
+    if expert_format(node) is None:
+        outputs = _moe(builder, node, rows, probabilities, 1)
+    else:
+        # Without weights of their own, these are the softmax over the one chosen: 1.
+        probabilities = _cast(builder, probabilities, node.inputs[0])
+        outputs = _qmoe(builder, node, rows, probabilities, 1)
     return builder.call(routing.combine_pairs, [outputs, weights, slots])[0]
 
 
@@ -255,33 +274,59 @@ def _num_experts(node: ir.Node) -> int:
     return int(gate_up.shape[0])  # type: ignore[arg-type]
 
 
+def _cast(builder: _Builder, value: ir.Value, like: ir.Value | None) -> ir.Value:
+    """Return `value`, float32, in the type of another."""
+    assert like is not None
+    if like.dtype in (None, ir.DataType.FLOAT):
+        return value
+    assert like.dtype is not None
+    return builder.op("Cast", [value], attributes={"to": int(like.dtype)})[0]
+
+
+_SWIGLU: Mapping[str, _Attribute] = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+}
+
+
 def _moe(
+    builder: _Builder, node: ir.Node, hidden: ir.Value | None, probabilities: ir.Value, k: int
+) -> ir.Value:
+    # Absent optional inputs at the end are not even listed.
+    gate_up, gate_up_bias, down, down_bias = (*node.inputs[3:7], None)[:4]
+    probabilities = _cast(builder, probabilities, gate_up)
+    # The weights go in as logarithms: normalised over the top k they come out as weights.
+    attributes = {"k": k, "normalize_routing_weights": 1, **_SWIGLU}
+    inputs = [hidden, probabilities, gate_up, gate_up_bias, down, down_bias]
+    return builder.op("MoE", inputs, MICROSOFT, attributes)[0]
+
+
+def _qmoe(
     builder: _Builder,
     node: ir.Node,
     hidden: ir.Value | None,
     probabilities: ir.Value,
     k: int,
-    layer: int,
+    *,
+    weights: ir.Value | None = None,
 ) -> ir.Value:
-    probabilities.name = ROUTER_PROBS.format(layer=layer)
-    # Absent optional inputs at the end are not even listed.
-    gate_up, gate_up_bias, down, down_bias = (*node.inputs[3:7], None)[:4]
-    assert gate_up is not None
-    assert gate_up.dtype is not None
-    if gate_up.dtype != ir.DataType.FLOAT:
-        to = {"to": int(gate_up.dtype)}
-        (probabilities,) = builder.op("Cast", [probabilities], attributes=to)
-    return builder.op(
-        "MoE",
-        [hidden, probabilities, gate_up, gate_up_bias, down, down_bias],
-        MICROSOFT,
-        {
-            "k": k,
-            # The weights go in as logarithms: normalised over the top k they come out as weights.
-            "normalize_routing_weights": 1,
-            "activation_type": "swiglu",
-            "swiglu_fusion": 1,
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
-        },
-    )[0]
+    """Add a QMoE node that combines by `weights` [T, E], else by the softmax over its top k."""
+    form = expert_format(node)
+    assert form is not None
+    gate_up, gate_up_bias, down, down_bias = node.inputs[3:7]
+    inputs = [hidden, probabilities, gate_up, node.inputs[GATE_UP_SCALES], gate_up_bias]
+    inputs += [down, node.inputs[DOWN_SCALES], down_bias]
+    if weights is not None:
+        inputs += [*[None] * 6, weights]
+    attributes = {
+        "k": k,
+        "normalize_routing_weights": int(weights is None),
+        **_SWIGLU,
+        "expert_weight_bits": form.bits,
+        "block_size": form.block,
+        "weights_prepacked": 0,
+        "accuracy_level": INT8_ACTIVATIONS,
+    }
+    return builder.op("QMoE", inputs, MICROSOFT, attributes)[0]

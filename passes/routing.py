@@ -83,6 +83,21 @@ def mask_lowering(
 
 
 @script(OPSET, default_opset=op)
+def dense_weights(
+    weights: FLOAT[...], ids: INT64[...], keep: BOOL[...], experts: int
+) -> FLOAT[...]:
+    """Return every token's weight of every expert [T, E], zero where dropped.
+
+    For an operator that takes weights as they are: onnxruntime's CPU QMoE skips experts of weight
+    zero, all of them for padding.
+    """
+    zero = op.Constant(value_float=0.0)
+    width = op.Reshape(op.Constant(value_int=experts), op.Constant(value_ints=[1]))
+    empty = op.Expand(zero, op.Concat(op.Shape(ids, start=0, end=1), width, axis=0))
+    return op.ScatterElements(empty, ids, op.Where(keep, weights, zero), axis=1)
+
+
+@script(OPSET, default_opset=op)
 def pairs_lowering(
     weights: FLOAT[...], ids: INT64[...], keep: BOOL[...], experts: int, dropped: float
 ) -> tuple[INT64[...], FLOAT[...], FLOAT[...], INT64[...]]:

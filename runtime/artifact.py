@@ -23,9 +23,11 @@ PRICE_INPUT = "alloc_moe.price"
 """Name of the overridable input that sets the price of an activation: float32, no dimensions."""
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 """Name of the value [rows, experts] before a layer's MoE op: log weights, DROPPED if not run."""
+ROUTER_WEIGHTS = "alloc_moe.router_weights.{layer}"
+"""Name of the value [tokens, experts] before a layer's QMoE op: weights, 0 if not run."""
 DROPPED = -1e4
 """What stands in the router probabilities for an expert that is not executed."""
-_OPTIONAL = ("price", "overlap", "dial", "cap", "correction", "cost")
+_OPTIONAL = ("price", "overlap", "dial", "cap", "correction", "cost", "quantization")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class AllocationPlan:
     layer's k.
     ``correction`` says how the experts' weights were changed to make up for dropped experts.
     ``cost``, where the budget was one of bytes or milliseconds, holds ``limit``, ``planned`` and
-    ``original`` in its ``unit``, for a decode step of ``batch`` tokens.
+    ``original`` in its ``unit``, for a decode step of ``batch`` tokens. ``quantization``, where
+    weights are stored in few bits, holds the ``dtype`` and per MoE layer the ``expert_bits``.
     """
 
     source: str
@@ -89,6 +92,7 @@ class AllocationPlan:
     correction: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     overlap: float | None = None
+    quantization: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verify: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -126,6 +130,7 @@ class AllocationPlan:
                 cap=data.get("cap"),
                 correction=data.get("correction", {}),
                 cost=data.get("cost", {}),
+                quantization=data.get("quantization", {}),
                 sensitivity=data.get("sensitivity", {}),
                 verify=data.get("verify", {}),
                 versions=data.get("versions", {}),

@@ -13,7 +13,13 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.artifact import DROPPED, PRICE_INPUT, ROUTER_PROBS, AllocationPlan
+from alloc_moe.runtime.artifact import (
+    DROPPED,
+    PRICE_INPUT,
+    ROUTER_PROBS,
+    ROUTER_WEIGHTS,
+    AllocationPlan,
+)
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.onnx_file import with_outputs
@@ -90,7 +96,7 @@ class ArtifactSession:
         self._session = session
         self.has_dial = PRICE_INPUT in {v.name for v in session.get_overridable_initializers()}
         self._has_positions = "position_ids" in inputs
-        self._counted = _router_probs(files.plan) if counting else ()
+        self._counted = _counted_values(files) if counting else ()
 
     @property
     def plan(self) -> AllocationPlan:
@@ -163,7 +169,7 @@ class ArtifactSession:
         return Output(
             to_numpy(logits),
             Cache(cache.length + sequence, tuple(present)),
-            tuple(_executed(value) for value in probs) if self._counted else None,
+            tuple(map(_executed, self._counted, probs)) if self._counted else None,
         )
 
 
@@ -232,7 +238,7 @@ def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
 
 def _with_counts(files: ArtifactFiles, options: onnxruntime.SessionOptions) -> bytes:
     """Return the model with the router probabilities as outputs; set where its data are."""
-    names = _router_probs(files.plan)
+    names = _counted_values(files)
     if missing := [name for name in names if name not in files.onnx.node_outputs]:
         raise ArtifactError(
             f"{files.graph} has no value {missing[0]}, so activations can't be counted. "
@@ -244,12 +250,19 @@ def _with_counts(files: ArtifactFiles, options: onnxruntime.SessionOptions) -> b
     return with_outputs(files.graph.read_bytes(), names)
 
 
-def _router_probs(plan: AllocationPlan) -> tuple[str, ...]:
-    return tuple(ROUTER_PROBS.format(layer=layer) for layer in range(len(plan.layers)))
+def _counted_values(files: ArtifactFiles) -> tuple[str, ...]:
+    """Return the name of what says, per layer, which experts run for which row."""
+    names = (
+        [form.format(layer=layer) for form in (ROUTER_WEIGHTS, ROUTER_PROBS)]
+        for layer in range(len(files.plan.layers))
+    )
+    found = files.onnx.node_outputs
+    return tuple(weights if weights in found else probs for weights, probs in names)
 
 
-def _executed(router_probs: onnxruntime.OrtValue) -> NDArray[np.int64]:
-    executed: NDArray[np.int64] = np.count_nonzero(to_numpy(router_probs) > DROPPED / 2, axis=1)
+def _executed(name: str, value: onnxruntime.OrtValue) -> NDArray[np.int64]:
+    least = 0.0 if name.startswith(ROUTER_WEIGHTS.format(layer="")) else DROPPED / 2
+    executed: NDArray[np.int64] = np.count_nonzero(to_numpy(value) > least, axis=1)
     return executed
 
 

@@ -77,6 +77,7 @@ def _optional(plan: AllocationPlan) -> dict[str, str]:
         "cap": "" if plan.cap is None else f"{plan.cap:g} times k in every call",
         "correction": _pairs(plan.correction),
         "cost": _pairs(plan.cost),
+        "quantization": _pairs(plan.quantization),
     }
     return {fact: value for fact, value in facts.items() if value}
 

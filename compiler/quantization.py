@@ -1,0 +1,160 @@
+"""Which weights an artifact stores in 4 or 8 bits, and PyTorch models that compute with the same.
+
+Experts, attention, shared experts, dense layers and the head take the bits of the ``dtype``;
+embeddings always 8, as only one row per token is read of them; routers and what has a handful of
+outputs stay floats. Everything that a plan is measured on runs with the rounded weights, so that
+sensitivities, thresholds and corrections are those of the artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.passes.blockwise import BlockFormat, block_that_fits, dequantize, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from alloc_moe.compiler.records import MoeLayer, MoeModel
+
+BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
+"""The quantised types and the bits of their experts."""
+
+BLOCK = 64
+"""Weights that share a scale. See README for the error and the speed of others."""
+
+_EMBEDDING_BITS = 8
+_FEW_OUTPUTS = 32
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How an artifact stores its weights.
+
+    ``weights`` has a format by parameter name for linear layers and embeddings, ``experts`` one per
+    MoE layer.
+    """
+
+    dtype: str
+    weights: Mapping[str, BlockFormat]
+    experts: tuple[BlockFormat, ...]
+
+    def to_plan(self) -> dict[str, Any]:
+        """Return the plan's ``quantization`` entry."""
+        return {
+            "dtype": self.dtype,
+            "expert_bits": [form.bits for form in self.experts],
+            "expert_block": [form.block for form in self.experts],
+            "blocks": sorted({form.block for form in self.weights.values()}),
+        }
+
+
+def choose_formats(
+    skeleton: PreTrainedModel, layers: Sequence[MoeLayer], dtype: str, *, block: int = BLOCK
+) -> Quantization:
+    """Return what is stored how.
+
+    Args:
+        skeleton: The model; its weights are not used.
+        layers: Its MoE layers.
+        dtype: A key of `BITS`.
+        block: The most weights that share a scale; fewer where they don't divide a row.
+
+    Raises:
+        UnsupportedModelError: The rows of the experts can't be divided into blocks.
+    """
+    experts = []
+    for layer in layers:
+        module: Any = skeleton.get_submodule(layer.experts_name)
+        axis = -2 if module.is_transposed else -1
+        columns = [module.gate_up_proj.shape[axis], module.down_proj.shape[axis]]
+        fitting = block_that_fits(block, columns)
+        if fitting is None:
+            raise UnsupportedModelError(
+                f"The experts of {layer.name} have rows of {columns[0]} and {columns[1]}, which "
+                "blocks of 16 weights or more don't divide, so they can't be quantised. "
+                "Use --dtype float32."
+            )
+        experts.append(BlockFormat(BITS[dtype], fitting))
+    weights = dict(_linear_formats(skeleton, layers, BITS[dtype], block))
+    return Quantization(dtype, weights, tuple(experts))
+
+
+def _linear_formats(
+    skeleton: PreTrainedModel, layers: Sequence[MoeLayer], bits: int, block: int
+) -> Iterator[tuple[str, BlockFormat]]:
+    routers = {(layer.name, layer.num_experts) for layer in layers}
+    shared = _shared_names(skeleton)
+    for name, module in skeleton.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, torch.nn.Linear | torch.nn.Embedding) or weight is None:
+            continue
+        rows, columns = weight.shape
+        fitting = block_that_fits(block, [columns])
+        if fitting is None or rows < _FEW_OUTPUTS or (name.rpartition(".")[0], rows) in routers:
+            continue
+        # A tied head reads what embeds: the finer of the two.
+        embeds = isinstance(module, torch.nn.Embedding) or f"{name}.weight" in shared
+        form = BlockFormat(_EMBEDDING_BITS if embeds else bits, fitting)
+        for alias in shared.get(f"{name}.weight", (f"{name}.weight",)):
+            yield alias, form
+
+
+def _shared_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Return the names of every parameter that has several, under each of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
+
+
+def quantized(moe: MoeModel, quantization: Quantization) -> MoeModel:
+    """Return the model with every quantised weight replaced by what the artifact computes with.
+
+    Its weights are changed in place.
+    """
+    round_weights(moe, quantization)
+    blocks = {form.block for form in quantization.experts}
+    mark = f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
+    return dataclasses.replace(
+        moe, fingerprint=f"{moe.fingerprint}:{mark}", quantization=quantization
+    )
+
+
+def round_weights(moe: MoeModel, quantization: Quantization) -> None:
+    """Round the weights of `moe.model` in place to what `quantization` can store."""
+    with torch.no_grad():
+        for _, parameter, form, transposed in _stored(moe, quantization):
+            stored = parameter.mT if transposed else parameter
+            values = stored.detach().numpy()
+            rounded = torch.from_numpy(dequantize(*quantize(values, form), form))
+            parameter.copy_(rounded.mT if transposed else rounded)
+
+
+def restore_weights(moe: MoeModel) -> None:
+    """Read the weights that `quantized` replaced from the checkpoint again."""
+    assert moe.quantization is not None
+    with torch.no_grad():
+        for name, parameter, *_ in _stored(moe, moe.quantization):
+            parameter.copy_(moe.reader.read(name, parameter.dtype))
+
+
+def _stored(
+    moe: MoeModel, quantization: Quantization
+) -> Iterator[tuple[str, torch.nn.Parameter, BlockFormat, bool]]:
+    """Yield name, parameter and format of what is quantised, and whether it is transposed."""
+    for name, parameter in moe.model.named_parameters():
+        if name in quantization.weights:
+            yield name, parameter, quantization.weights[name], False
+    for layer, form in zip(moe.layers, quantization.experts, strict=True):
+        module: Any = moe.model.get_submodule(layer.experts_name)
+        for leaf in ("gate_up_proj", "down_proj"):
+            yield f"{layer.experts_name}.{leaf}", getattr(module, leaf), form, module.is_transposed
