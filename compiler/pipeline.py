@@ -67,9 +67,14 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
     if options.dtype in BITS:
         with _step(console, f"Rounding weights to {options.dtype}"):
-            moe = quantized(
-                moe, choose_formats(moe.skeleton, moe.layers, options.dtype, block=options.block)
+            chosen = choose_formats(
+                moe.skeleton,
+                moe.layers,
+                options.dtype,
+                block=options.block,
+                device=options.device,
             )
+            moe = quantized(moe, chosen)
     budget = parse_budget(
         options.budget, [layer.experts_per_token for layer in moe.layers], kind=options.cost
     )
@@ -177,18 +182,17 @@ def calibrate(
     return load_calibration(text, moe.tokenizer, moe.config, tokens=tokens, seed=seed)
 
 
-def export(
-    moe: MoeModel, *, dtype: DType, device: str = "cpu", trust_remote_code: bool = False
-) -> ir.Model:
+def export(moe: MoeModel, *, dtype: DType, trust_remote_code: bool = False) -> ir.Model:
     """Return the model's graph, ready to be specialised for any number of plans.
 
-    Linear layers and embeddings are stored as the model's quantization says, if it has one;
-    activations are then float32 on the CPU and float16 on CUDA.
+    Linear layers and embeddings are stored as the model's quantization says, if it has one.
     """
-    if dtype in BITS:
-        dtype = "float32" if device == "cpu" else "float16"
     graph = export_graph(
-        moe.config, moe.reader, moe.layers, dtype=dtype, trust_remote_code=trust_remote_code
+        moe.config,
+        moe.reader,
+        moe.layers,
+        dtype=moe.quantization.activations if moe.quantization else dtype,
+        trust_remote_code=trust_remote_code,
     )
     normalize_passes(moe.quantization.weights if moe.quantization else {})(graph)
     _check_inputs(graph, moe)
@@ -261,7 +265,6 @@ def _build(
         graph = export(
             moe,
             dtype=options.dtype,
-            device=options.device,
             trust_remote_code=options.trust_remote_code,
         )
     model = specialize(

@@ -8,11 +8,16 @@ sensitivities, thresholds and corrections are those of the artifact.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
+import onnx_ir as ir
 import torch
 
 from alloc_moe.compiler.errors import UnsupportedModelError
@@ -32,6 +37,7 @@ BLOCK = 64
 """Weights that share a scale. See README for the error and the speed of others."""
 
 _EMBEDDING_BITS = 8
+_EXACT_EXPERTS = "ORT_QMOE_CPU_QNBIT_GEMM"
 _FEW_OUTPUTS = 32
 
 
@@ -40,10 +46,11 @@ class Quantization:
     """How an artifact stores its weights.
 
     ``weights`` has a format by parameter name for linear layers and embeddings, ``experts`` one per
-    MoE layer.
+    MoE layer; ``activations`` is the type of everything else.
     """
 
     dtype: str
+    activations: str
     weights: Mapping[str, BlockFormat]
     experts: tuple[BlockFormat, ...]
 
@@ -51,6 +58,7 @@ class Quantization:
         """Return the plan's ``quantization`` entry."""
         return {
             "dtype": self.dtype,
+            "activations": self.activations,
             "expert_bits": [form.bits for form in self.experts],
             "expert_block": [form.block for form in self.experts],
             "blocks": sorted({form.block for form in self.weights.values()}),
@@ -58,7 +66,12 @@ class Quantization:
 
 
 def choose_formats(
-    skeleton: PreTrainedModel, layers: Sequence[MoeLayer], dtype: str, *, block: int = BLOCK
+    skeleton: PreTrainedModel,
+    layers: Sequence[MoeLayer],
+    dtype: str,
+    *,
+    block: int = BLOCK,
+    device: str = "cpu",
 ) -> Quantization:
     """Return what is stored how.
 
@@ -67,6 +80,7 @@ def choose_formats(
         layers: Its MoE layers.
         dtype: A key of `BITS`.
         block: The most weights that share a scale; fewer where they don't divide a row.
+        device: Where the artifact will run: activations are float32 on the CPU, float16 on CUDA.
 
     Raises:
         UnsupportedModelError: The rows of the experts can't be divided into blocks.
@@ -85,7 +99,8 @@ def choose_formats(
             )
         experts.append(BlockFormat(BITS[dtype], fitting))
     weights = dict(_linear_formats(skeleton, layers, BITS[dtype], block))
-    return Quantization(dtype, weights, tuple(experts))
+    activations = "float32" if device == "cpu" else "float16"
+    return Quantization(dtype, activations, weights, tuple(experts))
 
 
 def _linear_formats(
@@ -139,12 +154,37 @@ def round_weights(moe: MoeModel, quantization: Quantization) -> None:
             parameter.copy_(rounded.mT if transposed else rounded)
 
 
-def restore_weights(moe: MoeModel) -> None:
-    """Read the weights that `quantized` replaced from the checkpoint again."""
+@contextlib.contextmanager
+def float_weights(moe: MoeModel) -> Iterator[None]:
+    """Give the model the weights of its checkpoint while the block lasts."""
     assert moe.quantization is not None
     with torch.no_grad():
         for name, parameter, *_ in _stored(moe, moe.quantization):
             parameter.copy_(moe.reader.read(name, parameter.dtype))
+    try:
+        yield
+    finally:
+        round_weights(moe, moe.quantization)
+
+
+@contextlib.contextmanager
+def exact_copy(path: Path) -> Iterator[Path]:
+    """Yield a copy of a quantised graph whose kernels don't round activations to 8 bits.
+
+    It lies beside the graph, with which it shares its data, and is gone after the block. Load it
+    inside: 8-bit experts take the exact path by an environment variable of onnxruntime only.
+    """
+    model = ir.load(path)
+    for node in model.graph:
+        if "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    copy = path.with_name(f".exact.{path.name}")
+    ir.save(model, copy)
+    try:
+        with mock.patch.dict(os.environ, {_EXACT_EXPERTS: "fp32"}):
+            yield copy
+    finally:
+        copy.unlink()
 
 
 def _stored(

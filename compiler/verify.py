@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
+from alloc_moe.compiler.quantization import exact_copy, float_weights
 from alloc_moe.compiler.reference import allocated
 from alloc_moe.runtime.providers import cuda_obstacle
 from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 MAX_LOGIT_ERROR = 1e-3
 """The greatest difference of any logit that a float32 artifact may show."""
 
-MAX_KL = 0.1
-"""The greatest mean divergence, in nats per token, that rounding to 16 bits may explain."""
+MAX_KL = {"float16": 0.1, "bfloat16": 0.1, "int8": 0.1, "int4": 1.0}
+"""The greatest mean divergence, in nats per token, that rounding to a type may explain."""
 
 MAX_COUNT_ERROR = 0.02
 """The greatest share of decisions by score that rounding to 16 bits may turn in a layer."""
@@ -45,7 +46,10 @@ _ATTEMPTS = 8
 class Verification:
     """How far artifact and reference are apart.
 
-    ``kl`` is the mean over tokens of KL(reference || artifact) in nats, ``tokens`` their number.
+    ``kl`` is the mean over tokens of KL(reference || artifact) in nats, ``tokens`` their number. Of
+    a quantised artifact ``max_abs_logit_error`` is that against PyTorch with the same rounded
+    weights, activations unrounded in both; ``kl`` is that of the artifact as it is against PyTorch
+    in float32 under the same plan.
     """
 
     max_abs_logit_error: float
@@ -78,23 +82,58 @@ def verify_artifact(
         plan: The plan it was compiled for.
         token_ids: Text to take the prompts from [windows, tokens].
         dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR`, others in the
-            mean within `MAX_KL`.
+            mean within `MAX_KL`. Quantised ones must do both: the first with rounded weights and
+            without the kernels' rounding of activations, the second as they are.
         corrections: What its experts were changed by, per MoE layer.
 
     Raises:
         VerificationError: The logits differ by more, or the artifact executes other activations.
     """
-    session = open_session(path, ep=_provider(dtype), count_activations=True, stop_spinning=True)
-    pairs = []
+    given = (moe, plan, token_ids, corrections)
+    if moe.quantization is None:
+        runs = _run_both(_open(path, dtype), *given)
+        result = _compare_runs(runs)
+    else:
+        with exact_copy(path) as exact:
+            runs = _run_both(_open(exact, dtype), *given)
+        result = _compare_runs(runs)
+        session = _open(path, dtype)
+        with float_weights(moe):
+            rounded = _compare_runs(_run_both(session, *given))
+        result = dataclasses.replace(result, kl=rounded.kl)
+    activations = moe.quantization.activations if moe.quantization else dtype
+    exactly = activations == "float32"
+    _check_logits(result, dtype, exact=exactly)
+    for reference, _, counted in runs:
+        _check_counts(reference, counted, plan, exact=exactly)
+    return result
+
+
+_Runs = list[tuple["_Reference", NDArray[np.float32], list[int]]]
+
+
+def _open(path: Path, dtype: str) -> ArtifactSession:
+    return open_session(path, ep=_provider(dtype), count_activations=True, stop_spinning=True)
+
+
+def _run_both(
+    session: ArtifactSession,
+    moe: MoeModel,
+    plan: AllocationPlan,
+    token_ids: NDArray[np.int64],
+    corrections: Sequence[Correction | None] | None,
+) -> _Runs:
+    """Run the reference and the artifact at every price to check."""
+    runs = []
     for price in _prices(plan):
         reference = _clear_reference(moe, plan, token_ids, price, corrections)
-        pairs.append((reference, *_artifact(session, reference.batch, price)))
-    expected = np.concatenate([reference.logits for reference, *_ in pairs])
-    result = _compare(expected, np.concatenate([actual for _, actual, _ in pairs]))
-    _check_logits(result, dtype)
-    for reference, _, counted in pairs:
-        _check_counts(reference, counted, plan, exact=dtype == "float32")
-    return result
+        runs.append((reference, *_artifact(session, reference.batch, price)))
+    return runs
+
+
+def _compare_runs(runs: _Runs) -> Verification:
+    expected = np.concatenate([reference.logits for reference, *_ in runs])
+    return _compare(expected, np.concatenate([actual for _, actual, _ in runs]))
 
 
 def _prices(plan: AllocationPlan) -> list[float | None]:
@@ -106,8 +145,8 @@ def _prices(plan: AllocationPlan) -> list[float | None]:
     return [None, farthest.price]
 
 
-def _check_logits(result: Verification, dtype: str) -> None:
-    if dtype == "float32" and not result.max_abs_logit_error <= MAX_LOGIT_ERROR:
+def _check_logits(result: Verification, dtype: str, *, exact: bool) -> None:
+    if exact and not result.max_abs_logit_error <= MAX_LOGIT_ERROR:
         raise VerificationError(
             "The artifact's logits differ from PyTorch's by up to "
             f"{result.max_abs_logit_error:.2e} (allowed: {MAX_LOGIT_ERROR:g}), so it was not "
@@ -119,10 +158,10 @@ def _check_logits(result: Verification, dtype: str) -> None:
             f"The artifact gives logits that are no numbers in {dtype}, so it was not written. "
             "Use --dtype float32."
         )
-    if result.kl > MAX_KL:
+    if dtype != "float32" and result.kl > MAX_KL[dtype]:
         raise VerificationError(
             f"The artifact's predictions diverge from PyTorch's by {result.kl:.2g} nats per token, "
-            f"more than {dtype} explains (allowed: {MAX_KL:g}), so it was not written. "
+            f"more than {dtype} explains (allowed: {MAX_KL[dtype]:g}), so it was not written. "
             "Use --dtype float32."
         )
 

@@ -226,4 +226,4 @@ def test_half_precision_artifacts_are_corrected(
         corrections=corrections,
         dtype="float16",
     )
-    assert found.kl < verify.MAX_KL / 100
+    assert found.kl < verify.MAX_KL["float16"] / 100

@@ -140,7 +140,7 @@ def test_half_precision_is_verified(
     plan = score_plan(moe, redistribution)
     path = written(half_graph, plan, tmp_path)
     result = verify_artifact(path, moe, plan, token_ids, dtype="float16")
-    assert result.kl < verify.MAX_KL
+    assert result.kl < verify.MAX_KL["float16"]
 
 
 def test_a_threshold_below_all_scores_gives_the_full_model(

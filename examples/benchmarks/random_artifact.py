@@ -1,0 +1,137 @@
+"""Write an artifact of a real model's shape with random weights, for measuring speed.
+
+    python examples/benchmarks/random_artifact.py olmoe-1b-7b -o olmoe.onnx --dtype int4
+
+What it says means nothing, but it reads, computes and routes as the real one does: no weights are
+downloaded, and never more than one is in memory. Its plan keeps the mean activations of the budgets
+in its dial, which were measured on random tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from alloc_moe.compiler import package, pipeline
+from alloc_moe.compiler.export import export_graph
+from alloc_moe.compiler.load import find_moe_layers
+from alloc_moe.compiler.quantization import BITS, choose_formats
+from alloc_moe.compiler.skeleton import build_skeleton
+from alloc_moe.passes.default import normalize_passes
+from alloc_moe.runtime.artifact import AllocationPlan, Budget, DialPoint, PlannedLayer
+from alloc_moe.runtime.session import open_session
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "olmoe-1b-7b": {
+        "model_type": "olmoe",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    },
+}
+FRACTIONS = (0.75, 0.5, 0.375, 0.25)
+
+
+class RandomReader:
+    """Gives random weights where a checkpoint's reader gives the trained ones."""
+
+    def __init__(self, model: Any) -> None:
+        self._shapes = {name: value.shape for name, value in model.state_dict().items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight `name`, the same every time."""
+        shape = self._shapes[name]
+        if len(shape) == 1:  # a norm's
+            return torch.ones(shape, dtype=dtype)
+        random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        # Routers are as decisive as trained ones: their best experts get most of the weight.
+        scale = 0.06 if ".gate." in name else 0.02
+        return torch.randn(shape, generator=random).mul_(scale).to(dtype)
+
+
+def write(config: PreTrainedConfig, path: Path, *, dtype: str, block: int, policy: str) -> None:
+    """Write the artifact, at half of its activations."""
+    skeleton = build_skeleton(config, torch.float32)
+    layers = find_moe_layers(skeleton)
+    form = choose_formats(skeleton, layers, dtype, block=block) if dtype in BITS else None
+    reader: Any = RandomReader(skeleton)
+    activations = form.activations if form else dtype
+    graph = export_graph(config, reader, layers, dtype=activations)
+    normalize_passes(form.weights if form else {})(graph)
+    trained = sum(layer.experts_per_token for layer in layers)
+    planned = tuple(
+        PlannedLayer(
+            layer.name,
+            layer.num_experts,
+            layer.experts_per_token,
+            layer.experts_per_token // 2,
+            sizes=(1.0,) * layer.num_experts if policy == "price" else None,
+        )
+        for layer in layers
+    )
+    plan = AllocationPlan(
+        source=f"random weights of the shape of {config.model_type}",
+        budget=Budget(0.5, trained // 2, trained),
+        redistribution=policy,
+        weights="keep",
+        layers=planned,
+        price=0.0 if policy == "price" else None,
+        overlap=0.5 if policy == "price" else None,
+        quantization=form.to_plan() if form else {},
+    )
+    model = pipeline.specialize(graph, plan, device="cpu", quantization=form)
+    package.save_graph(model, path)
+    if policy == "price":
+        package.stamp(path, _with_dial(path, plan, config.vocab_size))
+
+
+def _with_dial(path: Path, plan: AllocationPlan, vocabulary: int) -> AllocationPlan:
+    """Return the plan with the prices at which random tokens run each fraction of the experts."""
+    session = open_session(path, ep="cpu", count_activations=True)
+    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, 256))
+
+    def mean(price: float) -> float:
+        return sum(session.run(tokens, price=price).activations or ()) / tokens.size
+
+    points = []
+    for fraction in FRACTIONS:
+        wanted, low, high = fraction * plan.budget.original, 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (low, middle) if mean(middle) <= wanted else (middle, high)
+        points.append(DialPoint(wanted, high))
+    half = next(point for point in points if point.activations == plan.budget.activations)
+    return dataclasses.replace(plan, price=half.price, dial=tuple(points))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--dtype", default="int4")
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--layers", type=int, help="Fewer layers than the real model has.")
+    parser.add_argument("--redistribute", default="price", choices=["price", "batch", "none"])
+    given = parser.parse_args()
+    settings = dict(SHAPES[given.shape])
+    settings["num_hidden_layers"] = given.layers or settings["num_hidden_layers"]
+    made = AutoConfig.for_model(**settings)
+    options = {"dtype": given.dtype, "block": given.block, "policy": given.redistribute}
+    write(made, given.output, **options)
