@@ -11,7 +11,7 @@ line of stdin with one number:
 
 BUDGET is a fraction of the full model's expert activations. Tokens are random, the same for all
 contenders of one vocabulary. Needs only the standard library and numpy, as contenders may live in
-virtual environments of their own.
+virtual environments of their own, on Linux.
 """
 
 from __future__ import annotations

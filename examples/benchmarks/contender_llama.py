@@ -11,7 +11,6 @@ every token in every layer, rounded to whole ones.
 from __future__ import annotations
 
 import argparse
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -104,9 +103,7 @@ class LlamaCpp:
         return context
 
 
-@llama_cpp.llama_log_callback
-def _discard(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """Keep llama.cpp's log off stderr."""
+_DISCARD = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def main() -> None:
@@ -119,7 +116,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="llama.cpp's log on stderr")
     options = parser.parse_args()
     if not options.verbose:
-        llama_cpp.llama_log_set(_discard, None)
+        llama_cpp.llama_log_set(_DISCARD, None)
     system = llama_cpp.llama_print_system_info().decode().strip(" |")
     contender.serve(
         lambda: LlamaCpp(

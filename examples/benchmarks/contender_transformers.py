@@ -83,7 +83,7 @@ class Transformers:
             elif "embed_tokens" not in name and "lm_head" not in name:
                 others += value.nbytes
         scale = self._shape.layers / self._layers
-        return (experts + others) * scale + self._model.lm_head.weight.nbytes
+        return (experts + others) * scale + float(self._model.lm_head.weight.nbytes)
 
     def _measure(self, implementation: str, measure: Callable[[], float]) -> float:
         self._model.set_experts_implementation(implementation)

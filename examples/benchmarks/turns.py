@@ -48,6 +48,10 @@ class Process:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, stopped or not."""
         self._process.kill()
         self._process.communicate()
 
@@ -64,6 +68,7 @@ class Process:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self.close()
             raise click.ClickException(f"The process of {self.name} ended; see its messages.")
         self._process.send_signal(signal.SIGSTOP)
         return line
