@@ -1,8 +1,9 @@
 """An OLMoE of random weights in transformers on PyTorch as a contender; see contender.py.
 
-For every workload the experts implementation that is fastest there at first is kept. Where
-memory doesn't hold all layers (float32), ``--layers`` takes fewer: every timing is then made twice,
-with all and with half of those, and extended to the whole model in a straight line.
+For every workload the experts implementation that is fastest there at first is kept; batched_mm
+never runs prompts, as it copies the experts of every token: 13 GB for 128 tokens. Where memory
+doesn't hold all layers (float32), ``--layers`` takes fewer: every timing is then made twice, with
+all and with half of those, and extended to the whole model in a straight line.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import contender
 import numpy as np
 import torch
 import transformers
-from accelerate import init_empty_weights
 from numpy.typing import NDArray
+from random_olmoe import random_model
 from shapes import SHAPES, Shape
-from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM
+from transformers import DynamicCache
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-_POOL = (1 << 24) + 3  # random weights to repeat: not a multiple of any row, so that rows differ
+_FOR_PROMPTS = "grouped_mm"
 
 
 class Transformers:
@@ -35,7 +36,9 @@ class Transformers:
         self._layers = layers
         self._implementations = implementations
         self._model = random_model(shape, layers=layers, dtype=dtype)
+        self._model.set_experts_implementation(_FOR_PROMPTS)
         self._best: dict[str, str] = {}
+        self._decoding = self._running = _FOR_PROMPTS
         self._cache: DynamicCache | None = None
         self._used = shape.experts_per_token
         self.vocabulary = shape.vocabulary
@@ -53,6 +56,12 @@ class Transformers:
     @torch.inference_mode()
     def forward(self, ids: NDArray[np.int64]) -> None:
         """Run one call for the last token's logits."""
+        name = self._decoding
+        if len(ids) > 1 and name == "batched_mm":
+            name = _FOR_PROMPTS
+        if name != self._running:
+            self._model.set_experts_implementation(name)
+            self._running = name
         self._model(
             input_ids=torch.from_numpy(ids)[None],
             past_key_values=self._cache,
@@ -63,8 +72,10 @@ class Transformers:
     def seconds(self, workload: str, measure: Callable[[], float]) -> float:
         """Return the time with the experts implementation that is best for the workload."""
         if workload not in self._best:
-            times = dict.fromkeys(self._implementations, math.inf)
-            for name in self._implementations * 2:
+            prompt = workload.startswith("prefill")
+            names = [n for n in self._implementations if not (prompt and n == "batched_mm")]
+            times = dict.fromkeys(names, math.inf)
+            for name in names * 2:
                 times[name] = min(times[name], self._measure(name, measure))
             self._best[workload] = min(times, key=times.__getitem__)
             print(f"transformers, {workload}: {times}", file=sys.stderr)
@@ -86,7 +97,7 @@ class Transformers:
         return (experts + others) * scale + float(self._model.lm_head.weight.nbytes)
 
     def _measure(self, implementation: str, measure: Callable[[], float]) -> float:
-        self._model.set_experts_implementation(implementation)
+        self._decoding = implementation
         whole = measure()
         missing = self._shape.layers - self._layers
         if not missing:
@@ -98,38 +109,6 @@ class Transformers:
         finally:
             self._model.config.num_hidden_layers = self._layers
         return whole + missing * (whole - half) / (self._layers - fewer)
-
-
-def random_model(shape: Shape, *, layers: int, dtype: torch.dtype) -> OlmoeForCausalLM:
-    """Return a model whose weights are filled fast: matrices from one pool of random numbers."""
-    config = OlmoeConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.expert_size,
-        num_hidden_layers=layers,
-        num_attention_heads=shape.heads,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.experts_per_token,
-        max_position_embeddings=shape.context,
-        rope_theta=shape.rope_theta,
-        rms_norm_eps=shape.norm_eps,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with init_empty_weights(include_buffers=False):
-        model = OlmoeForCausalLM(config)
-    pool = (torch.randn(_POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
-    for number, module in enumerate(model.modules()):
-        for name, value in list(module.named_parameters(recurse=False)):
-            weight = torch.ones(value.shape, dtype=dtype)
-            if value.dim() > 1:
-                flat, offset = weight.view(-1), number * 65537 % _POOL
-                for start in range(0, len(flat), _POOL):
-                    piece = flat[start : start + _POOL]
-                    piece.copy_(pool.roll(offset)[: len(piece)])
-            setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
-    return model.eval()
 
 
 def main() -> None:
