@@ -97,6 +97,26 @@ def test_shared_weights_are_stored_once_per_use() -> None:
     ]
 
 
+def test_a_gemm_keeps_its_bias(session: Session) -> None:
+    given = weights()
+    x = ir.val("x", ir.DataType.FLOAT, ["t", 64])
+    model = ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 23}, name="g"), ir_version=10)
+    bias = np.arange(48, dtype=np.float32)
+    constants = {"head.weight": given["head.weight"], "bias": bias}
+    values = [add_initializer(model, ir.tensor(v, name=n)) for n, v in constants.items()]
+    node = ir.node("Gemm", [x, *values], attributes={"transB": 1}, name="head")
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    node.outputs[0].shape = ir.Shape(["t", 48])
+    model.graph.append(node)
+    model.graph.outputs.append(node.outputs[0])
+    assert QuantizeMatMulsPass(FORMATS)(model).modified
+    form = FORMATS["head.weight"]
+    rounded = dequantize(*quantize(given["head.weight"], form), form)
+    inputs = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    (output,) = session(exact(model)).run(None, {"x": inputs})
+    np.testing.assert_allclose(output, inputs @ rounded.T + bias, rtol=1e-5, atol=1e-5)
+
+
 def test_a_second_run_changes_nothing() -> None:
     model = graph(weights())
     quantise = QuantizeMatMulsPass(FORMATS)
@@ -105,5 +125,7 @@ def test_a_second_run_changes_nothing() -> None:
 
 
 def test_floats_that_are_left_are_reported() -> None:
-    with pytest.raises(ir.passes.PostconditionError, match=r"weights of \['embed', 'head'\]"):
+    with pytest.raises(
+        ir.passes.PostconditionError, match=r"\['head.weight', 'embed.weight'\] are still used"
+    ):
         QuantizeMatMulsPass(FORMATS).ensures(graph(weights()))
