@@ -18,7 +18,7 @@ class QuantizeMatMulsPass(ir.passes.InPlacePass):
     """Turn ``MatMul(x, Transpose(weight))`` and its like into MatMulNBits.
 
     ``Gemm`` with a transposed weight becomes the same, ``Gather(weight, ids)``, an embedding,
-    GatherBlockQuantized. Runs before transposes are folded: these operators take weights [out, in] as
+    GatherBlockQuantized. Runs before transposes are folded, as they take weights [out, in], as
     checkpoints have them.
 
     Args:

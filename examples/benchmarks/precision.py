@@ -80,7 +80,7 @@ class Compiler:
 def loss(logits: Logits, windows: NDArray[np.int64]) -> float:
     """Return the mean loss in nats per token."""
     pairs = zip(logits, windows, strict=True)
-    return float(np.concatenate([token_losses(l[:-1], w[1:]) for l, w in pairs]).mean())
+    return float(np.concatenate([token_losses(said[:-1], ids[1:]) for said, ids in pairs]).mean())
 
 
 def divergence(full: Logits, other: Logits) -> float:
