@@ -32,9 +32,16 @@ from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
 from alloc_moe.passes.correct_experts import ExpertCorrection
 from alloc_moe.passes.default import normalize_passes, specialize_passes
+from alloc_moe.passes.group_attention import group_attention
 from alloc_moe.passes.lower_experts import Allocation
 from alloc_moe.passes.stamp_plan import StampPlanPass
-from alloc_moe.runtime.artifact import GENERATION_KEY, PLAN_KEY, AllocationPlan, Budget
+from alloc_moe.runtime.artifact import (
+    GENERATION_KEY,
+    PLAN_KEY,
+    SHARED_CACHE_KEY,
+    AllocationPlan,
+    Budget,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -225,6 +232,8 @@ def specialize(
     }
     specialize_passes(allocation, pairs=device == "cuda", corrections=changed)(model)
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
+    if any(group_attention(model)):
+        model.metadata_props[SHARED_CACHE_KEY] = "1"
     return model
 
 

@@ -17,7 +17,7 @@ from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.reference import allocated
 from alloc_moe.runtime.providers import cuda_obstacle
-from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
+from alloc_moe.runtime.session import ArtifactSession, open_session
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.records import Correction, MoeModel, Redistribution, Weights
@@ -278,10 +278,9 @@ def _artifact(
 ) -> tuple[NDArray[np.float32], list[int]]:
     logits = []
     counts = []
-    cache: Cache | None = None
+    cache = session.empty_cache(len(batch.prompts))
     for ids, mask in batch.steps():
         output = session.run(ids, attention_mask=mask, cache=cache, price=price)
-        cache = output.cache
         logits.append(output.logits)
         counts.append(output.activations)
     return batch.real(logits), np.asarray(counts, np.int64).sum(0).tolist()

@@ -11,8 +11,11 @@ import onnx_ir.passes.common as common
 from alloc_moe.passes.correct_experts import CorrectExpertsPass, ExpertCorrection
 from alloc_moe.passes.fix_dims import FixDimsPass
 from alloc_moe.passes.fold_transposes import FoldTransposesPass
+from alloc_moe.passes.group_attention import GroupAttentionPass
 from alloc_moe.passes.interleave_experts import InterleaveExpertsPass
+from alloc_moe.passes.keep_logits import KeepLogitsPass
 from alloc_moe.passes.lower_experts import Allocation, LowerExpertsPass
+from alloc_moe.passes.quantize_cache import CacheScales, QuantizeCachePass
 from alloc_moe.passes.rename_cache import RenameCachePass
 
 
@@ -32,9 +35,16 @@ def specialize_passes(
     *,
     pairs: bool,
     corrections: Mapping[int, ExpertCorrection] = MappingProxyType({}),
+    cache_scales: CacheScales = MappingProxyType({}),
 ) -> ir.passes.Sequential:
-    """Return what turns a normalised graph into the artifact of one plan."""
+    """Return what turns a normalised graph into the artifact of one plan.
+
+    ``pairs`` is for CUDA, whose attention stays the standard operator.
+    """
+    attention = () if pairs else (GroupAttentionPass(), QuantizeCachePass(cache_scales))
     return ir.passes.Sequential(
+        *attention,
+        KeepLogitsPass(),
         CorrectExpertsPass(corrections),
         LowerExpertsPass(allocation, pairs=pairs),
         common.RemoveUnusedNodesPass(),

@@ -125,7 +125,7 @@ class _Columns:
         for value, name in zip(node.outputs, ("padding", "last_column", "columns"), strict=True):
             value.name = f"{DOMAIN}.{name}"
         self.padding, self.last, self.total = node.outputs
-        self.keep_zeros = add_initializer(
+        self.merge_shape = add_initializer(
             model, ir.tensor(np.array([0, 0, -1], np.int64), name=f"{DOMAIN}.merge_heads")
         )
         model.graph.insert_before(model.graph[0], node)
@@ -238,7 +238,7 @@ def _merged(model: ir.Model, at: ir.Node, value: ir.Value, columns: _Columns) ->
             return split.inputs[0]
     else:
         rows = _insert(model, at, "Transpose", [value], {"perm": _ROWS_TO_HEADS}).outputs[0]
-    return _insert(model, at, "Reshape", [rows, columns.keep_zeros]).outputs[0]
+    return _insert(model, at, "Reshape", [rows, columns.merge_shape]).outputs[0]
 
 
 def _merging(value: ir.Value) -> ir.Value | None:
