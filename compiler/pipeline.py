@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler import package
 from alloc_moe.compiler.allocate import cost_limit, parse_budget
+from alloc_moe.compiler.cache_scales import measure_cache_scales
 from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
 from alloc_moe.compiler.costs import CostTable, expert_shapes, measure_costs
 from alloc_moe.compiler.errors import UnsupportedModelError
@@ -45,6 +47,8 @@ from alloc_moe.runtime.artifact import (
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from alloc_moe.passes.quantize_cache import CacheScales
 
     from alloc_moe.runtime.command import Console
 
@@ -211,8 +215,15 @@ def specialize(
     *,
     device: str,
     corrections: Sequence[Correction | None] = (),
+    cache_scales: CacheScales = MappingProxyType({}),
 ) -> ir.Model:
-    """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared."""
+    """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared.
+
+    With `cache_scales` its cache is int8.
+
+    Raises:
+        UnsupportedModelError: There are scales, but its attention takes no int8 cache.
+    """
     model = graph.clone()
     parameters = layer_parameters(plan)
     allocation = Allocation(
@@ -230,10 +241,17 @@ def specialize(
         for layer, correction in enumerate(corrections)
         if correction is not None
     }
-    specialize_passes(allocation, pairs=device == "cuda", corrections=changed)(model)
+    specialize_passes(
+        allocation, pairs=device == "cuda", corrections=changed, cache_scales=cache_scales
+    )(model)
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
     if any(group_attention(model)):
-        model.metadata_props[SHARED_CACHE_KEY] = "1"
+        model.metadata_props[SHARED_CACHE_KEY] = "int8" if cache_scales else "float32"
+    elif cache_scales:
+        raise UnsupportedModelError(
+            "An int8 cache needs keys and values of one shape in float32 on the CPU, which this "
+            "model doesn't have. Use --cache float32."
+        )
     return model
 
 
@@ -250,7 +268,12 @@ def _build(
     plan, corrections = planned.plan, planned.corrections
     with _step(console, "Exporting the graph"):
         graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-    model = specialize(graph, plan, device=options.device, corrections=corrections)
+    scales = {} if options.cache == "float32" else measure_cache_scales(moe, token_ids)
+    model = specialize(
+        graph, plan, device=options.device, corrections=corrections, cache_scales=scales
+    )
+    if SHARED_CACHE_KEY not in model.metadata_props and options.device == "cpu":
+        console.note("The cache is copied at every step: attention stays the standard operator")
     path = staged / output.graph_name
     weights = [value.const_value for value in model.graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
@@ -258,7 +281,13 @@ def _build(
         package.save_graph(model, path, advance=progress.advance)
     with _step(console, "Verifying against PyTorch"):
         verification = verify_artifact(
-            path, moe, plan, token_ids, dtype=options.dtype, corrections=corrections
+            path,
+            moe,
+            plan,
+            token_ids,
+            dtype=options.dtype,
+            corrections=corrections,
+            cache_scales=scales,
         )
     plan = dataclasses.replace(plan, verify=verification.to_plan())
     package.stamp(path, plan)

@@ -25,6 +25,7 @@ Weights = Literal["keep", "renorm"]
 CorrectionMode = Literal["none", "gain", "affine"]
 CostKind = Literal["activations", "bytes", "latency"]
 DType = Literal["float32", "float16", "bfloat16"]
+CacheType = Literal["float32", "int8"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -50,6 +51,7 @@ class CompileOptions:
     refine: int = 0
     refine_seconds: float = 600.0
     dtype: DType = "float32"
+    cache: CacheType = "float32"
     device: Device = "cpu"
     force: bool = False
     trust_remote_code: bool = False

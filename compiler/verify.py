@@ -7,12 +7,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.cache_scales import RoundedCache
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.reference import allocated
@@ -20,6 +22,7 @@ from alloc_moe.runtime.providers import cuda_obstacle
 from alloc_moe.runtime.session import ArtifactSession, open_session
 
 if TYPE_CHECKING:
+    from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.compiler.records import Correction, MoeModel, Redistribution, Weights
     from alloc_moe.runtime.artifact import AllocationPlan
 
@@ -27,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 MAX_LOGIT_ERROR = 1e-3
 """The greatest difference of any logit that a float32 artifact may show."""
+
+MAX_ROUNDED_LOGIT_ERROR = 0.05
+"""The same with an int8 cache: of two equal numbers, one may be rounded up and the other down."""
 
 MAX_KL = 0.1
 """The greatest mean divergence, in nats per token, that rounding to 16 bits may explain."""
@@ -65,6 +71,7 @@ def verify_artifact(
     *,
     dtype: str,
     corrections: Sequence[Correction | None] | None = None,
+    cache_scales: CacheScales = MappingProxyType({}),
 ) -> Verification:
     """Run the artifact at `path` and compare every logit of real tokens with PyTorch's.
 
@@ -77,9 +84,10 @@ def verify_artifact(
         moe: The model it was made of.
         plan: The plan it was compiled for.
         token_ids: Text to take the prompts from [windows, tokens].
-        dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR`, others in the
-            mean within `MAX_KL`.
+        dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR` (with an int8 cache
+            `MAX_ROUNDED_LOGIT_ERROR`), others in the mean within `MAX_KL`.
         corrections: What its experts were changed by, per MoE layer.
+        cache_scales: Of an int8 cache. PyTorch's is rounded alike.
 
     Raises:
         VerificationError: The logits differ by more, or the artifact executes other activations.
@@ -87,13 +95,13 @@ def verify_artifact(
     session = open_session(path, ep=_provider(dtype), count_activations=True, stop_spinning=True)
     pairs = []
     for price in _prices(plan):
-        reference = _clear_reference(moe, plan, token_ids, price, corrections)
+        reference = _clear_reference(moe, plan, token_ids, price, corrections, cache_scales)
         pairs.append((reference, *_artifact(session, reference.batch, price)))
     expected = np.concatenate([reference.logits for reference, *_ in pairs])
     result = _compare(expected, np.concatenate([actual for _, actual, _ in pairs]))
-    _check_logits(result, dtype)
+    _check_logits(result, dtype, MAX_ROUNDED_LOGIT_ERROR if cache_scales else MAX_LOGIT_ERROR)
     for reference, _, counted in pairs:
-        _check_counts(reference, counted, plan, exact=dtype == "float32")
+        _check_counts(reference, counted, plan, exact=dtype == "float32" and not cache_scales)
     return result
 
 
@@ -106,11 +114,11 @@ def _prices(plan: AllocationPlan) -> list[float | None]:
     return [None, farthest.price]
 
 
-def _check_logits(result: Verification, dtype: str) -> None:
-    if dtype == "float32" and not result.max_abs_logit_error <= MAX_LOGIT_ERROR:
+def _check_logits(result: Verification, dtype: str, limit: float) -> None:
+    if dtype == "float32" and not result.max_abs_logit_error <= limit:
         raise VerificationError(
             "The artifact's logits differ from PyTorch's by up to "
-            f"{result.max_abs_logit_error:.2e} (allowed: {MAX_LOGIT_ERROR:g}), so it was not "
+            f"{result.max_abs_logit_error:.2e} (allowed: {limit:g}), so it was not "
             "written. This is a fault of the compiler or of onnxruntime for this architecture; "
             "please report it with the model's config.json."
         )
@@ -220,6 +228,7 @@ def _clear_reference(
     token_ids: NDArray[np.int64],
     price: float | None,
     corrections: Sequence[Correction | None] | None,
+    cache_scales: CacheScales,
 ) -> _Reference:
     """Run PyTorch on a part of the text without near-ties, else on the clearest of some."""
     text = token_ids.reshape(-1)
@@ -229,7 +238,7 @@ def _clear_reference(
     for attempt in range(_ATTEMPTS):
         start = attempt * needed % (text.size - needed + 1)
         batch = _Batch.of(text[start : start + needed])
-        reference = _reference(moe, plan, batch, price, corrections)
+        reference = _reference(moe, plan, batch, price, corrections, cache_scales)
         if best is None or reference.margin > best.margin:
             best = reference
         if best.margin >= _NEAR_TIE:
@@ -245,9 +254,10 @@ def _reference(
     batch: _Batch,
     price: float | None,
     corrections: Sequence[Correction | None] | None,
+    cache_scales: CacheScales,
 ) -> _Reference:
     logits = []
-    cache = None
+    cache = RoundedCache(cache_scales) if cache_scales else None
     with (
         torch.inference_mode(),
         allocated(

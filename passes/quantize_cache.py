@@ -52,14 +52,10 @@ class QuantizeCachePass(ir.passes.InPlacePass):
             value.type = ir.TensorType(ir.DataType.INT8)
 
     def ensures(self, model: ir.Model) -> None:
-        if not self._scales:
-            return
-        left = [_slot(n) for n in group_attention(model) if "kv_cache_bit_width" not in n.attributes]
-        if left or not any(group_attention(model)):
-            raise ir.passes.PostconditionError(
-                f"The cache slots {left or 'of all layers'} are not quantised: only "
-                "GroupQueryAttention takes an int8 cache."
-            )
+        nodes = list(group_attention(model)) if self._scales else []
+        left = [_slot(node) for node in nodes if "kv_cache_bit_width" not in node.attributes]
+        if left:
+            raise ir.passes.PostconditionError(f"The cache slots {left} are not quantised.")
 
 
 def _slot(node: ir.Node) -> int:

@@ -17,7 +17,7 @@ GENERATION_KEY = "alloc_moe.generation"
 """Key of ``{"eos_token_id", "context_length"}`` in the metadata, for a graph that stands alone."""
 SHARED_CACHE_KEY = "alloc_moe.shared_cache"
 """Key in the metadata of a graph that appends to its cache in place: inputs and outputs of the cache
-may be the same buffers, with room for more than the past."""
+may be the same buffers, with room for more than the past. The value is the cache's type."""
 PLAN_FILE = "allocation.json"
 """Name of the plan's file in a bundle folder."""
 MODEL_FILE = "model.onnx"
