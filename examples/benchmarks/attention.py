@@ -1,161 +1,174 @@
-"""Time decode steps of a stack of attention layers: the standard operator and GroupQueryAttention.
+"""Decode steps of attention alone: the standard operator against GroupQueryAttention.
 
-    python examples/benchmarks/attention.py --layers 16 --pasts 128,4096
+Each way to attend is a graph of nothing but attention layers, each fed with the one before. All are
+run in turns, with caches of several lengths. "copied" lets the graph write a new cache at every
+step, "shared" binds the cache's input and output to one buffer, as the runtime does.
 
-Every variant is a graph of its own with nothing but attention in it, run in turns with the others.
-"shared" binds the cache's input and output to one buffer, "copied" lets the graph write a new one.
+    python examples/benchmarks/attention.py --layers 16 --past 128 --past 4096
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import click
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from onnxruntime import OrtValue
 
+SLOTS = ("key", "value")
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one layer's attention: query heads, key/value heads, size of a head, layers."""
+    """Layers, their heads for queries and for keys and values, and the size of a head."""
 
+    layers: int
     heads: int
     kv_heads: int
     head_size: int
-    layers: int
+
+    def cache(self, batch: int | str, length: int | str) -> list[int | str]:
+        """Return the shape of one layer's keys or values."""
+        return [batch, self.kv_heads, length, self.head_size]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to attend."""
+class Way:
+    """One way to attend; ``quantization`` is the operator's name of the scales' granularity."""
 
-    grouped: bool
-    cache: str
-    shared: bool
+    operator: str
+    quantization: str = "NONE"
+    shared: bool = True
 
-    def __str__(self) -> str:
-        operator = "GroupQueryAttention" if self.grouped else "Attention"
-        return f"{operator}, {self.cache}, {'shared' if self.shared else 'copied'}"
+    @property
+    def label(self) -> str:
+        """What the table says."""
+        cache = "float32" if self.quantization == "NONE" else f"int8 {self.quantization.lower()}"
+        return f"{self.operator}, {cache}, {'shared' if self.shared else 'copied'}"
 
 
-VARIANTS = (
-    Variant(False, "float32", False),
-    Variant(True, "float32", False),
-    Variant(True, "float32", True),
-    Variant(True, "int8 per tensor", True),
-    Variant(True, "int8 per channel", True),
+WAYS = (
+    Way("Attention", shared=False),
+    Way("GroupQueryAttention", shared=False),
+    Way("GroupQueryAttention"),
+    Way("GroupQueryAttention", "PER_TENSOR"),
+    Way("GroupQueryAttention", "PER_CHANNEL"),
 )
 
 
-def stack(shape: Shape, variant: Variant) -> ir.Model:
-    """Return the graph: the output of a layer is the query of the next."""
-    width = shape.heads * shape.head_size
-    kv_width = shape.kv_heads * shape.head_size
-    floats = ir.DataType.FLOAT
-    cache_type = floats if variant.cache == "float32" else ir.DataType.INT8
-    query = ir.val("query", floats, ["b", "s", width])
-    key = ir.val("key", floats, ["b", "s", kv_width])
-    value = ir.val("value", floats, ["b", "s", kv_width])
-    bias = ir.val("bias", floats, ["b", 1, "s", "t"])
-    last = ir.val("last", ir.DataType.INT32, ["b"])
-    total = ir.val("total", ir.DataType.INT32, [])
-    inputs = [query, key, value, bias, *([last, total] if variant.grouped else [])]
-    outputs, nodes, initializers = [], [], []
-    per_channel = variant.cache == "int8 per channel"
+def stack(shape: Shape, way: Way) -> ir.Model:
+    """Return the graph of all layers; what a layer returns is the query of the next."""
+    grouped, quantized = way.operator == "GroupQueryAttention", way.quantization != "NONE"
+    floats, cache = ir.DataType.FLOAT, ir.DataType.INT8 if quantized else ir.DataType.FLOAT
+    widths = (shape.heads, shape.kv_heads, shape.kv_heads)
+    query, *new = (
+        ir.val(name, floats, ["batch", "sequence", heads * shape.head_size])
+        for name, heads in zip(("query", *SLOTS), widths, strict=True)
+    )
+    bias = ir.val("bias", floats, ["batch", 1, "sequence", "total"])
+    lengths = [ir.val("last", ir.DataType.INT32, ["batch"]), ir.val("total", ir.DataType.INT32, [])]
+    inputs, outputs, nodes = [query, *new, bias, *(lengths if grouped else [])], [], []
+    sizes = [1, shape.kv_heads, 1, shape.head_size] if way.quantization == "PER_CHANNEL" else [1]
+    tensor = ir.tensor(np.full(sizes, 4 / 127, np.float32), name="scale")
+    scale = ir.val("scale", floats, sizes, const_value=tensor)
     for layer in range(shape.layers):
-        sizes = ["b", shape.kv_heads, "p", shape.head_size]
-        past = [ir.val(f"past.{layer}.{kind}", cache_type, sizes) for kind in "kv"]
-        present = [ir.val(f"present.{layer}.{kind}", cache_type, sizes[:2] + ["q", sizes[3]]) for kind in "kv"]
+        past = [ir.val(f"past.{layer}.{s}", cache, shape.cache("batch", "past")) for s in SLOTS]
         inputs += past
-        if variant.grouped:
-            scales = []
+        if grouped:
+            given = [query, *new, *past, *lengths, None, None, None, bias]
+            given += [None, scale, scale] if quantized else []
             attributes = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
-            if variant.cache != "float32":
-                kind = "PER_CHANNEL" if per_channel else "PER_TENSOR"
-                attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
-                size = [1, shape.kv_heads, 1, shape.head_size] if per_channel else [1]
-                tensor = ir.tensor(np.full(size, 4 / 127, np.float32), name=f"scale.{layer}")
-                scale = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(floats), shape=tensor.shape)
-                initializers.append(scale)
-                scales = [scale, scale]
-            node = ir.node(
-                "GroupQueryAttention",
-                [query, key, value, *past, last, total, None, None, None, bias, None, *scales][: None if scales else 11],
-                domain="com.microsoft", num_outputs=3, attributes=attributes,
-            )
-            query, *written = node.outputs
+            kinds = {"k_quant_type": way.quantization, "v_quant_type": way.quantization}
+            attributes |= {**kinds, "kv_cache_bit_width": 8} if quantized else {}
         else:
-            node = ir.node(
-                "Attention", [query, key, value, bias, *past], num_outputs=3,
-                attributes={"q_num_heads": shape.heads, "kv_num_heads": shape.kv_heads},
-            )
-            query, *written = node.outputs
-        for new, like in zip(written, present):
-            new.name, new.type, new.shape = like.name, like.type, like.shape
-        outputs += written
+            given = [query, *new, bias, *past]
+            attributes = {"q_num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
+        domain = "com.microsoft" if grouped else ""
+        node = ir.node(way.operator, given, attributes, domain=domain, num_outputs=3)
+        query, *present = node.outputs
+        for value, slot in zip(present, SLOTS, strict=True):
+            value.name = f"present.{layer}.{slot}"
+            value.type, value.shape = past[0].type, ir.Shape(shape.cache("batch", "present"))
         nodes.append(node)
-    query.name, query.type, query.shape = "output", ir.TensorType(floats), ir.Shape(["b", "s", width])
-    graph = ir.Graph(inputs, [query, *outputs], nodes=nodes, initializers=initializers,
-                     opset_imports={"": 23, "com.microsoft": 1}, name="stack")
+        outputs += present
+    query.name, query.type, query.shape = "output", ir.TensorType(floats), new[0].shape
+    opsets = {"": 23, "com.microsoft": 1}
+    weights = [scale] if quantized else []
+    graph = ir.Graph(
+        inputs, [query, *outputs], nodes=nodes, initializers=weights, opset_imports=opsets
+    )
     return ir.Model(graph, ir_version=10)
 
 
-def prepare(shape: Shape, variant: Variant, past: int, threads: int, padded: bool=False) -> Callable[[], object]:
+def step(shape: Shape, way: Way, *, past: int, threads: int) -> Callable[[], None]:
+    """Return a function that runs one decode step at this past."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(ir.to_proto(stack(shape, variant)).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    random = np.random.default_rng(0)
-    binding = session.io_binding()
-    for name, heads in (("query", shape.heads), ("key", shape.kv_heads), ("value", shape.kv_heads)):
-        binding.bind_cpu_input(name, random.normal(size=(1, 1, heads * shape.head_size)).astype(np.float32))
-    binding.bind_cpu_input("bias", np.zeros((1, 1, 1, past + 1), np.float32))
-    if variant.grouped:
-        binding.bind_cpu_input("last", np.array([past], np.int32))
-        binding.bind_cpu_input("total", np.array(past + 1, np.int32))
-    dtype = np.float32 if variant.cache == "float32" else np.int8
-    for layer in range(shape.layers):
-        for kind in "kv":
-            length = past + variant.shared
-            array = random.normal(size=(1, shape.kv_heads, length, shape.head_size))
-            cache = OrtValue.ortvalue_from_numpy((array if dtype == np.float32 else array * 32).astype(dtype))
-            binding.bind_ortvalue_input(f"past.{layer}.{kind}", cache)
-            if variant.shared:
-                binding.bind_ortvalue_output(f"present.{layer}.{kind}", cache)
+    content = ir.to_proto(stack(shape, way)).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    random, binding = np.random.default_rng(0), session.io_binding()
+    kinds = {"tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(float)": np.float32}
+    sizes = {"batch": 1, "sequence": 1, "past": past + way.shared, "total": past + 1}
+    for value in session.get_inputs():
+        given = random.normal(size=[sizes.get(size, size) for size in value.shape])
+        if "int" in value.type:
+            given = given * 32 if "int8" in value.type else np.full(value.shape and 1, past)
+        if value.name == "total":
+            given = np.array(past + 1)
+        tensor = OrtValue.ortvalue_from_numpy(given.astype(kinds[value.type]))
+        binding.bind_ortvalue_input(value.name, tensor)
+        if value.name.startswith("past"):
+            present = value.name.replace("past", "present")
+            if way.shared:
+                binding.bind_ortvalue_output(present, tensor)
             else:
-                binding.bind_output(f"present.{layer}.{kind}")
+                binding.bind_output(present)
     binding.bind_output("output")
     return lambda: session.run_with_iobinding(binding)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=16)
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--pasts", default="128,4096")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=30)
-    a = parser.parse_args()
-    shape = Shape(a.heads, a.kv_heads, a.head_size, a.layers)
-    pasts = [int(p) for p in a.pasts.split(",")]
-    runs = {(v, p): prepare(shape, v, p, a.threads) for v in VARIANTS for p in pasts}
-    times = {k: [] for k in runs}
-    for i in range(a.runs + 3):
-        for k, run in runs.items():
-            run()  # its own cache lines
-            t = time.perf_counter(); run(); 
-            if i >= 3: times[k].append(1e3 * (time.perf_counter() - t))
-    for v in VARIANTS:
-        print(f"{v!s:40}", *(f"{p}: {statistics.median(times[v, p]):8.3f} min {min(times[v,p]):8.3f} ms" for p in pasts))
+@click.command()
+@click.option("--layers", default=4, show_default=True)
+@click.option("--heads", default=16, show_default=True)
+@click.option("--kv-heads", default=16, show_default=True)
+@click.option("--head-size", default=128, show_default=True)
+@click.option("--past", "pasts", type=int, multiple=True, default=(128, 4096), show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--runs", default=30, show_default=True)
+def main(
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    pasts: tuple[int, ...],
+    threads: int,
+    runs: int,
+) -> None:
+    """Print milliseconds per decode step: medians, and the best run in brackets."""
+    shape = Shape(layers, heads, kv_heads, head_size)
+    steps = {(w, p): step(shape, w, past=p, threads=threads) for w in WAYS for p in pasts}
+    times: dict[tuple[Way, int], list[float]] = {key: [] for key in steps}
+    for _ in range(runs):
+        for key, run in steps.items():
+            run()  # its turn begins with what it needs in the processor's caches
+            start = time.perf_counter()
+            run()
+            times[key].append(1e3 * (time.perf_counter() - start))
+    print(f"| {layers} layers | {' | '.join(f'past {p}' for p in pasts)} | to the first |")
+    print("|---|" + "---:|" * (len(pasts) + 1))
+    first = WAYS[0], pasts[-1]
+    for way in WAYS:
+        cells = [f"{statistics.median(t):.2f} ({min(t):.2f})" for p in pasts if (t := times[way, p])]
+        pairs = zip(times[way, pasts[-1]], times[first], strict=True)
+        ratio = statistics.median(mine / other for mine, other in pairs)
+        print(f"| {way.label} | {' | '.join(cells)} | {ratio:.2f} |")
 
 
-main()
+if __name__ == "__main__":
+    main()
