@@ -204,12 +204,10 @@ def _replace(model: ir.Model, layer: _Layer, columns: _Columns) -> None:
     inputs = [*rows, *layer.past, columns.last, columns.total, *optional, columns.padding]
     node = _insert(model, at, GROUP_QUERY_ATTENTION, inputs, attributes, MICROSOFT, outputs=3)
     for old, new in zip(layer.present, node.outputs[1:], strict=True):
-        new.name, old.name = old.name, f"{old.name}.concatenated"
-        new.type, new.shape = old.type, old.shape
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        _take_over(old, new)
     merged = _merging(at.outputs[0])
     if merged is not None:
-        ir.convenience.replace_all_uses_with(merged, node.outputs[0])
+        _take_over(merged, node.outputs[0])
         return
     shape = add_initializer(
         model,
@@ -220,7 +218,14 @@ def _replace(model: ir.Model, layer: _Layer, columns: _Columns) -> None:
     )
     split = _insert(model, at, "Reshape", [node.outputs[0], shape])
     heads = _insert(model, at, "Transpose", split.outputs, {"perm": _ROWS_TO_HEADS})
-    ir.convenience.replace_all_uses_with(at.outputs[0], heads.outputs[0])
+    _take_over(at.outputs[0], heads.outputs[0])
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Give a value another one's place, name and type; it may be an output of the graph."""
+    new.name, old.name = old.name, f"{old.name}.{DOMAIN}.replaced"
+    new.type, new.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def _merged(model: ir.Model, at: ir.Node, value: ir.Value, columns: _Columns) -> ir.Value:
