@@ -23,7 +23,7 @@ def measure_cache_scales(moe: MoeModel, token_ids: NDArray[np.int64]) -> CacheSc
     """Return the scales of every layer's keys and values, from the largest of them in a text.
 
     Rotary embedding turns a pair of a key's channels (i and i + size / 2) into each other as the
-    position grows, so both get the length of the pair: it holds at positions the text doesn't reach.
+    position grows, so both get the length of the pair, which holds at positions beyond the text's.
 
     Args:
         moe: The model, whose router is left as trained.

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from alloc_moe.passes.quantize_cache import CacheScales
-
     from alloc_moe.runtime.command import Console
 
 _RECORDED = ("alloc-moe", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")

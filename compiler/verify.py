@@ -22,8 +22,8 @@ from alloc_moe.runtime.providers import cuda_obstacle
 from alloc_moe.runtime.session import ArtifactSession, open_session
 
 if TYPE_CHECKING:
-    from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.compiler.records import Correction, MoeModel, Redistribution, Weights
+    from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.runtime.artifact import AllocationPlan
 
 logger = logging.getLogger(__name__)

@@ -288,7 +288,11 @@ def _insert(
     outputs: int = 1,
 ) -> ir.Node:
     node = ir.node(
-        op_type, inputs, attributes=attributes, domain=domain, num_outputs=outputs,
+        op_type,
+        inputs,
+        attributes=attributes,
+        domain=domain,
+        num_outputs=outputs,
     )
     model.graph.insert_before(before, node)
     return node
@@ -312,7 +316,9 @@ def _rank(value: ir.Value | None) -> int | None:
 
 
 def _is_transposed(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _ROWS_TO_HEADS
+    return (
+        node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _ROWS_TO_HEADS
+    )
 
 
 def _is_batch(node: ir.Node) -> bool:

@@ -16,8 +16,8 @@ PLAN_KEY = "alloc_moe.plan"
 GENERATION_KEY = "alloc_moe.generation"
 """Key of ``{"eos_token_id", "context_length"}`` in the metadata, for a graph that stands alone."""
 SHARED_CACHE_KEY = "alloc_moe.shared_cache"
-"""Key in the metadata of a graph that appends to its cache in place: inputs and outputs of the cache
-may be the same buffers, with room for more than the past. The value is the cache's type."""
+"""Key in the metadata of a graph that appends to its cache in place: inputs and outputs of the
+cache may be the same buffers, with room for more than the past. The value is the cache's type."""
 PLAN_FILE = "allocation.json"
 """Name of the plan's file in a bundle folder."""
 MODEL_FILE = "model.onnx"
@@ -25,7 +25,7 @@ MODEL_FILE = "model.onnx"
 PRICE_INPUT = "alloc_moe.price"
 """Name of the overridable input that sets the price of an activation: float32, no dimensions."""
 LOGITS_TO_KEEP_INPUT = "alloc_moe.logits_to_keep"
-"""Name of the overridable input that says of how many last positions logits are returned: int64 [1],
+"""Name of the overridable input that says of how many last positions there are logits: int64 [1],
 0 for all."""
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 """Name of the value [rows, experts] before a layer's MoE op: log weights, DROPPED if not run."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.cache import Cache
+from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.session import ArtifactSession
 
 _UNKNOWN_VOCABULARY = 256  # ids that any model has

@@ -69,7 +69,9 @@ class Cache:
         self._buffers: list[NDArray[np.generic]] = []
         self.values: list[onnxruntime.OrtValue] = []
         if self.shared:
-            self._move([np.empty(s.shape(batch, capacity), _SHARED_TYPES[s.element_type]) for s in slots])
+            self._move(
+                [np.empty(s.shape(batch, capacity), _SHARED_TYPES[s.element_type]) for s in slots]
+            )
         else:
             self.values = [
                 onnxruntime.OrtValue.ortvalue_from_shape_and_type(
@@ -133,9 +135,7 @@ class Cache:
         part = Cache(self._slots, batch=1)
         part.length = self.length
         part._mask, part._real = self._mask[row : row + 1], self._real[row : row + 1]
-        index = [
-            (*[slice(None)] * slot.batch_axis, slice(row, row + 1)) for slot in self._slots
-        ]
+        index = [(*[slice(None)] * slot.batch_axis, slice(row, row + 1)) for slot in self._slots]
         part._move([buffer[at] for buffer, at in zip(self._buffers, index, strict=True)])
         return part
 

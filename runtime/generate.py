@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.cache import Cache
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.sampling import Sampling, sample
-from alloc_moe.runtime.cache import Cache
 from alloc_moe.runtime.session import ArtifactSession
 
 _PAD = 0  # any token: the attention mask keeps it out

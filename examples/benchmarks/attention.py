@@ -164,7 +164,9 @@ def main(
     print("|---|" + "---:|" * (len(pasts) + 1))
     first = WAYS[0], pasts[-1]
     for way in WAYS:
-        cells = [f"{statistics.median(t):.2f} ({min(t):.2f})" for p in pasts if (t := times[way, p])]
+        cells = [
+            f"{statistics.median(t):.2f} ({min(t):.2f})" for p in pasts if (t := times[way, p])
+        ]
         pairs = zip(times[way, pasts[-1]], times[first], strict=True)
         ratio = statistics.median(mine / other for mine, other in pairs)
         print(f"| {way.label} | {' | '.join(cells)} | {ratio:.2f} |")

@@ -79,7 +79,7 @@ def attention(
     softcap: float = 0.0,
     type_: str = "float",
 ) -> ir.Model:
-    """Return two layers as they are exported; the second one's queries are the first one's output."""
+    """Return two layers as they are exported; the second's queries are the first's output."""
     layers = ""
     for n, query in enumerate(("query", "output0")):
         repeated = kv_heads < HEADS
@@ -117,7 +117,8 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, {inputs}, {past})
 <int64 zero = {{0}}, int64 one = {{1}}, int64[1] axis1 = {{1}}, int64[1] axis2 = {{2}},
  int64[2] axes12 = {{1, 2}}, int64[1] axis_last = {{-1}}, float least = {{-3.4e38}},
  float half = {{0.5}}, {type_} zeros = {{0}}, int64[1] kv_heads = {{{kv_heads}}},
- int64[1] heads = {{{HEADS}}}, int64[1] groups = {{{HEADS // kv_heads}}}, int64[1] size = {{{size}}},
+ int64[1] heads = {{{HEADS}}}, int64[1] groups = {{{HEADS // kv_heads}}},
+ int64[1] size = {{{size}}},
  int64[4] split_heads = {{0, 0, {HEADS}, {size}}}, int64[3] merge_heads = {{0, 0, -1}},
  int64[4] split_kv_heads = {{0, 0, {kv_heads}, -1}}>
 {{
@@ -240,7 +241,8 @@ def test_a_buffer_may_be_longer_than_the_past(
     total = len(mask[0])
     inputs = call(rng, mask, past=past, room=20)
     cut = {
-        key: value[:, :, :past] if key.startswith("past") else value for key, value in inputs.items()
+        key: value[:, :, :past] if key.startswith("past") else value
+        for key, value in inputs.items()
     }
     model = attention()
     expected = run(model, cut)
@@ -297,7 +299,9 @@ def test_a_layer_that_does_not_fit_keeps_all_as_they_are() -> None:
 
 def test_an_output_used_otherwise_keeps_its_shape(run: Run, rng: np.random.Generator) -> None:
     model = attention()
-    (first,) = [value for node in model.graph for value in node.outputs if value.name == "attended0"]
+    (first,) = [
+        value for node in model.graph for value in node.outputs if value.name == "attended0"
+    ]
     double = ir.node("Add", [first, first])
     double.outputs[0].name, double.outputs[0].type = "double", first.type
     model.graph.append(double)

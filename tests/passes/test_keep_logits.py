@@ -33,7 +33,8 @@ def states(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "body", ["logits = MatMul(hidden, weight)", "raw = MatMul(hidden, weight) logits = Mul(raw, half)"]
+    "body",
+    ["logits = MatMul(hidden, weight)", "raw = MatMul(hidden, weight) logits = Mul(raw, half)"],
 )
 def test_all_logits_are_the_default_and_fewer_are_the_last(
     run: Callable[..., Any], states: dict[str, np.ndarray], body: str

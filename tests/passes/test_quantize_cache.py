@@ -53,7 +53,9 @@ def attention() -> ir.Model:
 
 def call(rng: np.random.Generator, batch: int, past: int, sequence: int) -> dict[str, NDArray[Any]]:
     """Return inputs with a left-padded first row and an int8 cache."""
-    rows = {name: rng.normal(size=(batch, sequence, HEADS * SIZE)) for name in ("query", "key", "value")}
+    rows = {
+        name: rng.normal(size=(batch, sequence, HEADS * SIZE)) for name in ("query", "key", "value")
+    }
     bias = np.zeros((batch, 1, sequence, past + sequence))
     bias[0, :, :, 0] = -1e9
     floats = {name: value.astype(np.float32) for name, value in {**rows, "bias": bias}.items()}
@@ -82,12 +84,14 @@ def rounded(inputs: dict[str, NDArray[Any]], scales: CacheScales) -> dict[str, N
     return floats
 
 
-@pytest.mark.parametrize(("batch", "past", "sequence"), [(2, 0, 5), (2, 4, 1), (1, 4, 3), (1, 600, 1)])
+@pytest.mark.parametrize(
+    ("batch", "past", "sequence"), [(2, 0, 5), (2, 4, 1), (1, 4, 3), (1, 600, 1)]
+)
 def test_the_operator_computes_with_the_rounded_cache(
     run: Run, rng: np.random.Generator, scales: CacheScales, batch: int, past: int, sequence: int
 ) -> None:
     inputs = call(rng, batch, past, sequence)
-    same = {slot: scales[0] for slot in range(2)}  # the layers have the same keys
+    same = dict.fromkeys(range(2), scales[0])  # the layers have the same keys
     model = attention()
     expected = run(model, rounded(inputs, same))
     assert QuantizeCachePass(same)(model).modified
