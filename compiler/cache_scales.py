@@ -43,7 +43,7 @@ def measure_cache_scales(moe: MoeModel, token_ids: NDArray[np.int64]) -> CacheSc
     return {slot: (_scale(keys), _scale(values)) for slot, (keys, values) in largest.items()}
 
 
-class RoundedCache(DynamicCache):
+class RoundedCache(DynamicCache):  # type: ignore[misc]  # transformers has no types here
     """PyTorch's cache, with keys and values rounded as an int8 cache rounds them."""
 
     def __init__(self, scales: CacheScales) -> None:

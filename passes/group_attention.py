@@ -79,6 +79,7 @@ class GroupAttentionPass(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         for node in group_attention(model):
             for past in node.inputs[3:5]:
+                assert past is not None
                 others = [user for user in past.consumers() if user is not node]
                 if not all(_is_batch(user) for user in others):
                     raise ir.passes.PostconditionError(
@@ -139,7 +140,9 @@ def _match(node: ir.Node) -> _Layer | None:
     key, value = _cached(keys), _cached(values)
     if not plain or key is None or value is None or not _is_causal(mask):
         return None
-    (past_key, new_key), (past_value, new_value) = key.inputs, value.inputs
+    past_key, new_key, past_value, new_value = (
+        given for given in (*key.inputs, *value.inputs) if given is not None
+    )
     heads, size = _heads(query)
     kv_heads, kv_size = _heads(new_key)
     if (
@@ -158,15 +161,15 @@ def _match(node: ir.Node) -> _Layer | None:
 
 def _cached(value: ir.Value | None) -> ir.Node | None:
     """Return the Concat of past and new, looking through the repetition of key/value heads."""
-    node = None if value is None else value.producer()
+    node = _producer(value)
     if node is not None and node.op_type == "Reshape":
-        expand = node.inputs[0].producer()
-        repeat = None if expand is None else expand.inputs[0].producer()
+        expand = _producer(node.inputs[0])
+        repeat = None if expand is None else _producer(expand.inputs[0])
         if expand is None or expand.op_type != "Expand" or repeat is None:
             return None
         if repeat.op_type != "Unsqueeze" or _constant(repeat.inputs[1]) != [2]:
             return None
-        node = repeat.inputs[0].producer()
+        node = _producer(repeat.inputs[0])
     if node is None or node.op_type != "Concat" or len(node.inputs) != 2:
         return None
     past = node.inputs[0]
@@ -232,13 +235,14 @@ def _merged(model: ir.Model, at: ir.Node, value: ir.Value, columns: _Columns) ->
     """Return [batch, heads, sequence, size] as [batch, sequence, heads * size]."""
     node = value.producer()
     if node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 3:
+        assert node.inputs[0] is not None
         source = _merged(model, at, node.inputs[0], columns)
         attributes = {**node.attributes, "num_heads": _heads(value)[0]}
         rotated = _insert(model, at, "RotaryEmbedding", [source, *node.inputs[1:]], attributes)
         return rotated.outputs[0]
     if node is not None and _is_transposed(node):
         rows = node.inputs[0]
-        split = rows.producer()
+        split = _producer(rows)
         if split is not None and split.op_type == "Reshape" and _rank(split.inputs[0]) == 3:
             return split.inputs[0]
     else:
@@ -309,6 +313,10 @@ def _heads(value: ir.Value | None) -> tuple[int, int]:
         return 0, 0
     heads, size = shape[1], shape[3]
     return (heads, size) if isinstance(heads, int) and isinstance(size, int) else (0, 0)
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
 
 
 def _rank(value: ir.Value | None) -> int | None:

@@ -22,9 +22,9 @@ class KeepLogitsPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        logits = next(value for value in model.graph.outputs if value.name == "logits")
-        head = _head(logits)
-        if head is None or LOGITS_TO_KEEP_INPUT in model.graph.initializers:
+        logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
+        head = None if logits is None else _head(logits)
+        if head is None or logits is None or LOGITS_TO_KEEP_INPUT in model.graph.initializers:
             return ir.passes.PassResult(model, modified=False)
         keep = _constant(model, LOGITS_TO_KEEP_INPUT, 0)
         model.graph.inputs.append(keep)  # an initializer that is an input too may be left out

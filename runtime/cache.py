@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -17,7 +17,7 @@ ELEMENT_TYPES = {
     "tensor(float16)": 10,
     "tensor(bfloat16)": BFLOAT16,
 }
-_SHARED_TYPES = {FLOAT: np.dtype(np.float32), INT8: np.dtype(np.int8)}
+_SHARED_TYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), INT8: np.dtype(np.int8)}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class Cache:
 
     def positions(self, new: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the positions of new columns [batch, columns], counted over real tokens."""
-        return np.maximum(self._real[:, None] + new.cumsum(axis=1) - 1, 0)
+        positions: NDArray[np.int64] = self._real[:, None] + new.cumsum(axis=1) - 1
+        return positions.clip(min=0)
 
     def append(
         self, new: NDArray[np.int64], values: Sequence[onnxruntime.OrtValue] | None = None
