@@ -1,10 +1,11 @@
-"""Decode steps of attention alone: the standard operator against GroupQueryAttention.
+"""Attention alone: the standard operator against GroupQueryAttention, decode or prefill.
 
 Each way to attend is a graph of nothing but attention layers, each fed with the one before. All are
 run in turns, with caches of several lengths. "copied" lets the graph write a new cache at every
 step, "shared" binds the cache's input and output to one buffer, as the runtime does.
 
     python examples/benchmarks/attention.py --layers 16 --past 128 --past 4096
+    python examples/benchmarks/attention.py --sequence 512 --past 0
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def stack(shape: Shape, way: Way) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-def step(shape: Shape, way: Way, *, past: int, threads: int) -> Callable[[], None]:
-    """Return a function that runs one decode step at this past."""
+def step(shape: Shape, way: Way, *, past: int, sequence: int, threads: int) -> Callable[[], None]:
+    """Return a function that runs one call with this past."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -114,13 +115,14 @@ def step(shape: Shape, way: Way, *, past: int, threads: int) -> Callable[[], Non
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     random, binding = np.random.default_rng(0), session.io_binding()
     kinds = {"tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(float)": np.float32}
-    sizes = {"batch": 1, "sequence": 1, "past": past + way.shared, "total": past + 1}
+    total = past + sequence
+    room = total if way.shared else past
+    sizes = {"batch": 1, "sequence": sequence, "past": room, "total": total}
     for value in session.get_inputs():
         given = random.normal(size=[sizes.get(size, size) for size in value.shape])
         if "int" in value.type:
-            given = given * 32 if "int8" in value.type else np.full(value.shape and 1, past)
-        if value.name == "total":
-            given = np.array(past + 1)
+            lengths = {"last": np.array([total - 1]), "total": np.array(total)}
+            given = lengths.get(value.name, given * 32)
         tensor = OrtValue.ortvalue_from_numpy(given.astype(kinds[value.type]))
         binding.bind_ortvalue_input(value.name, tensor)
         if value.name.startswith("past"):
@@ -139,6 +141,7 @@ def step(shape: Shape, way: Way, *, past: int, threads: int) -> Callable[[], Non
 @click.option("--kv-heads", default=16, show_default=True)
 @click.option("--head-size", default=128, show_default=True)
 @click.option("--past", "pasts", type=int, multiple=True, default=(128, 4096), show_default=True)
+@click.option("--sequence", default=1, show_default=True, help="Tokens per call.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--runs", default=30, show_default=True)
 def main(
@@ -147,12 +150,17 @@ def main(
     kv_heads: int,
     head_size: int,
     pasts: tuple[int, ...],
+    sequence: int,
     threads: int,
     runs: int,
 ) -> None:
-    """Print milliseconds per decode step: medians, and the best run in brackets."""
+    """Print milliseconds per call: medians, and the best run in brackets."""
     shape = Shape(layers, heads, kv_heads, head_size)
-    steps = {(w, p): step(shape, w, past=p, threads=threads) for w in WAYS for p in pasts}
+    steps = {
+        (way, past): step(shape, way, past=past, sequence=sequence, threads=threads)
+        for way in WAYS
+        for past in pasts
+    }
     times: dict[tuple[Way, int], list[float]] = {key: [] for key in steps}
     for _ in range(runs):
         for key, run in steps.items():
