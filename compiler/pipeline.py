@@ -267,7 +267,10 @@ def _build(
     plan, corrections = planned.plan, planned.corrections
     with _step(console, "Exporting the graph"):
         graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-    scales = {} if options.cache == "float32" else measure_cache_scales(moe, token_ids)
+    scales: CacheScales = {}
+    if options.cache == "int8":
+        with _step(console, "Scaling the cache"):
+            scales = measure_cache_scales(moe, token_ids)
     model = specialize(
         graph, plan, device=options.device, corrections=corrections, cache_scales=scales
     )

@@ -27,9 +27,9 @@ class Workload:
     """What is timed, for every artifact ``runs`` times after one run to warm up.
 
     Prefill: one call with ``prompt_tokens`` tokens and an empty cache. Decode: ``new_tokens`` calls
-    with one token each, the first with ``past`` tokens in the cache. Only the last token's logits
-    are computed, as in generation. The tokens are random, drawn
-    with ``seed``, the same for all artifacts; the batch is one.
+    with one token each, the first with ``past`` tokens in the cache. As in generation, logits are
+    those of the last token only. The tokens are random, drawn with ``seed``, the same for all
+    artifacts; the batch is one.
     """
 
     prompt_tokens: int = 128

@@ -76,9 +76,7 @@ def compile_to(
     monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported("olmoe"))
     defaults = CompileOptions(str(checkpoint("olmoe")), "", "0.5", tokens=256)
 
-    def run(
-        output: Path | str, *, console: Console | None = None, **options: object
-    ) -> Compiled:
+    def run(output: Path | str, *, console: Console | None = None, **options: object) -> Compiled:
         changed = dataclasses.replace(defaults, output=str(output), **options)  # type: ignore[arg-type]
         return compile_model(changed, console or Console(quiet=True))
 
