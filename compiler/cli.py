@@ -179,6 +179,14 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="For int8 and int4: how many weights share a scale. More is faster, less is more exact.",
 )
 @click.option(
+    "--cache",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Type of keys and values between calls; int8 makes long contexts faster, and is for the "
+    "CPU. (16-bit activations have a 16-bit cache.)",
+)
+@click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
@@ -216,6 +224,10 @@ def compile_command(
             f"--cost {options['cost']} divides a budget among layers, which {redistribution} does "
             "by itself. Use --redistribute threshold, batch, sequence or none."
         )
+    if options["cache"] == "int8" and (
+        options["device"] == "cuda" or options["dtype"] in ("float16", "bfloat16")
+    ):
+        raise click.UsageError("--cache int8 is for --device cpu and 32-bit activations.")
     if options["refine"] and redistribution in ("top-p", "ratio"):
         raise click.UsageError(f"--redistribute {redistribution} leaves nothing to refine.")
     compiled = compile_model(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from alloc_moe.compiler.errors import OutputError
-from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, PLAN_KEY
+from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, PLAN_KEY, SHARED_CACHE_KEY
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.records import MoeModel
@@ -173,7 +173,7 @@ def eos_token_id(moe: MoeModel) -> int | list[int] | None:
 def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
     """Return the configuration with which onnxruntime-genai runs the graph.
 
-    ``past_present_share_buffer`` is off: the graph concatenates its cache.
+    ``past_present_share_buffer`` is on if the graph appends to its cache in place.
     """
     config = moe.config.get_text_config()
     generation = moe.model.generation_config
@@ -217,7 +217,7 @@ def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
         "search": {
             "do_sample": False,
             "max_length": config.max_position_embeddings,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": SHARED_CACHE_KEY in graph.metadata_props,
         },
     }
 

@@ -26,6 +26,7 @@ Weights = Literal["keep", "renorm"]
 CorrectionMode = Literal["none", "gain", "affine"]
 CostKind = Literal["activations", "bytes", "latency"]
 DType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+CacheType = Literal["float32", "int8"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -52,6 +53,7 @@ class CompileOptions:
     refine_seconds: float = 600.0
     dtype: DType = "float32"
     block: int = 64
+    cache: CacheType = "float32"
     device: Device = "cpu"
     force: bool = False
     trust_remote_code: bool = False

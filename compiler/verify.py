@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.cache_scales import RoundedCache
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.quantization import exact_copy, float_weights
 from alloc_moe.compiler.reference import allocated
 from alloc_moe.runtime.providers import cuda_obstacle
-from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
+from alloc_moe.runtime.session import ArtifactSession, open_session
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.records import Correction, MoeModel, Redistribution, Weights
+    from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.runtime.artifact import AllocationPlan
 
 logger = logging.getLogger(__name__)
 
 MAX_LOGIT_ERROR = 1e-3
 """The greatest difference of any logit that a float32 artifact may show."""
+
+MAX_ROUNDED_LOGIT_ERROR = 0.05
+"""The same with an int8 cache: of two equal numbers, one may be rounded up and the other down."""
 
 MAX_KL = {"float16": 0.1, "bfloat16": 0.1, "int8": 0.1, "int4": 1.0}
 """The greatest mean divergence, in nats per token, that rounding to a type may explain."""
@@ -69,6 +76,7 @@ def verify_artifact(
     *,
     dtype: str,
     corrections: Sequence[Correction | None] | None = None,
+    cache_scales: CacheScales = MappingProxyType({}),
 ) -> Verification:
     """Run the artifact at `path` and compare every logit of real tokens with PyTorch's.
 
@@ -81,15 +89,17 @@ def verify_artifact(
         moe: The model it was made of.
         plan: The plan it was compiled for.
         token_ids: Text to take the prompts from [windows, tokens].
-        dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR`, others in the
-            mean within `MAX_KL`. Quantised ones must do both: the first with rounded weights and
-            without the kernels' rounding of activations, the second as they are.
+        dtype: The artifact's; float32 must agree within `MAX_LOGIT_ERROR` (with an int8 cache
+            `MAX_ROUNDED_LOGIT_ERROR`), others in the mean within `MAX_KL`. Quantised ones must do
+            both: the first with rounded weights and without the kernels' rounding of activations,
+            the second as they are.
         corrections: What its experts were changed by, per MoE layer.
+        cache_scales: Of an int8 cache. PyTorch's is rounded alike.
 
     Raises:
         VerificationError: The logits differ by more, or the artifact executes other activations.
     """
-    given = (moe, plan, token_ids, corrections)
+    given = (moe, plan, token_ids, corrections, cache_scales)
     if moe.quantization is None:
         runs = _run_both(_open(path, dtype), *given)
         result = _compare_runs(runs)
@@ -99,11 +109,12 @@ def verify_artifact(
         result = _compare_runs(runs)
         session = _open(path, dtype)
         with float_weights(moe):
-            rounded = _compare_runs(_run_both(session, *given))
+            rounded = _compare_runs(_run_both(session, moe, plan, token_ids, corrections, {}))
         result = dataclasses.replace(result, kl=rounded.kl)
     activations = moe.quantization.activations if moe.quantization else dtype
-    exactly = activations == "float32"
-    _check_logits(result, dtype, exact=exactly)
+    exactly = activations == "float32" and not cache_scales
+    limit = MAX_ROUNDED_LOGIT_ERROR if cache_scales else MAX_LOGIT_ERROR
+    _check_logits(result, dtype, limit if activations == "float32" else math.inf)
     for reference, _, counted in runs:
         _check_counts(reference, counted, plan, exact=exactly)
     return result
@@ -122,11 +133,12 @@ def _run_both(
     plan: AllocationPlan,
     token_ids: NDArray[np.int64],
     corrections: Sequence[Correction | None] | None,
+    cache_scales: CacheScales,
 ) -> _Runs:
     """Run the reference and the artifact at every price to check."""
     runs = []
     for price in _prices(plan):
-        reference = _clear_reference(moe, plan, token_ids, price, corrections)
+        reference = _clear_reference(moe, plan, token_ids, price, corrections, cache_scales)
         runs.append((reference, *_artifact(session, reference.batch, price)))
     return runs
 
@@ -145,11 +157,11 @@ def _prices(plan: AllocationPlan) -> list[float | None]:
     return [None, farthest.price]
 
 
-def _check_logits(result: Verification, dtype: str, *, exact: bool) -> None:
-    if exact and not result.max_abs_logit_error <= MAX_LOGIT_ERROR:
+def _check_logits(result: Verification, dtype: str, limit: float) -> None:
+    if not result.max_abs_logit_error <= limit:
         raise VerificationError(
             "The artifact's logits differ from PyTorch's by up to "
-            f"{result.max_abs_logit_error:.2e} (allowed: {MAX_LOGIT_ERROR:g}), so it was not "
+            f"{result.max_abs_logit_error:.2e} (allowed: {limit:g}), so it was not "
             "written. This is a fault of the compiler or of onnxruntime for this architecture; "
             "please report it with the model's config.json."
         )
@@ -259,6 +271,7 @@ def _clear_reference(
     token_ids: NDArray[np.int64],
     price: float | None,
     corrections: Sequence[Correction | None] | None,
+    cache_scales: CacheScales,
 ) -> _Reference:
     """Run PyTorch on a part of the text without near-ties, else on the clearest of some."""
     text = token_ids.reshape(-1)
@@ -268,7 +281,7 @@ def _clear_reference(
     for attempt in range(_ATTEMPTS):
         start = attempt * needed % (text.size - needed + 1)
         batch = _Batch.of(text[start : start + needed])
-        reference = _reference(moe, plan, batch, price, corrections)
+        reference = _reference(moe, plan, batch, price, corrections, cache_scales)
         if best is None or reference.margin > best.margin:
             best = reference
         if best.margin >= _NEAR_TIE:
@@ -284,9 +297,10 @@ def _reference(
     batch: _Batch,
     price: float | None,
     corrections: Sequence[Correction | None] | None,
+    cache_scales: CacheScales,
 ) -> _Reference:
     logits = []
-    cache = None
+    cache = RoundedCache(cache_scales) if cache_scales else None
     with (
         torch.inference_mode(),
         allocated(
@@ -317,10 +331,9 @@ def _artifact(
 ) -> tuple[NDArray[np.float32], list[int]]:
     logits = []
     counts = []
-    cache: Cache | None = None
+    cache = session.empty_cache(len(batch.prompts))
     for ids, mask in batch.steps():
         output = session.run(ids, attention_mask=mask, cache=cache, price=price)
-        cache = output.cache
         logits.append(output.logits)
         counts.append(output.activations)
     return batch.real(logits), np.asarray(counts, np.int64).sum(0).tolist()

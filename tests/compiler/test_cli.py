@@ -202,6 +202,8 @@ def test_mistakes_are_one_paragraph_and_exit_code_1(
         ["model", "--budget", "0.5"],
         ["model", "--budget", "0.5", "-o", "x.onnx", "--dtype", "int3"],
         ["model", "--budget", "0.5", "-o", "x.onnx", "--tokens", "1"],
+        ["model", "--budget", "0.5", "-o", "x.onnx", "--cache", "int8", "--device", "cuda"],
+        ["model", "--budget", "0.5", "-o", "x.onnx", "--cache", "int8", "--dtype", "float16"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(options: list[str]) -> None:

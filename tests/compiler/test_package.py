@@ -351,3 +351,10 @@ def test_onnxruntime_genai_gets_its_configuration(
         "past_value_names": "past_key_values.%d.value",
     }
     assert config["search"]["past_present_share_buffer"] is False
+
+
+def test_onnxruntime_genai_shares_a_cache_that_is_appended_to_in_place(
+    specialized: ir.Model, moe_model: Callable[[str], MoeModel]
+) -> None:
+    config = package.genai_config(moe_model("olmoe"), specialized)
+    assert config["search"]["past_present_share_buffer"] is True
