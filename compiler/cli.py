@@ -12,7 +12,7 @@ from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.pipeline import Compiled
-    from alloc_moe.compiler.records import CorrectionMode, Metric, Redistribution
+    from alloc_moe.compiler.records import CorrectionMode, Metric, OffloadMode, Redistribution
 
 _METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
 
@@ -78,6 +78,14 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Change the experts' weights to make up for those that don't run: by a factor per "
             "dimension and a shift per expert, or by one factor per layer. Sensitivities are "
             "measured with that.",
+        ),
+        click.option(
+            "--offload",
+            type=click.Choice(["auto", "never", "always"]),
+            default="auto",
+            show_default=True,
+            help="Read each decoder layer from disk when it runs, instead of holding the whole "
+            "model in memory; auto: if it may not fit.",
         ),
         click.option(
             "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."
@@ -246,13 +254,14 @@ def profile_command(
     redistribution: Redistribution | None,
     correction: CorrectionMode,
     trust_remote_code: bool,
+    offload: OffloadMode,
 ) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
     need_compile_extra()
     from alloc_moe.compiler.pipeline import calibrate, load
     from alloc_moe.compiler.sensitivity import measure_sensitivity
 
-    moe = load(model, console, trust_remote_code=trust_remote_code)
+    moe = load(model, console, trust_remote_code=trust_remote_code, offload=offload)
     text = calibrate(moe, calibration, console, tokens=tokens, seed=seed)
     profile = measure_sensitivity(
         moe,

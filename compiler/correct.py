@@ -16,6 +16,7 @@ small effect it couldn't see, and lost up to half of what they gain on held-out 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -86,9 +87,10 @@ def fit_corrections(
     run = _Run(moe, ids, running)
     fitted: list[dict[CorrectionMode, Correction | None]] = []
     for layer in range(len(moe.layers)):
-        sums = run.measure(layer, per_expert=mode == "affine")
-        fitted.append({"none": None, mode: sums.affine() if mode == "affine" else sums.gain()})
-        run.enter_next(layer, fitted[-1][mode])
+        with run.resident(layer):
+            sums = run.measure(layer, per_expert=mode == "affine")
+            fitted.append({"none": None, mode: sums.affine() if mode == "affine" else sums.gain()})
+            run.enter_next(layer, fitted[-1][mode])
         advance(1)
     without = run.losses([None] * len(fitted))
     kinds = [mode] * len(fitted)
@@ -146,14 +148,21 @@ class _Run:
             weights=self._running.weights,
             corrections=corrections,
         ):
-            for ids in torch.split(self.tried, max(1, _TOKENS_PER_BATCH // self.tried.shape[1])):
-                end = self._stack.run(ids, None, start=0, stop=len(self._stack))
+            batches = torch.split(self.tried, max(1, _TOKENS_PER_BATCH // self.tried.shape[1]))
+            ends = self._stack.stream((ids, None) for ids in batches)
+            for ids, end in zip(batches, ends, strict=True):
                 parts.append(next_token_losses(self._stack.head, self._moe, ids, end))
         return torch.cat(parts)
 
-    def measure(self, layer: int, *, per_expert: bool) -> CorrectionSums:
-        """Return the sums that a correction of `layer` is fitted with."""
+    @contextlib.contextmanager
+    def resident(self, layer: int) -> Iterator[None]:
+        """Go to `layer`, and hold the weights of its decoder layer while the block lasts."""
         self._go_to(layer)
+        with self._stack.resident(self._at):
+            yield
+
+    def measure(self, layer: int, *, per_expert: bool) -> CorrectionSums:
+        """Return the sums that a correction of `layer`, which was gone to, is fitted with."""
         on_stream = self._reaches_the_stream(layer)
         sums = CorrectionSums(self._moe.layers[layer].num_experts if per_expert else 0)
         for stream in self._streams:
@@ -182,10 +191,11 @@ class _Run:
         decoder_layer = self._moe.layers[layer].decoder_layer
         if self._at == decoder_layer:
             return
+        where = {"start": self._at, "stop": decoder_layer}
+        pairs = [(s.ids, states) for s in self._streams for states in (s.full, s.plan)]
+        ends = self._stack.stream(pairs, **where)
         for stream in self._streams:
-            where = {"start": self._at, "stop": decoder_layer}
-            stream.full = self._stack.run(stream.ids, stream.full, **where)
-            stream.plan = self._stack.run(stream.ids, stream.plan, **where)
+            stream.full, stream.plan = next(ends), next(ends)
         self._at = decoder_layer
 
     def _step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,7 @@ class Divergence:
         self._windows = torch.from_numpy(calibration.ids)
         self._stack = DecoderStack(moe.model, moe.layers[0])
         with torch.inference_mode(), replaced_experts(moe.model, {}):
-            self._full = [self._end(ids) for ids in torch.split(self._windows, 1)]
+            self._full = list(self._ends())
 
     def of_allocation(self, ks: Sequence[int], setting: Setting) -> float:
         """Return the divergence of a k per layer."""
@@ -65,12 +65,14 @@ class Divergence:
             weights=setting.weights,
             corrections=setting.corrections,
         ):
-            for ids, full in zip(torch.split(self._windows, 1), self._full, strict=True):
-                total += divergence(self._stack.head, self._moe, full, self._end(ids))
+            for full, plan in zip(self._full, self._ends(), strict=True):
+                total += divergence(self._stack.head, self._moe, full, plan)
         return total / self._windows.numel()
 
-    def _end(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._stack.run(ids, None, start=0, stop=len(self._stack)).flatten(0, 1)
+    def _ends(self) -> Iterator[torch.Tensor]:
+        """Yield the hidden states [tokens, hidden] at the end, window by window."""
+        for end in self._stack.stream((ids, None) for ids in torch.split(self._windows, 1)):
+            yield end.flatten(0, 1)
 
 
 def next_token_losses(

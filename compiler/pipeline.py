@@ -26,7 +26,7 @@ from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
-from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel
+from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel, OffloadMode
 from alloc_moe.compiler.refinement import Refinement
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
@@ -62,7 +62,12 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     """
     output = package.parse_output(options.output, force=options.force)
     check_verifiable(options.dtype)
-    moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
+    moe = load(
+        options.model,
+        console,
+        trust_remote_code=options.trust_remote_code,
+        offload=options.offload,
+    )
     budget = parse_budget(
         options.budget, [layer.experts_per_token for layer in moe.layers], kind=options.cost
     )
@@ -140,16 +145,20 @@ def _costs(
     )
 
 
-def load(source: str, console: Console, *, trust_remote_code: bool) -> MoeModel:
+def load(
+    source: str, console: Console, *, trust_remote_code: bool, offload: OffloadMode = "auto"
+) -> MoeModel:
     """Load a model and say what was found."""
     console.note(f"Loading {source}")
-    moe = load_model(source, trust_remote_code=trust_remote_code)
+    moe = load_model(source, trust_remote_code=trust_remote_code, offload=offload)
     ks = sorted({layer.experts_per_token for layer in moe.layers})
     experts = sorted({layer.num_experts for layer in moe.layers})
     console.note(
         f"{moe.config.model_type}: {len(moe.layers)} MoE layers, "
         f"{'/'.join(map(str, experts))} experts, top-{'/'.join(map(str, ks))}"
     )
+    if moe.offloading is not None:
+        console.note(moe.offloading.describe())
     return moe
 
 

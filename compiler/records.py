@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from alloc_moe.compiler.checkpoint import CheckpointReader
+    from alloc_moe.compiler.offload import Offloading
 
 Allocation = Literal["sensitivity", "uniform"]
 Metric = Literal["kl", "ppl-suffix", "output", "fisher", "data-free"]
@@ -26,6 +27,7 @@ CorrectionMode = Literal["none", "gain", "affine"]
 CostKind = Literal["activations", "bytes", "latency"]
 DType = Literal["float32", "float16", "bfloat16"]
 Device = Literal["cpu", "cuda"]
+OffloadMode = Literal["auto", "never", "always"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class CompileOptions:
     device: Device = "cpu"
     force: bool = False
     trust_remote_code: bool = False
+    offload: OffloadMode = "auto"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class MoeModel:
     """A loaded checkpoint.
 
     ``model`` is in eval mode, float32 on the CPU; ``skeleton`` is the same without weights;
-    ``reader`` reads single weights from the files in ``folder``.
+    ``reader`` reads single weights from the files in ``folder``. With ``offloading`` the weights of
+    ``model``'s decoder layers are in memory only while these run.
     """
 
     source: str
@@ -87,6 +91,7 @@ class MoeModel:
     reader: CheckpointReader
     tokenizer: PreTrainedTokenizerBase
     layers: tuple[MoeLayer, ...]
+    offloading: Offloading | None = None
 
 
 @dataclass(frozen=True)

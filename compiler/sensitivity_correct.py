@@ -104,15 +104,20 @@ def _fit(
     ]
     stack = DecoderStack(moe_model.model, moe_model.layers[0])
     with torch.no_grad():
-        for ids in batches:
-            hidden, at = None, 0
-            for index, layer in enumerate(moe_model.layers):
-                hidden = stack.run(ids, hidden, start=at, stop=layer.decoder_layer)
-                seen, at = _Seen(), layer.decoder_layer + 1
-                calls = {layer.experts_name: functools.partial(_watch, seen)}
-                with replaced_experts(moe_model.model, calls):
-                    hidden = stack.run(ids, hidden, start=layer.decoder_layer, stop=at)
-                _add(sums[index], reduced, index, seen, hidden.flatten(0, 1))
+        states: list[torch.Tensor | None] = [None] * len(batches)
+        at = 0
+        for index, layer in enumerate(moe_model.layers):
+            inputs = zip(batches, states, strict=True)
+            states = list(stack.stream(inputs, start=at, stop=layer.decoder_layer))
+            at = layer.decoder_layer + 1
+            with stack.resident(layer.decoder_layer):
+                for batch, ids in enumerate(batches):
+                    seen = _Seen()
+                    calls = {layer.experts_name: functools.partial(_watch, seen)}
+                    with replaced_experts(moe_model.model, calls):
+                        hidden = stack.run(ids, states[batch], start=at - 1, stop=at)
+                    _add(sums[index], reduced, index, seen, hidden.flatten(0, 1))
+                    states[batch] = hidden
     return [[each.affine() if per_expert else each.gain() for each in row] for row in sums]
 
 

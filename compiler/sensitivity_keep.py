@@ -96,6 +96,6 @@ def _find_scores(
     }
     stack = DecoderStack(moe_model.model, moe_model.layers[0])
     with torch.no_grad(), replaced_experts(moe_model.model, calls):
-        for ids in batches:
-            stack.run(ids, None, start=0, stop=len(stack))
+        for _ in stack.stream((ids, None) for ids in batches):
+            pass  # what is wanted was watched
     return [torch.cat(parts).sort(descending=True).values for parts in found]

@@ -64,14 +64,13 @@ class ReplayRun:
     def enter(self, layer: int) -> float:
         """Run the full model once and keep what enters MoE layer `layer`; return the mean loss."""
         self._at = self._layers[layer].decoder_layer
-        end = len(self._stack)
         loss = 0.0
         with replaced_experts(self._model, {}):
-            for ids in self._batches:
-                hidden = self._stack.run(ids, None, start=0, stop=self._at)
-                full = self._stack.run(ids, hidden, start=self._at, stop=end)
-                self._entering.append(hidden)
-                self._full.append(full)
+            inputs = ((ids, None) for ids in self._batches)
+            self._entering = list(self._stack.stream(inputs, stop=self._at))
+            entered = zip(self._batches, self._entering, strict=True)
+            self._full = list(self._stack.stream(entered, start=self._at))
+            for ids, full in zip(self._batches, self._full, strict=True):
                 loss += self._losses(ids, full[None]).item()
         return loss / _targets(self._batches)
 
@@ -82,8 +81,7 @@ class ReplayRun:
         sums = torch.zeros(len(ks), dtype=torch.float64)
         work = self.operations(layer) / len(self._batches)
         self._check_replay(layer)
-        for batch in range(len(self._batches)) if ks else ():
-            hidden = self._replay(layer, batch, ks)  # [ks, windows, sequence, hidden]
+        for batch, hidden in enumerate(self._replay(layer, ks) if ks else ()):
             if self._metric == "kl":
                 sums += self._divergences(hidden, self._full[batch])
             else:
@@ -123,14 +121,14 @@ class ReplayRun:
     def _go_to(self, decoder_layer: int) -> None:
         """Move the kept hidden states on to a later decoder layer."""
         with replaced_experts(self._model, {}):
-            for batch, ids in enumerate(self._batches):
-                self._entering[batch] = self._stack.run(
-                    ids, self._entering[batch], start=self._at, stop=decoder_layer
-                )
+            entering = zip(self._batches, self._entering, strict=True)
+            moved = self._stack.stream(entering, start=self._at, stop=decoder_layer)
+            for batch, hidden in enumerate(moved):
+                self._entering[batch] = hidden
         self._at = decoder_layer
 
-    def _replay(self, layer: int, batch: int, ks: Sequence[int]) -> torch.Tensor:
-        """Return the hidden states at the end [ks, windows, sequence, hidden], per k of `layer`."""
+    def _replay(self, layer: int, ks: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield, per batch, the states at the end [ks, windows, sequence, hidden] for each k."""
         calls: dict[str, ExpertsCall] = {
             self._layers[layer].experts_name: functools.partial(_prefix_sums, ks)
             if self._reduced is None
@@ -138,14 +136,13 @@ class ReplayRun:
         }
         if self._metric == "ppl-suffix":
             calls |= {later.experts_name: _top_1 for later in self._layers[layer + 1 :]}
+        inputs = (
+            (ids.repeat(len(ks), 1), _repeat(hidden, len(ks)))
+            for ids, hidden in zip(self._batches, self._entering, strict=True)
+        )
         with replaced_experts(self._model, calls):
-            hidden = self._stack.run(
-                self._batches[batch].repeat(len(ks), 1),
-                _repeat(self._entering[batch], len(ks)),
-                start=self._at,
-                stop=len(self._stack),
-            )
-        return hidden.view(len(ks), -1, *hidden.shape[1:])
+            for hidden in self._stack.stream(inputs, start=self._at):
+                yield hidden.view(len(ks), -1, *hidden.shape[1:])
 
     def _check_replay(self, layer: int) -> None:
         """Replay the full model from `layer` on; layers may depend on more than their input."""

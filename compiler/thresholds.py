@@ -264,6 +264,7 @@ def _observe(
         corrections=setting.corrections,
         watch=watch,
     ):
-        for batch in torch.split(ids, max(1, _TOKENS_PER_BATCH // ids.shape[1])):
-            stack.run(batch, None, start=0, stop=len(stack))
+        batches = torch.split(ids, max(1, _TOKENS_PER_BATCH // ids.shape[1]))
+        for _ in stack.stream((batch, None) for batch in batches):
+            pass  # what is wanted was watched
     return [_Falling(layer, ids.numel()) for layer in parts]
