@@ -67,18 +67,21 @@ class OutputRun:
 
         ``first`` is the index of the first window: it and ``seed`` decide what is drawn.
         """
-        for index, layer in enumerate(self._layers):
-            generator = torch.Generator().manual_seed(hash((seed, first, index)))
-            width = self._model.config.get_text_config().hidden_size
-            hidden = torch.randn(1, ids.numel(), width, generator=generator).to(ids.device)
-            call = functools.partial(self._add_layer, index, sums[index], True)
-            with (
-                torch.no_grad(),
-                self._stack.resident(layer.decoder_layer),
-                replaced_experts(self._model, {layer.experts_name: call}),
-            ):
-                self._model.get_submodule(layer.name)(hidden)
+        for index, layer_sums in enumerate(sums):
+            self.add_random_layer(index, ids, first, layer_sums, seed=seed)
         return 0.0
+
+    def add_random_layer(
+        self, index: int, ids: torch.Tensor, first: int, sums: LayerSums, *, seed: int
+    ) -> None:
+        """Add random inputs of one MoE block, whose weights are in memory, as `add_random` does."""
+        name = self._layers[index].experts_name
+        generator = torch.Generator().manual_seed(hash((seed, first, index)))
+        width = self._model.config.get_text_config().hidden_size
+        hidden = torch.randn(1, ids.numel(), width, generator=generator).to(ids.device)
+        call = functools.partial(self._add_layer, index, sums, True)
+        with torch.no_grad(), replaced_experts(self._model, {name: call}):
+            self._model.get_submodule(self._layers[index].name)(hidden)
 
     def _add_layer(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.cached_replay import CachedRun, run_by_layers
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.reference import allocated
@@ -21,6 +24,7 @@ from alloc_moe.runtime.session import ArtifactSession, Cache, open_session
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.records import Correction, MoeModel, Redistribution, Weights
+    from alloc_moe.compiler.reference import Activations
     from alloc_moe.runtime.artifact import AllocationPlan
 
 logger = logging.getLogger(__name__)
@@ -86,8 +90,9 @@ def verify_artifact(
     """
     session = open_session(path, ep=_provider(dtype), count_activations=True, stop_spinning=True)
     pairs = []
-    for price in _prices(plan):
-        reference = _clear_reference(moe, plan, token_ids, price, corrections)
+    prices = _prices(plan)
+    references = _clear_references(moe, plan, token_ids, prices, corrections)
+    for price, reference in zip(prices, references, strict=True):
         pairs.append((reference, *_artifact(session, reference.batch, price)))
     expected = np.concatenate([reference.logits for reference, *_ in pairs])
     result = _compare(expected, np.concatenate([actual for _, actual, _ in pairs]))
@@ -196,6 +201,15 @@ class _Batch:
             calls.append((self.decoded[:, step : step + 1], mask))
         return calls
 
+    def inputs(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return (input_ids, attention_mask, position_ids) of each call."""
+        calls = []
+        for ids, mask in self.steps():
+            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+            arrays = (ids.copy(), mask, positions.copy())
+            calls.append(tuple(map(torch.from_numpy, arrays)))
+        return calls  # type: ignore[return-value]
+
     def real(self, logits: Sequence[NDArray[np.floating]]) -> NDArray[np.float32]:
         """Return the logits of real tokens of all calls [tokens, vocabulary]."""
         first, *rest = logits
@@ -214,22 +228,54 @@ class _Reference:
     margin: float
 
 
-def _clear_reference(
+def _clear_references(
     moe: MoeModel,
     plan: AllocationPlan,
     token_ids: NDArray[np.int64],
-    price: float | None,
+    prices: Sequence[float | None],
     corrections: Sequence[Correction | None] | None,
-) -> _Reference:
-    """Run PyTorch on a part of the text without near-ties, else on the clearest of some."""
+) -> list[_Reference]:
+    """Run PyTorch, at each price, on a part of the text without near-ties or the clearest part."""
     text = token_ids.reshape(-1)
     needed = sum(_PROMPT_LENGTHS) + 3 * _DECODE_STEPS
     text = np.resize(text, max(needed, text.size))
+    starts = [attempt * needed % (text.size - needed + 1) for attempt in range(_ATTEMPTS)]
+    batches = [_Batch.of(text[start : start + needed]) for start in starts]
+    plans = [
+        functools.partial(
+            allocated,
+            moe.model,
+            moe.layers,
+            layer_parameters(plan, price),
+            redistribution=cast("Redistribution", plan.redistribution),
+            weights=cast("Weights", plan.weights),
+            corrections=corrections,
+        )
+        for price in prices
+    ]
+    if moe.offloading is None:
+        return [_clearest(_reference(moe, batch, run) for batch in batches) for run in plans]
+    # All at once: reading the layers takes longer than running them.
+    runs = [[CachedRun(batch.inputs(), run) for batch in batches] for run in plans]
+    run_by_layers(moe, [run for row in runs for run in row])
+    return [
+        _clearest(
+            _Reference(
+                batch,
+                batch.real([logits.numpy() for logits in run.logits]),
+                run.executed,
+                run.margin,
+            )
+            for batch, run in zip(batches, row, strict=True)
+        )
+        for row in runs
+    ]
+
+
+def _clearest(references: Iterable[_Reference]) -> _Reference:
+    """Return the first without near-ties, else the clearest; those after it aren't asked for."""
     best: _Reference | None = None
-    for attempt in range(_ATTEMPTS):
-        start = attempt * needed % (text.size - needed + 1)
-        batch = _Batch.of(text[start : start + needed])
-        reference = _reference(moe, plan, batch, price, corrections)
+    for attempt, reference in enumerate(references):
         if best is None or reference.margin > best.margin:
             best = reference
         if best.margin >= _NEAR_TIE:
@@ -240,31 +286,16 @@ def _clear_reference(
 
 
 def _reference(
-    moe: MoeModel,
-    plan: AllocationPlan,
-    batch: _Batch,
-    price: float | None,
-    corrections: Sequence[Correction | None] | None,
+    moe: MoeModel, batch: _Batch, plan: Callable[[], AbstractContextManager[Activations]]
 ) -> _Reference:
     logits = []
     cache = None
-    with (
-        torch.inference_mode(),
-        allocated(
-            moe.model,
-            moe.layers,
-            layer_parameters(plan, price),
-            redistribution=cast("Redistribution", plan.redistribution),
-            weights=cast("Weights", plan.weights),
-            corrections=corrections,
-        ) as activations,
-    ):
-        for ids, mask in batch.steps():
-            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+    with torch.inference_mode(), plan() as activations:
+        for ids, mask, positions in batch.inputs():
             output = moe.model(
-                input_ids=torch.from_numpy(ids.copy()),
-                attention_mask=torch.from_numpy(mask),
-                position_ids=torch.from_numpy(positions.copy()),
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             )
