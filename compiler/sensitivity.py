@@ -133,7 +133,7 @@ class _Job:
 
     def save(self, profile: SensitivityProfile) -> None:
         if self.path is not None and self.processes.writes:
-            save_text(profile.to_json() + "\n", self.path, what="The profile")
+            _save(profile, self.path)
 
     def batches(self) -> list[Batch]:
         """Return the calibration windows, as many at a time as one pass takes."""
@@ -357,6 +357,10 @@ def _both(found: object, expected: object) -> str:
     if isinstance(found, tuple):
         return ""
     return f" (there {found!s:.12}, now {expected!s:.12})"
+
+
+def _save(profile: SensitivityProfile, path: Path) -> None:
+    save_text(profile.to_json() + "\n", path, what="The profile")
 
 
 @contextlib.contextmanager
