@@ -24,6 +24,7 @@ from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.offload import weights_bytes
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
 from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel, OffloadMode
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
     from alloc_moe.runtime.command import Console
 
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_OVERHEAD = 1.02  # what is in the graph besides weights
+_SMALL_FILES = 64 << 20  # graph, tokenizer, profile
 _RECORDED = ("alloc-moe", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -68,6 +72,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         trust_remote_code=options.trust_remote_code,
         offload=options.offload,
     )
+    package.check_space(output, _space(moe, options))
     budget = parse_budget(
         options.budget, [layer.experts_per_token for layer in moe.layers], kind=options.cost
     )
@@ -107,6 +112,17 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
     return Compiled(output.path, plan, profile_path, verification)
+
+
+def _space(moe: MoeModel, options: CompileOptions) -> int:
+    """Return the bytes of disk that a compile takes: weights, a little more, states it saves."""
+    weights = weights_bytes(moe.skeleton) // 4 * _BYTES[options.dtype]
+    states = 0
+    if moe.offloading is not None and options.allocation == "sensitivity":
+        config = moe.config.get_text_config()
+        layers = config.num_hidden_layers + 2  # what enters each, and gradients on the way back
+        states = layers * options.tokens * config.hidden_size * 4
+    return int(weights * _OVERHEAD) + max(states, _SMALL_FILES)
 
 
 def _needs_profile(options: CompileOptions, budget: Budget) -> bool:

@@ -152,9 +152,7 @@ def hub_tensors(name: str, shape: list[int]) -> Iterator[tuple[str, list[int]]]:
             yield f"{fused[1]}.{expert}.up_proj.weight", [rows // 2, columns]
 
 
-def _write_shard(
-    path: Path, tensors: list[tuple[str, list[int]]], random: torch.Generator
-) -> None:
+def _write_shard(path: Path, tensors: list[tuple[str, list[int]]], random: torch.Generator) -> None:
     """Write a safetensors file: the length of its header, the header, the tensors in a row."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
