@@ -230,7 +230,10 @@ def compile_command(
 
 
 @click.command(
-    epilog=examples("alloc-profile examples/tiny-moe -o profile.json --sensitivity ppl-suffix")
+    epilog=examples(
+        "alloc-profile examples/tiny-moe -o profile.json --sensitivity ppl-suffix",
+        "torchrun --no-python --nproc-per-node 2 alloc-profile examples/tiny-moe -o profile.json",
+    )
 )
 @click.argument("model")
 @click.option(
@@ -259,24 +262,29 @@ def profile_command(
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
     need_compile_extra()
     from alloc_moe.compiler.pipeline import calibrate, load
+    from alloc_moe.compiler.processes import joined_processes
     from alloc_moe.compiler.sensitivity import measure_sensitivity
 
-    moe = load(model, console, trust_remote_code=trust_remote_code, offload=offload)
-    text = calibrate(moe, calibration, console, tokens=tokens, seed=seed)
-    profile = measure_sensitivity(
-        moe,
-        text,
-        metric=sensitivity,
-        redistribution=redistribution or ("price" if sensitivity in _SIZED else "threshold"),
-        correction=correction,
-        path=output,
-        console=console,
-    )
-    console.result(
-        f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on {profile.tokens} "
-        f"tokens, {profile.seconds:.1f} s",
-        {"profile": str(output), "metric": profile.metric, "seconds": profile.seconds},
-    )
+    with joined_processes() as processes:
+        if not processes.writes:
+            console = Console(quiet=True)
+        moe = load(model, console, trust_remote_code=trust_remote_code, offload=offload)
+        profile = measure_sensitivity(
+            moe,
+            calibrate(moe, calibration, console, tokens=tokens, seed=seed),
+            metric=sensitivity,
+            redistribution=redistribution or ("price" if sensitivity in _SIZED else "threshold"),
+            correction=correction,
+            path=output,
+            console=console,
+            processes=processes,
+        )
+        if processes.writes:
+            console.result(
+                f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on "
+                f"{profile.tokens} tokens, {profile.seconds:.1f} s",
+                {"profile": str(output), "metric": profile.metric, "seconds": profile.seconds},
+            )
 
 
 def need_compile_extra() -> None:

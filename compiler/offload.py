@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,12 @@ def weights_bytes(skeleton: PreTrainedModel) -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes that this process may still take, in a container too."""
+    """Return the bytes that this process may still take, in a container and beside others too."""
     free = int(psutil.virtual_memory().available)
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text("ascii").strip()).isdigit():
         free = min(free, int(text) - psutil.Process().memory_info().rss)
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
 
 
 def load_offloaded(

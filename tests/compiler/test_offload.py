@@ -267,8 +267,8 @@ def test_what_was_chosen_is_said_with_its_reason(
     )
     assert said.describe() == (
         "28.0 GiB of float32 weights and an artifact as large may not fit in the 18.0 GiB of "
-        "memory that are free: decoder layers are read from disk when they run, in about 31 s each time "
-        "all of them run. --offload never keeps them in memory"
+        "memory that are free: decoder layers are read from disk when they run, in about 31 s "
+        "each time all of them run. --offload never keeps them in memory"
     )
     assert dataclasses.replace(said, forced=True).describe() == (
         "As asked, decoder layers are read from disk when they run (28.0 GiB of float32 weights), "
