@@ -202,9 +202,15 @@ class CheckpointReader:
     def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
         """Return where a safetensors file's data begin, and what it says of each tensor."""
         if path not in self._headers:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                self._headers[path] = 8 + size, json.loads(file.read(size))
+            try:
+                with path.open("rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    self._headers[path] = 8 + size, json.loads(file.read(size))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"The shard {path} can't be read ({error}). It may be truncated: download it "
+                    "again."
+                ) from error
         return self._headers[path]
 
     def _convert(
