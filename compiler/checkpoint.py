@@ -189,7 +189,7 @@ class CheckpointReader:
         try:
             with path.open("rb") as file:
                 file.seek(start + begin)
-                size = file.readinto(data.numpy())
+                size = file.readinto(data.numpy().data)
         except OSError as error:
             raise CheckpointError(f"{path} can't be read: {error}.") from error
         if size != end - begin:

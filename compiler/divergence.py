@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,12 @@ class Divergence:
         self._moe = moe
         self._windows = torch.from_numpy(calibration.ids)
         self._stack = DecoderStack(moe.model, moe.layers[0])
-        with torch.inference_mode(), replaced_experts(moe.model, {}):
-            self._full = list(self._ends())
+
+    @functools.cached_property
+    def _full(self) -> list[torch.Tensor]:
+        """The full model's hidden states [tokens, hidden] at the end, per window."""
+        with torch.inference_mode(), replaced_experts(self._moe.model, {}):
+            return list(self._ends())
 
     def of_allocation(self, ks: Sequence[int], setting: Setting) -> float:
         """Return the divergence of a k per layer."""
@@ -56,7 +61,13 @@ class Divergence:
     @torch.inference_mode()
     def measure(self, parameters: Sequence[LayerParameters], setting: Setting) -> float:
         """Return the divergence of what each layer is given."""
-        total = 0.0
+        inputs = ("divergence", self._moe.fingerprint, self._windows, setting, list(parameters))
+        found = self._moe.passes.recall(inputs, lambda: [self._measure(parameters, setting)])
+        return found[0].item() / self._windows.numel()
+
+    def _measure(self, parameters: Sequence[LayerParameters], setting: Setting) -> torch.Tensor:
+        """Return the divergence, summed over tokens."""
+        total, full_states = 0.0, self._full
         with allocated(
             self._moe.model,
             self._moe.layers,
@@ -65,9 +76,9 @@ class Divergence:
             weights=setting.weights,
             corrections=setting.corrections,
         ):
-            for full, plan in zip(self._full, self._ends(), strict=True):
+            for full, plan in zip(full_states, self._ends(), strict=True):
                 total += divergence(self._stack.head, self._moe, full, plan)
-        return total / self._windows.numel()
+        return torch.tensor(total, dtype=torch.float64)
 
     def _ends(self) -> Iterator[torch.Tensor]:
         """Yield the hidden states [tokens, hidden] at the end, window by window."""

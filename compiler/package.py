@@ -39,6 +39,11 @@ class Output:
         """Where the sensitivity profile of a compile is kept unless the user says."""
         return self.path.with_name(f"{self.path.name}.profile.json")
 
+    @property
+    def passes_path(self) -> Path:
+        """Where a compile keeps what its passes found, until there is the artifact."""
+        return self.path.absolute().with_name(f".{self.path.name}.passes")
+
 
 def parse_output(text: str, *, force: bool) -> Output:
     """Return where `-o text` means: ``out.onnx`` a file, ``DIR/`` or an existing folder a bundle.

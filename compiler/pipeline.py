@@ -29,6 +29,7 @@ from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
 from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel, OffloadMode
 from alloc_moe.compiler.refinement import Refinement
+from alloc_moe.compiler.saved_passes import SavedPasses
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
 from alloc_moe.passes.correct_experts import ExpertCorrection
@@ -94,6 +95,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             path=profile_path,
             console=console,
         )
+    if moe.offloading is not None:
+        moe = dataclasses.replace(moe, passes=SavedPasses(output.passes_path))
     planned = make_planned(
         moe,
         calibration,
@@ -111,6 +114,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     with package.staging(output) as staged:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
+    moe.passes.delete()
     return Compiled(output.path, plan, profile_path, verification)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alloc_moe.compiler.errors import ProfileError
+from alloc_moe.compiler.saved_passes import SavedPasses
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +80,8 @@ class MoeModel:
 
     ``model`` is in eval mode, float32 on the CPU; ``skeleton`` is the same without weights;
     ``reader`` reads single weights from the files in ``folder``. With ``offloading`` the weights of
-    ``model``'s decoder layers are in memory only while these run.
+    ``model``'s decoder layers are in memory only while these run. ``passes`` keeps what passes over
+    a text found.
     """
 
     source: str
@@ -92,6 +94,7 @@ class MoeModel:
     tokenizer: PreTrainedTokenizerBase
     layers: tuple[MoeLayer, ...]
     offloading: Offloading | None = None
+    passes: SavedPasses = field(default_factory=SavedPasses)
 
 
 @dataclass(frozen=True)
