@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from alloc_moe.compiler.checkpoint import CheckpointReader
-    from alloc_moe.compiler.records import MoeLayer, OffloadMode
+    from alloc_moe.compiler.records import MoeLayer, MoeModel, OffloadMode
 
 # The model, and as much again: onnxruntime loads the artifact that is verified against it.
 _NEEDED = 2.0
@@ -53,6 +53,40 @@ class Offloading:
             f"memory that are free: decoder layers are read from disk when they run, {reads}. "
             "--offload never keeps them in memory"
         )
+
+
+def expected_time(moe: MoeModel, *, passes: float, gflop: float) -> str:
+    """Say what passes over all layers of an offloaded model, and their computing, will take."""
+    assert moe.offloading is not None
+    reading, computing = moe.offloading.seconds * passes, gflop / _gflop_per_second()
+    return (
+        f"about {duration(reading + computing)} (reading all layers {passes:.3g} times: "
+        f"{duration(reading)}, computing: {duration(computing)} at best)"
+    )
+
+
+def forward_gflop(moe: MoeModel, tokens: int) -> float:
+    """Return the GFLOP of running the decoder layers for so many tokens, roughly."""
+    layers = find_decoder_layers(moe.skeleton, moe.layers[0])
+    active = float(sum(parameter.numel() for parameter in layers.parameters()))
+    for layer in moe.layers:
+        experts = moe.skeleton.get_submodule(layer.experts_name).parameters()
+        idle = 1 - layer.experts_per_token / layer.num_experts
+        active -= idle * sum(parameter.numel() for parameter in experts)
+    return 2e-9 * active * tokens
+
+
+def _gflop_per_second() -> float:
+    """Measure how fast this process multiplies matrices."""
+    a, b = torch.ones(256, 1024), torch.ones(1024, 1024)
+    best = min(_seconds(a, b) for _ in range(4))  # the first is slow
+    return 2e-9 * a.numel() * len(b) / best
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    a @ b
+    return time.perf_counter() - start
 
 
 def wants_offloading(skeleton: PreTrainedModel, mode: OffloadMode) -> bool:

@@ -23,6 +23,8 @@ import torch
 
 from alloc_moe.compiler.errors import ProfileError, UnsupportedModelError
 from alloc_moe.compiler.layer_states import LayerStates
+from alloc_moe.compiler.offload import expected_time, forward_gflop
+from alloc_moe.compiler.policies import SCORED
 from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import (
     CorrectionMode,
@@ -135,6 +137,15 @@ class _Job:
         if self.path is not None and self.processes.writes:
             _save(profile, self.path)
 
+    def tell_time(self, profile: SensitivityProfile, *, passes: float, gflop: float) -> None:
+        """Say what a profile will take, if layers are read each time that they run."""
+        if self.console is None or self.moe_model.offloading is None:
+            return
+        passes += (profile.redistribution in SCORED) + (profile.correction != "none")
+        share = gflop / self.processes.size
+        time_needed = expected_time(self.moe_model, passes=passes, gflop=share)
+        self.console.note(f"Profiling by {profile.metric} will take {time_needed}")
+
     def batches(self) -> list[Batch]:
         """Return the calibration windows, as many at a time as one pass takes."""
         ids = torch.from_numpy(self.calibration.ids).to(self.moe_model.model.device)
@@ -168,6 +179,9 @@ def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfil
         processes=job.processes,
     )
     total = sum(run.operations(layer) for layer in todo)
+    # The full model and the check of the first replay; then what comes after each layer.
+    after = [1 - moe_model.layers[layer].decoder_layer / run.decoder_layers for layer in todo]
+    job.tell_time(profile, passes=2 + sum(after), gflop=total)
     with _progress(job.console, total) as advance, torch.inference_mode():
         baseline = _finite(run.enter(todo[0]))
         for layer in todo:
@@ -230,6 +244,10 @@ def _measure_streamed(job: _Job, profile: SensitivityProfile) -> SensitivityProf
     batches = job.processes.share(job.batches())
     layers = len(DecoderStack(job.moe_model.model, job.moe_model.layers[0]))
     total = {"fisher": 2 * layers - job.moe_model.layers[0].decoder_layer, "output": layers}
+    # For fisher each layer runs forward, and again with gradients, its experts once more.
+    passes, factor = (2, 4) if profile.metric == "fisher" else (1, 1)
+    gflop = factor * forward_gflop(job.moe_model, job.calibration.tokens)
+    job.tell_time(profile, passes=passes, gflop=gflop)
     with torch.inference_mode(mode=False), torch.no_grad():
         reduced = job.reduced(profile)
         steps = total.get(profile.metric, len(job.moe_model.layers))

@@ -72,6 +72,11 @@ class ReplayRun:
         self._entering: list[torch.Tensor] = []  # hidden states at decoder layer `_at`, per batch
         self._full: list[torch.Tensor] = []  # hidden states at the end of the full model, per batch
 
+    @property
+    def decoder_layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self._stack)
+
     def enter(self, layer: int) -> float:
         """Run the full model once and keep what enters MoE layer `layer`; return the mean loss."""
         self._at = self._layers[layer].decoder_layer

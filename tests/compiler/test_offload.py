@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from alloc_moe.compiler.allocate import parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.checkpoint import CheckpointReader
 from alloc_moe.compiler.load import load_model
-from alloc_moe.compiler.offload import wants_offloading
+from alloc_moe.compiler.offload import forward_gflop, wants_offloading
 from alloc_moe.compiler.planning import PlanOptions, make_planned
 from alloc_moe.compiler.records import CorrectionMode, Metric, MoeModel, Redistribution
 from alloc_moe.compiler.replay import DecoderStack
@@ -274,6 +275,27 @@ def test_what_was_chosen_is_said_with_its_reason(
         "As asked, decoder layers are read from disk when they run (28.0 GiB of float32 weights), "
         "in about 31 s each time all of them run"
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "reads"), [("fisher", "2"), ("output", "1"), ("kl", "3"), ("data-free", "1")]
+)
+def test_what_a_profile_will_take_is_said(
+    offloaded: Models, capsys: pytest.CaptureFixture[str], metric: Metric, reads: str
+) -> None:
+    measure_sensitivity(offloaded("deepseek_v2"), CALIBRATION, metric=metric, console=Console())
+    assert re.search(
+        rf"Profiling by {metric} will take about [\d.]+ s \(reading all layers {reads} times: "
+        r"[\d.]+ s, computing: [\d.]+ s at best\)",
+        capsys.readouterr().err,
+    )
+
+
+def test_what_a_profile_computes_is_that_of_its_active_weights(offloaded: Models) -> None:
+    # Of 3 layers with 8 experts 4 run, each 3 matrices of 32 by 64; all have 4 of 64 by 64, a
+    # router of 8 by 64 and norms.
+    layer = 4 * 3 * 32 * 64 + 4 * 64 * 64 + 8 * 64 + 4 * 64
+    assert forward_gflop(offloaded("olmoe"), 1000) == pytest.approx(2e-9 * 3 * layer * 1000)
 
 
 # Prints by how much the resident memory of a process grows at most while it profiles.
