@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,11 @@ def compile_command(
     from alloc_moe.compiler.pipeline import compile_model
     from alloc_moe.compiler.records import CompileOptions
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError(
+            "alloc-compile works in one process. Measure the profile on many with alloc-profile, "
+            "then compile with --profile."
+        )
     sized = options["sensitivity"] in _SIZED or options["allocation"] == "uniform"
     if redistribution is None:
         redistribution = "price" if sized and options["cost"] == "activations" else "threshold"
