@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.pipeline import Compiled
-    from alloc_moe.compiler.records import CorrectionMode, Metric, Redistribution
+    from alloc_moe.compiler.records import CorrectionMode, Metric, OffloadMode, Redistribution
 
 _METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
 
@@ -78,6 +79,14 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Change the experts' weights to make up for those that don't run: by a factor per "
             "dimension and a shift per expert, or by one factor per layer. Sensitivities are "
             "measured with that.",
+        ),
+        click.option(
+            "--offload",
+            type=click.Choice(["auto", "never", "always"]),
+            default="auto",
+            show_default=True,
+            help="Read each decoder layer from disk when it runs, instead of holding the whole "
+            "model in memory; auto: if it may not fit.",
         ),
         click.option(
             "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."
@@ -212,6 +221,11 @@ def compile_command(
     from alloc_moe.compiler.pipeline import compile_model
     from alloc_moe.compiler.records import CompileOptions
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError(
+            "alloc-compile works in one process. Measure the profile on many with alloc-profile, "
+            "then compile with --profile."
+        )
     sized = options["sensitivity"] in _SIZED or options["allocation"] == "uniform"
     if redistribution is None:
         redistribution = "price" if sized and options["cost"] == "activations" else "threshold"
@@ -244,7 +258,10 @@ def compile_command(
 
 
 @click.command(
-    epilog=examples("alloc-profile examples/tiny-moe -o profile.json --sensitivity ppl-suffix")
+    epilog=examples(
+        "alloc-profile examples/tiny-moe -o profile.json --sensitivity ppl-suffix",
+        "torchrun --no-python --nproc-per-node 2 alloc-profile examples/tiny-moe -o profile.json",
+    )
 )
 @click.argument("model")
 @click.option(
@@ -268,28 +285,34 @@ def profile_command(
     redistribution: Redistribution | None,
     correction: CorrectionMode,
     trust_remote_code: bool,
+    offload: OffloadMode,
 ) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
     need_compile_extra()
     from alloc_moe.compiler.pipeline import calibrate, load
+    from alloc_moe.compiler.processes import joined_processes
     from alloc_moe.compiler.sensitivity import measure_sensitivity
 
-    moe = load(model, console, trust_remote_code=trust_remote_code)
-    text = calibrate(moe, calibration, console, tokens=tokens, seed=seed)
-    profile = measure_sensitivity(
-        moe,
-        text,
-        metric=sensitivity,
-        redistribution=redistribution or ("price" if sensitivity in _SIZED else "threshold"),
-        correction=correction,
-        path=output,
-        console=console,
-    )
-    console.result(
-        f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on {profile.tokens} "
-        f"tokens, {profile.seconds:.1f} s",
-        {"profile": str(output), "metric": profile.metric, "seconds": profile.seconds},
-    )
+    with joined_processes() as processes:
+        if not processes.writes:
+            console = Console(quiet=True)
+        moe = load(model, console, trust_remote_code=trust_remote_code, offload=offload)
+        profile = measure_sensitivity(
+            moe,
+            calibrate(moe, calibration, console, tokens=tokens, seed=seed),
+            metric=sensitivity,
+            redistribution=redistribution or ("price" if sensitivity in _SIZED else "threshold"),
+            correction=correction,
+            path=output,
+            console=console,
+            processes=processes,
+        )
+        if processes.writes:
+            console.result(
+                f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on "
+                f"{profile.tokens} tokens, {profile.seconds:.1f} s",
+                {"profile": str(output), "metric": profile.metric, "seconds": profile.seconds},
+            )
 
 
 def need_compile_extra() -> None:

@@ -26,11 +26,13 @@ from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.offload import weights_bytes
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
 from alloc_moe.compiler.quantization import BITS, choose_formats, quantized
-from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel
+from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel, OffloadMode
 from alloc_moe.compiler.refinement import Refinement
+from alloc_moe.compiler.saved_passes import SavedPasses
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
 from alloc_moe.passes.correct_experts import ExpertCorrection
@@ -53,6 +55,9 @@ if TYPE_CHECKING:
     from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.runtime.command import Console
 
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.25, "int4": 0.75}
+_OVERHEAD = 1.02  # what is in the graph besides weights
+_SMALL_FILES = 64 << 20  # graph, tokenizer, profile
 _RECORDED = ("alloc-moe", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -74,7 +79,13 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     """
     output = package.parse_output(options.output, force=options.force)
     check_verifiable(options.dtype)
-    moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
+    moe = load(
+        options.model,
+        console,
+        trust_remote_code=options.trust_remote_code,
+        offload=options.offload,
+    )
+    package.check_space(output, _space(moe, options))
     if options.dtype in BITS:
         with _step(console, f"Rounding weights to {options.dtype}"):
             chosen = choose_formats(
@@ -106,6 +117,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             path=profile_path,
             console=console,
         )
+    if moe.offloading is not None:
+        moe = dataclasses.replace(moe, passes=SavedPasses(output.passes_path))
     planned = make_planned(
         moe,
         calibration,
@@ -123,7 +136,19 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     with package.staging(output) as staged:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
+    moe.passes.delete()
     return Compiled(output.path, plan, profile_path, verification)
+
+
+def _space(moe: MoeModel, options: CompileOptions) -> int:
+    """Return the bytes of disk that a compile takes: weights, a little more, states it saves."""
+    weights = weights_bytes(moe.skeleton) // 4 * _BYTES[options.dtype]
+    states = 0
+    if moe.offloading is not None and options.allocation == "sensitivity":
+        config = moe.config.get_text_config()
+        layers = config.num_hidden_layers + 2  # what enters each, and gradients on the way back
+        states = layers * options.tokens * config.hidden_size * 4
+    return int(weights * _OVERHEAD) + max(states, _SMALL_FILES)
 
 
 def _needs_profile(options: CompileOptions, budget: Budget) -> bool:
@@ -162,16 +187,20 @@ def _costs(
     )
 
 
-def load(source: str, console: Console, *, trust_remote_code: bool) -> MoeModel:
+def load(
+    source: str, console: Console, *, trust_remote_code: bool, offload: OffloadMode = "auto"
+) -> MoeModel:
     """Load a model and say what was found."""
     console.note(f"Loading {source}")
-    moe = load_model(source, trust_remote_code=trust_remote_code)
+    moe = load_model(source, trust_remote_code=trust_remote_code, offload=offload)
     ks = sorted({layer.experts_per_token for layer in moe.layers})
     experts = sorted({layer.num_experts for layer in moe.layers})
     console.note(
         f"{moe.config.model_type}: {len(moe.layers)} MoE layers, "
         f"{'/'.join(map(str, experts))} experts, top-{'/'.join(map(str, ks))}"
     )
+    if moe.offloading is not None:
+        console.note(moe.offloading.describe())
     return moe
 
 

@@ -134,37 +134,62 @@ def _shared_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 def quantized(moe: MoeModel, quantization: Quantization) -> MoeModel:
     """Return the model with every quantised weight replaced by what the artifact computes with.
 
-    Its weights are changed in place.
+    Its weights are changed in place; those of offloaded layers whenever they are read.
     """
-    round_weights(moe, quantization)
+    moe = dataclasses.replace(moe, quantization=quantization)
+    _round_weights(moe)
     blocks = {form.block for form in quantization.experts}
     mark = f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
-    return dataclasses.replace(
-        moe, fingerprint=f"{moe.fingerprint}:{mark}", quantization=quantization
-    )
+    return dataclasses.replace(moe, fingerprint=f"{moe.fingerprint}:{mark}")
 
 
-def round_weights(moe: MoeModel, quantization: Quantization) -> None:
-    """Round the weights of `moe.model` in place to what `quantization` can store."""
-    with torch.no_grad():
-        for _, parameter, form, transposed in _stored(moe, quantization):
-            stored = parameter.mT if transposed else parameter
-            values = stored.detach().numpy()
-            rounded = torch.from_numpy(dequantize(*quantize(values, form), form))
-            parameter.copy_(rounded.mT if transposed else rounded)
+def _round_weights(moe: MoeModel) -> None:
+    stored = _stored(moe)
+    if moe.offloading is not None:
+        moe.offloading.source.transform = lambda name, weight: (
+            _rounded(weight, *stored[name]) if name in stored else weight
+        )
+    for name, parameter in _resident(moe, stored):
+        parameter.copy_(_rounded(parameter, *stored[name]))
+
+
+def _rounded(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> torch.Tensor:
+    rows = weight.mT if transposed else weight
+    rounded = torch.from_numpy(dequantize(*quantize(rows.numpy(), form), form))
+    return rounded.mT.contiguous() if transposed else rounded
 
 
 @contextlib.contextmanager
 def float_weights(moe: MoeModel) -> Iterator[None]:
     """Give the model the weights of its checkpoint while the block lasts."""
-    assert moe.quantization is not None
-    with torch.no_grad():
-        for name, parameter, *_ in _stored(moe, moe.quantization):
-            parameter.copy_(moe.reader.read(name, parameter.dtype))
+    if moe.offloading is not None:
+        moe.offloading.source.transform = None
+    for name, parameter in _resident(moe, _stored(moe)):
+        parameter.copy_(moe.reader.read(name, parameter.dtype))
     try:
         yield
     finally:
-        round_weights(moe, moe.quantization)
+        _round_weights(moe)
+
+
+def _resident(
+    moe: MoeModel, stored: Mapping[str, tuple[BlockFormat, bool]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the quantised parameters that are in memory, to be written to."""
+    for name, parameter in moe.model.named_parameters():
+        if name in stored and not parameter.is_meta:
+            yield name, parameter.detach()
+
+
+def _stored(moe: MoeModel) -> dict[str, tuple[BlockFormat, bool]]:
+    """Return by name how parameters are stored, and whether rows and columns are swapped."""
+    assert moe.quantization is not None
+    stored = {name: (form, False) for name, form in moe.quantization.weights.items()}
+    for layer, form in zip(moe.layers, moe.quantization.experts, strict=True):
+        module: Any = moe.skeleton.get_submodule(layer.experts_name)
+        for leaf in ("gate_up_proj", "down_proj"):
+            stored[f"{layer.experts_name}.{leaf}"] = form, bool(module.is_transposed)
+    return stored
 
 
 @contextlib.contextmanager
@@ -185,16 +210,3 @@ def exact_copy(path: Path) -> Iterator[Path]:
             yield copy
     finally:
         copy.unlink()
-
-
-def _stored(
-    moe: MoeModel, quantization: Quantization
-) -> Iterator[tuple[str, torch.nn.Parameter, BlockFormat, bool]]:
-    """Yield name, parameter and format of what is quantised, and whether it is transposed."""
-    for name, parameter in moe.model.named_parameters():
-        if name in quantization.weights:
-            yield name, parameter, quantization.weights[name], False
-    for layer, form in zip(moe.layers, quantization.experts, strict=True):
-        module: Any = moe.model.get_submodule(layer.experts_name)
-        for leaf in ("gate_up_proj", "down_proj"):
-            yield f"{layer.experts_name}.{leaf}", getattr(module, leaf), form, module.is_transposed

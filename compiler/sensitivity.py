@@ -15,12 +15,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from alloc_moe.compiler.errors import ProfileError, UnsupportedModelError
+from alloc_moe.compiler.layer_states import LayerStates
+from alloc_moe.compiler.offload import expected_time, forward_gflop
+from alloc_moe.compiler.policies import SCORED
+from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import (
     CorrectionMode,
     Metric,
@@ -30,13 +35,15 @@ from alloc_moe.compiler.records import (
     Redistribution,
     SensitivityProfile,
 )
+from alloc_moe.compiler.replay import DecoderStack
 from alloc_moe.compiler.saved import save_text
 from alloc_moe.compiler.sensitivity_correct import Reduced, make_reduced, measured_correction
 from alloc_moe.compiler.sensitivity_fisher import FisherRun
 from alloc_moe.compiler.sensitivity_keep import measured_redistribution
 from alloc_moe.compiler.sensitivity_output import OutputRun
 from alloc_moe.compiler.sensitivity_replay import ReplayRun
-from alloc_moe.compiler.sensitivity_sums import LayerSums
+from alloc_moe.compiler.sensitivity_stream import Batch, StreamedRun
+from alloc_moe.compiler.sensitivity_sums import LayerSums, reduced_rows
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration import CalibrationSet
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ALONE = Processes()
 _TOKENS_PER_BATCH = 1024  # of the metrics that take one pass: bounds the memory of activations
 _SECONDS_PER_SAVE = 30.0  # of those metrics: at most this much is measured again after a kill
 
@@ -70,6 +78,7 @@ def measure_sensitivity(
     correction: CorrectionMode = "none",
     path: Path | None = None,
     console: Console | None = None,
+    processes: Processes = _ALONE,
 ) -> SensitivityProfile:
     """Return the cost of each number of experts in each MoE layer.
 
@@ -89,42 +98,91 @@ def measure_sensitivity(
             minute. If there is one already, only what it lacks is measured, with the same result as
             without the interruption.
         console: Where progress is reported.
+        processes: Those that share the work; all of them call this, and get the same profile.
 
     Raises:
         ProfileError: The file at `path` is of another model, text or setting, or no profile.
         UnsupportedModelError: The model can't be run in parts, or gives no finite output.
         OutputError: The file can't be written.
+        ProcessError: Another process ended early.
     """
     policy = measured_redistribution(redistribution)
     correction = measured_correction(metric, redistribution, correction)
     profile = _empty_profile(moe_model, calibration, metric, policy, correction)
-    if path is not None and path.exists():
+    if processes.writes and path is not None and path.exists():
         profile = _resume(profile, path, moe_model.layers)
+    profile = processes.broadcast(profile)
     if profile.complete:
         return profile
-    if path is not None:
-        _save(profile, path)  # finds out now, not after the first layer, whether that is possible
-    if metric in ("output", "fisher", "data-free"):
-        return _measure_windows(moe_model, calibration, profile, path, console)
-    return _measure_layers(moe_model, calibration, profile, path, console)
+    job = _Job(moe_model, calibration, path, console, processes)
+    job.save(profile)  # finds out now, not after the first layer, whether that is possible
+    if metric not in ("output", "fisher", "data-free"):
+        return _measure_layers(job, profile)
+    if moe_model.offloading is not None:
+        return _measure_streamed(job, profile)
+    return _measure_windows(job, profile)
 
 
-def _measure_layers(
-    moe_model: MoeModel,
-    calibration: CalibrationSet,
-    profile: SensitivityProfile,
-    path: Path | None,
-    console: Console | None,
-) -> SensitivityProfile:
-    """Complete a profile layer by layer."""
+@dataclass(frozen=True)
+class _Job:
+    """What is measured on what, and by whom."""
+
+    moe_model: MoeModel
+    calibration: CalibrationSet
+    path: Path | None
+    console: Console | None
+    processes: Processes
+
+    def save(self, profile: SensitivityProfile) -> None:
+        if self.path is not None and self.processes.writes:
+            _save(profile, self.path)
+
+    def tell_time(self, profile: SensitivityProfile, *, passes: float, gflop: float) -> None:
+        """Say what a profile will take, if layers are read each time that they run."""
+        if self.console is None or self.moe_model.offloading is None:
+            return
+        passes += (profile.redistribution in SCORED) + (profile.correction != "none")
+        share = gflop / self.processes.size
+        time_needed = expected_time(self.moe_model, passes=passes, gflop=share)
+        self.console.note(f"Profiling by {profile.metric} will take {time_needed}")
+
+    def batches(self) -> list[Batch]:
+        """Return the calibration windows, as many at a time as one pass takes."""
+        ids = torch.from_numpy(self.calibration.ids).to(self.moe_model.model.device)
+        windows = max(1, _TOKENS_PER_BATCH // self.calibration.sequence_length)
+        windows = min(windows, max(1, len(ids) // self.processes.size))
+        return [(first, ids[first : first + windows]) for first in range(0, len(ids), windows)]
+
+    def reduced(self, profile: SensitivityProfile) -> Reduced:
+        return make_reduced(
+            self.moe_model,
+            [ids for _, ids in self.processes.share(self.batches())],
+            profile.redistribution,
+            profile.correction,
+            self.processes,
+        )
+
+
+def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
+    """Complete a profile one layer's costs after another's."""
+    moe_model = job.moe_model
     start = time.monotonic()
     todo = [layer for layer, row in enumerate(profile.costs) if row is None]
     reduced = None
     if (profile.redistribution, profile.correction) != ("none", "none"):
-        reduced = _reduced(moe_model, calibration, profile)
-    run = ReplayRun(moe_model, calibration, metric=profile.metric, reduced=reduced)
+        reduced = job.reduced(profile)
+    run = ReplayRun(
+        moe_model,
+        job.calibration,
+        metric=profile.metric,
+        reduced=reduced,
+        processes=job.processes,
+    )
     total = sum(run.operations(layer) for layer in todo)
-    with _progress(console, total) as advance, torch.inference_mode():
+    # The full model and the check of the first replay; then what comes after each layer.
+    after = [1 - moe_model.layers[layer].decoder_layer / run.decoder_layers for layer in todo]
+    job.tell_time(profile, passes=2 + sum(after), gflop=total)
+    with _progress(job.console, total) as advance, torch.inference_mode():
         baseline = _finite(run.enter(todo[0]))
         for layer in todo:
             row = run.measure(layer, advance)
@@ -138,53 +196,91 @@ def _measure_layers(
                 seconds=profile.seconds + now - start,
             )
             start = now
-            if path is not None:
-                _save(profile, path)
+            job.save(profile)
     return profile
 
 
-def _measure_windows(
-    moe_model: MoeModel,
-    calibration: CalibrationSet,
-    profile: SensitivityProfile,
-    path: Path | None,
-    console: Console | None,
-) -> SensitivityProfile:
+def _measure_windows(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
     """Complete a profile of all layers at once, some calibration windows after others."""
+    moe_model, processes = job.moe_model, job.processes
     # PyTorch's inference mode, should the caller be in it, makes tensors that gradients can't use.
     with torch.inference_mode(mode=False), torch.no_grad():
         start = saved = time.monotonic()
         partial = profile.partial or _no_sums(moe_model.layers)
-        sums = [
-            LayerSums.of(layer, row)
-            for layer, row in zip(moe_model.layers, partial.layers, strict=True)
-        ]
-        batches = _batches(moe_model, calibration)
-        add = _one_pass(moe_model, profile, _reduced(moe_model, calibration, profile))
-        windows = 0
-        with _progress(console, len(calibration.ids), unit="windows") as advance:
-            for ids in batches:
-                windows += len(ids)
-                if windows > partial.windows:
-                    loss = partial.loss + _finite(add(ids, windows - len(ids), sums))
-                    partial = PartialSums(windows, loss, tuple(each.row() for each in sums))
-                    now = time.monotonic()
-                    seconds = profile.seconds + now - start
-                    profile = dataclasses.replace(profile, partial=partial, seconds=seconds)
-                    start = now
-                    if path is not None and now - saved >= _SECONDS_PER_SAVE:
-                        _save(profile, path)
-                        saved = now
-                advance(len(ids))
+        # Those done before a kill are left out, whatever the number of processes was then.
+        batches = [(first, ids) for first, ids in job.batches() if first >= partial.windows]
+        add = _one_pass(moe_model, profile, job.reduced(profile))
+        windows = partial.windows
+        with _progress(job.console, len(job.calibration.ids), unit="windows") as advance:
+            advance(windows)
+            for turn in range(0, len(batches), processes.size):
+                together = batches[turn : turn + processes.size]
+                sums, loss = [LayerSums.of(layer) for layer in moe_model.layers], 0.0
+                if processes.rank < len(together):
+                    first, ids = together[processes.rank]
+                    loss = add(ids, first, sums)
+                rows = reduced_rows(partial.layers, sums, processes)
+                loss = processes.add(torch.tensor([loss], dtype=torch.float64)).item()
+                done = sum(len(ids) for _, ids in together)
+                windows += done
+                partial = PartialSums(windows, partial.loss + _finite(loss), rows)
+                now = time.monotonic()
+                seconds = profile.seconds + now - start
+                profile = dataclasses.replace(profile, partial=partial, seconds=seconds)
+                start = now
+                if now - saved >= _SECONDS_PER_SAVE:
+                    job.save(profile)
+                    saved = now
+                advance(done)
+    return _completed(job, profile, partial.layers, partial.loss)
+
+
+def _measure_streamed(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
+    """Complete a profile of all layers, all calibration windows passing layer by layer."""
+    start = time.monotonic()
+    folder = job.path and job.path.with_name(f".{job.path.name}.states")
+    identity = {name: getattr(profile, name) for name in _COMPARED}
+    states = LayerStates(folder, identity, job.processes)
+    batches = job.processes.share(job.batches())
+    layers = len(DecoderStack(job.moe_model.model, job.moe_model.layers[0]))
+    total = {"fisher": 2 * layers - job.moe_model.layers[0].decoder_layer, "output": layers}
+    # For fisher each layer runs forward, and again with gradients, its experts once more.
+    passes, factor = (2, 4) if profile.metric == "fisher" else (1, 1)
+    gflop = factor * forward_gflop(job.moe_model, job.calibration.tokens)
+    job.tell_time(profile, passes=passes, gflop=gflop)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        reduced = job.reduced(profile)
+        steps = total.get(profile.metric, len(job.moe_model.layers))
+        with _progress(job.console, steps, unit="layers") as advance:
+            run = StreamedRun(job.moe_model, batches, states, job.processes, advance)
+            if profile.metric == "fisher":
+                fisher = FisherRun(job.moe_model, reduced, seed=profile.seed)
+                rows, loss = run.fisher(fisher)
+            elif profile.metric == "output":
+                rows, loss = run.output(OutputRun(job.moe_model, reduced))
+            else:
+                rows, loss = run.data_free(OutputRun(job.moe_model, reduced), profile.seed)
+    seconds = profile.seconds + time.monotonic() - start
+    profile = dataclasses.replace(profile, seconds=seconds)
+    profile = _completed(job, profile, rows, _finite(loss))
+    states.delete()
+    return profile
+
+
+def _completed(
+    job: _Job, profile: SensitivityProfile, rows: Sequence[Sequence[float]], loss: float
+) -> SensitivityProfile:
+    """Return the profile that sums over all windows give, and save it."""
+    pairs = zip(job.moe_model.layers, rows, strict=True)
+    sums = [LayerSums.of(layer, row) for layer, row in pairs]
     profile = dataclasses.replace(
         profile,
         costs=tuple(_costs(profile, each) for each in sums),
         expert_sizes=tuple(each.sizes() for each in sums),
-        baseline_loss=partial.loss / calibration.ids[:, 1:].size,
+        baseline_loss=loss / job.calibration.ids[:, 1:].size,
         partial=None,
     )
-    if path is not None:
-        _save(profile, path)
+    job.save(profile)
     return profile
 
 
@@ -207,19 +303,6 @@ def _one_pass(
     if profile.metric == "data-free":
         return functools.partial(output.add_random, seed=profile.seed)
     return lambda ids, _, sums: output.add(ids, sums)
-
-
-def _reduced(
-    moe_model: MoeModel, calibration: CalibrationSet, profile: SensitivityProfile
-) -> Reduced:
-    batches = _batches(moe_model, calibration)
-    return make_reduced(moe_model, batches, profile.redistribution, profile.correction)
-
-
-def _batches(moe_model: MoeModel, calibration: CalibrationSet) -> Sequence[torch.Tensor]:
-    """Return the calibration windows, as many at a time as one pass takes."""
-    ids = torch.from_numpy(calibration.ids).to(moe_model.model.device)
-    return torch.split(ids, max(1, _TOKENS_PER_BATCH // calibration.sequence_length))
 
 
 def _finite(loss: float) -> float:

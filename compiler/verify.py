@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.cache_scales import RoundedCache
+from alloc_moe.compiler.cached_replay import CachedRun, run_by_layers
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.policies import SCORED, layer_parameters
 from alloc_moe.compiler.quantization import exact_copy, float_weights
@@ -25,6 +28,7 @@ from alloc_moe.runtime.session import ArtifactSession, open_session
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.records import Correction, MoeModel, Redistribution, Weights
+    from alloc_moe.compiler.reference import Activations
     from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.runtime.artifact import AllocationPlan
 
@@ -136,11 +140,12 @@ def _run_both(
     cache_scales: CacheScales,
 ) -> _Runs:
     """Run the reference and the artifact at every price to check."""
-    runs = []
-    for price in _prices(plan):
-        reference = _clear_reference(moe, plan, token_ids, price, corrections, cache_scales)
-        runs.append((reference, *_artifact(session, reference.batch, price)))
-    return runs
+    prices = _prices(plan)
+    references = _clear_references(moe, plan, token_ids, prices, corrections, cache_scales)
+    return [
+        (reference, *_artifact(session, reference.batch, price))
+        for price, reference in zip(prices, references, strict=True)
+    ]
 
 
 def _compare_runs(runs: _Runs) -> Verification:
@@ -247,6 +252,15 @@ class _Batch:
             calls.append((self.decoded[:, step : step + 1], mask))
         return calls
 
+    def inputs(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return (input_ids, attention_mask, position_ids) of each call."""
+        calls = []
+        for ids, mask in self.steps():
+            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+            arrays = (ids.copy(), mask, positions.copy())
+            calls.append(tuple(map(torch.from_numpy, arrays)))
+        return calls  # type: ignore[return-value]
+
     def real(self, logits: Sequence[NDArray[np.floating]]) -> NDArray[np.float32]:
         """Return the logits of real tokens of all calls [tokens, vocabulary]."""
         first, *rest = logits
@@ -265,23 +279,58 @@ class _Reference:
     margin: float
 
 
-def _clear_reference(
+def _clear_references(
     moe: MoeModel,
     plan: AllocationPlan,
     token_ids: NDArray[np.int64],
-    price: float | None,
+    prices: Sequence[float | None],
     corrections: Sequence[Correction | None] | None,
     cache_scales: CacheScales,
-) -> _Reference:
-    """Run PyTorch on a part of the text without near-ties, else on the clearest of some."""
+) -> list[_Reference]:
+    """Run PyTorch, at each price, on a part of the text without near-ties or the clearest part."""
     text = token_ids.reshape(-1)
     needed = sum(_PROMPT_LENGTHS) + 3 * _DECODE_STEPS
     text = np.resize(text, max(needed, text.size))
+    starts = [attempt * needed % (text.size - needed + 1) for attempt in range(_ATTEMPTS)]
+    batches = [_Batch.of(text[start : start + needed]) for start in starts]
+    plans = [
+        functools.partial(
+            allocated,
+            moe.model,
+            moe.layers,
+            layer_parameters(plan, price),
+            redistribution=cast("Redistribution", plan.redistribution),
+            weights=cast("Weights", plan.weights),
+            corrections=corrections,
+        )
+        for price in prices
+    ]
+    if moe.offloading is None:
+        return [
+            _clearest(_reference(moe, batch, run, cache_scales) for batch in batches)
+            for run in plans
+        ]
+    # All at once: reading the layers takes longer than running them.
+    runs = [[CachedRun(batch.inputs(), run, cache_scales) for batch in batches] for run in plans]
+    run_by_layers(moe, [run for row in runs for run in row])
+    return [
+        _clearest(
+            _Reference(
+                batch,
+                batch.real([logits.numpy() for logits in run.logits]),
+                run.executed,
+                run.margin,
+            )
+            for batch, run in zip(batches, row, strict=True)
+        )
+        for row in runs
+    ]
+
+
+def _clearest(references: Iterable[_Reference]) -> _Reference:
+    """Return the first without near-ties, else the clearest; those after it aren't asked for."""
     best: _Reference | None = None
-    for attempt in range(_ATTEMPTS):
-        start = attempt * needed % (text.size - needed + 1)
-        batch = _Batch.of(text[start : start + needed])
-        reference = _reference(moe, plan, batch, price, corrections, cache_scales)
+    for attempt, reference in enumerate(references):
         if best is None or reference.margin > best.margin:
             best = reference
         if best.margin >= _NEAR_TIE:
@@ -293,31 +342,18 @@ def _clear_reference(
 
 def _reference(
     moe: MoeModel,
-    plan: AllocationPlan,
     batch: _Batch,
-    price: float | None,
-    corrections: Sequence[Correction | None] | None,
+    plan: Callable[[], AbstractContextManager[Activations]],
     cache_scales: CacheScales,
 ) -> _Reference:
     logits = []
     cache = RoundedCache(cache_scales) if cache_scales else None
-    with (
-        torch.inference_mode(),
-        allocated(
-            moe.model,
-            moe.layers,
-            layer_parameters(plan, price),
-            redistribution=cast("Redistribution", plan.redistribution),
-            weights=cast("Weights", plan.weights),
-            corrections=corrections,
-        ) as activations,
-    ):
-        for ids, mask in batch.steps():
-            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+    with torch.inference_mode(), plan() as activations:
+        for ids, mask, positions in batch.inputs():
             output = moe.model(
-                input_ids=torch.from_numpy(ids.copy()),
-                attention_mask=torch.from_numpy(mask),
-                position_ids=torch.from_numpy(positions.copy()),
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -387,3 +388,12 @@ def test_a_compile_killed_while_writing_leaves_the_old_artifact(
     assert measured == []  # the profile was complete
     assert {path.name for path in folder.iterdir()} == set(FILES)
     assert open_session(folder / "out.onnx", ep="cpu").plan.budget.activations == 6
+
+
+def test_a_full_disk_is_reported_before_anything_is_measured(
+    compile_to: Compile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 << 20))
+    with pytest.raises(OutputError, match=r"needs 0\.06 GiB, but .* has 0\.01 GiB free"):
+        compile_to(tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []
