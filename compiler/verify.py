@@ -285,7 +285,7 @@ def _clear_references(
     token_ids: NDArray[np.int64],
     prices: Sequence[float | None],
     corrections: Sequence[Correction | None] | None,
-    cache_scales: CacheScales,
+    cache_scales: CacheScales = MappingProxyType({}),
 ) -> list[_Reference]:
     """Run PyTorch, at each price, on a part of the text without near-ties or the clearest part."""
     text = token_ids.reshape(-1)
