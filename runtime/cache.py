@@ -100,6 +100,26 @@ class Cache:
             copy.values = list(self.values)  # the graph makes new ones and never writes to these
         return copy
 
+    def truncate(self, length: int) -> None:
+        """Forget the columns from `length` on; a shared cache keeps its memory for others.
+
+        Raises:
+            ValueError: The cache has fewer columns.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"A cache of {self.length} columns can't be cut to {length}.")
+        self.length = length
+        self._real = self._mask[:, :length].sum(axis=1)
+        if not self.shared:
+            self.values = [
+                onnxruntime.OrtValue.ortvalue_from_numpy(
+                    value.numpy()[(*[slice(None)] * slot.past_axis, slice(length))].copy(),
+                    self._device,
+                    0,
+                )
+                for value, slot in zip(self.values, self._slots, strict=True)
+            ]
+
     def reserve(self, length: int) -> None:
         """Have room for `length` columns, and if that moves the cache, for as many again."""
         if length <= self.capacity:

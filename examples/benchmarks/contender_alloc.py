@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from alloc_moe.runtime.dial import price_of
 from alloc_moe.runtime.session import Cache, open_session
 
+_CAPACITY = 1024  # columns at first; it grows
 _EXPERTS, _EMBEDDINGS = {"MoE", "QMoE"}, {"Gather", "GatherBlockQuantized"}
 
 
@@ -28,7 +29,7 @@ class Artifact:
         self._session = open_session(path, ep="cpu", threads=threads, count_activations=count)
         self._price: float | None = None
         self._budget = float(self._session.plan.budget.activations / self.trained)
-        self._cache: Cache | None = None
+        self._cache: Cache = self._session.empty_cache(1, capacity=_CAPACITY)
         self._ran, self._tokens, self._length = 0, 0, 0
         self.vocabulary = self._session.vocabulary or 256
 
@@ -45,13 +46,14 @@ class Artifact:
             self._length = 0  # count anew
 
     def reset(self) -> None:
-        """Empty the cache."""
-        self._cache = None
+        """Empty the cache, which keeps its memory, as llama.cpp's does."""
+        self._cache.truncate(0)
 
     def forward(self, ids: NDArray[np.int64]) -> None:
         """Run one call."""
-        output = self._session.run(ids[np.newaxis], cache=self._cache, price=self._price)
-        self._cache = output.cache
+        # Of the last token alone, as generation asks and as the other contenders do.
+        last = {"price": self._price, "logits_to_keep": 1}
+        output = self._session.run(ids[np.newaxis], cache=self._cache, **last)
         if len(ids) != self._length:  # count calls of one kind, not what went before them
             self._ran, self._tokens, self._length = 0, 0, len(ids)
         self._ran += sum(output.activations or ())

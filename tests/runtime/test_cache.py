@@ -170,3 +170,17 @@ def test_what_a_call_asks_for_does_not_stay_with_the_cache(
     assert usual is not None
     assert all_ is not None
     assert sum(none) < sum(usual) < sum(all_)
+
+
+def test_a_truncated_cache_goes_on_from_there(session: ArtifactSession) -> None:
+    cache = session.empty_cache(2)
+    first = in_pieces(session, [5, 7], cache)
+    cache.truncate(5)
+    again = session.run(IDS[:, 5:], attention_mask=MASK, cache=cache).logits
+    real = MASK[:, 5:] > 0
+    np.testing.assert_allclose(again[real], first[:, 5:][real], atol=2e-4)
+    cache.truncate(0)
+    whole = session.run(IDS, attention_mask=MASK, cache=cache).logits
+    np.testing.assert_allclose(whole[MASK > 0], first[MASK > 0], atol=2e-4)
+    with pytest.raises(ValueError, match="A cache of 12 columns can't be cut to 13"):
+        cache.truncate(13)
