@@ -12,7 +12,7 @@ from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.pipeline import Compiled
-    from alloc_moe.compiler.records import CorrectionMode, Metric, Redistribution
+    from alloc_moe.compiler.records import CorrectionMode, CostKind, Metric, Redistribution
 
 _METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
 
@@ -27,6 +27,29 @@ def _price_needs_sizes(sensitivity: str) -> str:
         f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
         f"doesn't measure. Use {' or '.join(_SIZED)}, or another --redistribute."
     )
+
+
+def _check_mixed_bits(
+    *, dtype: str, cost: str | None, allocation: str, sensitivity: str, redistribution: str | None
+) -> None:
+    """Refuse what --mixed-bits can't be combined with."""
+    for fault, advice in (
+        (dtype not in ("int8", "int4"), "needs --dtype int4 or int8"),
+        (cost not in (None, "bytes"), f"budgets bytes, so --cost {cost} can't be met"),
+        (allocation == "uniform", "goes by sensitivities, which --allocation uniform ignores"),
+        (
+            sensitivity not in _SIZED,
+            f"needs --sensitivity {' or '.join(_SIZED)}; {sensitivity} doesn't measure the "
+            "rounding of weights",
+        ),
+        (
+            redistribution in _WITHOUT_ALLOCATION,
+            f"divides a budget among layers, which {redistribution} does by itself. Use "
+            "--redistribute threshold, batch, sequence or none",
+        ),
+    ):
+        if fault:
+            raise click.UsageError(f"--mixed-bits {advice}.")
 
 
 def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +90,7 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "per layer; tokens compete within the call (batch) or the sequence; plain top-k "
             "(none); cumulative weight (top-p), or weight relative to the best expert's (ratio). "
             "Default: price; threshold where experts' sizes aren't measured (--sensitivity kl, "
-            "ppl-suffix, data-free) or the --cost isn't activations.",
+            "ppl-suffix, data-free), the --cost isn't activations, or with --mixed-bits.",
         ),
         click.option(
             "--correct",
@@ -121,10 +144,9 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--cost",
     type=click.Choice(["activations", "bytes", "latency"]),
-    default="activations",
-    show_default=True,
     help="What the budget is of: expert activations, the bytes of expert weights that a decode "
-    "step reads, or its milliseconds in experts, measured on this machine.",
+    "step reads, or its milliseconds in experts, measured on this machine. Default: activations; "
+    "bytes with --mixed-bits.",
 )
 @click.option(
     "--cost-batch",
@@ -185,12 +207,21 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Where the artifact will run: decides how dropped experts are skipped.",
 )
+@click.option(
+    "--mixed-bits",
+    is_flag=True,
+    help="Choose 4 or 8 bits for each layer's experts together with their number. The budget is "
+    "then of bytes (--cost bytes): a fraction of what the model's experts take in --dtype int4 or "
+    "int8, one of which it needs and the other weights get.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @common_options
 def compile_command(
     console: Console,
     /,
     redistribution: Redistribution | None,
+    cost: CostKind | None,
+    mixed_bits: bool,
     cap: float | None,
     refine_minutes: float,
     block: str,
@@ -204,16 +235,20 @@ def compile_command(
     from alloc_moe.compiler.pipeline import compile_model
     from alloc_moe.compiler.records import CompileOptions
 
+    if mixed_bits:
+        checked = {name: options[name] for name in ("dtype", "allocation", "sensitivity")}
+        _check_mixed_bits(**checked, cost=cost, redistribution=redistribution)
+    cost = cost or ("bytes" if mixed_bits else "activations")
     sized = options["sensitivity"] in _SIZED or options["allocation"] == "uniform"
     if redistribution is None:
-        redistribution = "price" if sized and options["cost"] == "activations" else "threshold"
+        redistribution = "price" if sized and cost == "activations" else "threshold"
     if redistribution == "price" and not sized:
         raise click.UsageError(_price_needs_sizes(options["sensitivity"]))
     if cap is not None and redistribution not in _SCORED:
         raise click.UsageError(f"--cap is for {', '.join(_SCORED)}; {redistribution} is exact.")
-    if options["cost"] != "activations" and redistribution in _WITHOUT_ALLOCATION:
+    if cost != "activations" and redistribution in _WITHOUT_ALLOCATION:
         raise click.UsageError(
-            f"--cost {options['cost']} divides a budget among layers, which {redistribution} does "
+            f"--cost {cost} divides a budget among layers, which {redistribution} does "
             "by itself. Use --redistribute threshold, batch, sequence or none."
         )
     if options["refine"] and redistribution in ("top-p", "ratio"):
@@ -222,6 +257,8 @@ def compile_command(
         CompileOptions(
             **options,
             redistribution=redistribution,
+            cost=cost,
+            mixed_bits=mixed_bits,
             cap=cap,
             refine_seconds=60 * refine_minutes,
             block=int(block),
@@ -309,6 +346,8 @@ def need_compile_extra() -> None:
 def _summary(compiled: Compiled) -> str:
     budget = compiled.plan.budget
     ks = " ".join(f"{layer.k:.4g}" for layer in compiled.plan.layers)
+    bits = [layer.bits for layer in compiled.plan.layers if layer.bits]
+    of_bits = f"Bits per layer: {' '.join(map(str, bits))}\n" if bits else ""
     cost = compiled.plan.cost
     of_cost = (
         f"Cost of experts: {cost['planned']:.4g} of {cost['original']:.4g} {cost['unit']} in a "
@@ -320,7 +359,7 @@ def _summary(compiled: Compiled) -> str:
         f"Wrote {compiled.path}: {budget.activations:.6g} of {budget.original} expert activations "
         f"per token, redistribution {compiled.plan.redistribution}\n"
         f"Experts per layer: {ks}\n"
-        f"{of_cost}"
+        f"{of_bits}{of_cost}"
         f"Largest logit error against PyTorch: {compiled.verification.max_abs_logit_error:.1e} "
         f"over {compiled.verification.tokens} tokens"
     )

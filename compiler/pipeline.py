@@ -19,14 +19,22 @@ from numpy.typing import NDArray
 from alloc_moe.compiler import package
 from alloc_moe.compiler.allocate import cost_limit, parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
-from alloc_moe.compiler.costs import CostTable, expert_shapes, measure_costs
+from alloc_moe.compiler.costs import CostTable, expert_shapes, measure_costs, mixed_costs
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.mixed_bits import allocate_mixed
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
-from alloc_moe.compiler.quantization import BITS, choose_formats, quantized
+from alloc_moe.compiler.quantization import (
+    BITS,
+    choose_formats,
+    formats_of_bits,
+    mixed_formats,
+    quantized,
+    with_expert_formats,
+)
 from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel
 from alloc_moe.compiler.refinement import Refinement
 from alloc_moe.compiler.sensitivity import measure_sensitivity
@@ -41,6 +49,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from alloc_moe.compiler.quantization import Quantization
+    from alloc_moe.passes.blockwise import BlockFormat
     from alloc_moe.runtime.command import Console
 
 _RECORDED = ("alloc-moe", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -65,6 +74,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     output = package.parse_output(options.output, force=options.force)
     check_verifiable(options.dtype)
     moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
+    formats: Sequence[Sequence[BlockFormat]] = ()
     if options.dtype in BITS:
         with _step(console, f"Rounding weights to {options.dtype}"):
             chosen = choose_formats(
@@ -74,11 +84,12 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
                 block=options.block,
                 device=options.device,
             )
-            moe = quantized(moe, chosen)
+            moe = quantized(moe, chosen, round_experts=not options.mixed_bits)
+        formats = mixed_formats(chosen) if options.mixed_bits else ()
     budget = parse_budget(
         options.budget, [layer.experts_per_token for layer in moe.layers], kind=options.cost
     )
-    costs = _costs(moe, options, output, console)
+    costs = _costs(moe, options, formats, output, console)
     if costs is not None:
         cost_limit(budget, costs)  # what can't be met is said before the profile is measured
     calibration = calibrate(
@@ -93,9 +104,18 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             metric=options.sensitivity,
             redistribution=options.redistribution,
             correction=options.correction,
+            formats=formats,
             path=profile_path,
             console=console,
         )
+    mixed = None
+    if formats:
+        assert profile is not None
+        assert costs is not None
+        mixed = allocate_mixed(profile, moe.layers, budget, costs)
+        profile, costs = mixed.profile, mixed.costs
+        with _step(console, "Rounding experts"):
+            moe = with_expert_formats(moe, formats_of_bits(formats, mixed.bits))
     planned = make_planned(
         moe,
         calibration,
@@ -104,11 +124,13 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         source=options.model,
         profile=profile,
         costs=costs,
+        allocation=mixed.ks if mixed else None,
         refinement=_refinement(options, output),
         console=console,
     )
     described = moe.quantization.to_plan() if moe.quantization else {}
-    plan = dataclasses.replace(planned.plan, versions=versions(), quantization=described)
+    plan = mixed.mark(planned.plan) if mixed else planned.plan
+    plan = dataclasses.replace(plan, versions=versions(), quantization=described)
     planned = dataclasses.replace(planned, plan=plan)
     with package.staging(output) as staged:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
@@ -118,6 +140,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
 
 def _needs_profile(options: CompileOptions, budget: Budget) -> bool:
     """Whether anything is decided by sensitivities; a dial needs sizes at the full budget too."""
+    if options.mixed_bits:
+        return True
     if options.allocation != "sensitivity" or options.redistribution in ("top-p", "ratio"):
         return False
     return options.redistribution == "price" or budget.activations < budget.original
@@ -136,9 +160,21 @@ def _refinement(options: CompileOptions, output: package.Output) -> Refinement |
 
 
 def _costs(
-    moe: MoeModel, options: CompileOptions, output: package.Output, console: Console
+    moe: MoeModel,
+    options: CompileOptions,
+    formats: Sequence[Sequence[BlockFormat]],
+    output: package.Output,
+    console: Console,
 ) -> CostTable | None:
     """Return the prices of experts, unless each costs one activation."""
+    if formats:
+        return mixed_costs(
+            expert_shapes(moe.skeleton, moe.layers),
+            formats,
+            dtype=options.dtype,
+            bits=BITS[options.dtype],
+            batch=options.cost_batch,
+        )
     if options.cost == "activations":
         return None
     return measure_costs(

@@ -3,7 +3,8 @@
 Experts, attention, shared experts, dense layers and the head take the bits of the ``dtype``;
 embeddings always 8, as only one row per token is read of them; routers and what has a handful of
 outputs stay floats. Everything that a plan is measured on runs with the rounded weights, so that
-sensitivities, thresholds and corrections are those of the artifact.
+sensitivities, thresholds and corrections are those of the artifact. Where the plan chooses the bits
+of each layer's experts, these stay floats until it has; see `sensitivity_bits`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 BLOCK = 64
 """Weights that share a scale. See README for the error and the speed of others."""
 
+MIXED_BITS = (4, 8)
+"""What the experts of a layer may take where a plan chooses, the fewest first."""
+
 _EMBEDDING_BITS = 8
 _EXACT_EXPERTS = "ORT_QMOE_CPU_QNBIT_GEMM"
 _FEW_OUTPUTS = 32
+_EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Quantization:
     """How an artifact stores its weights.
 
     ``weights`` has a format by parameter name for linear layers and embeddings, ``experts`` one per
-    MoE layer; ``activations`` is the type of everything else.
+    MoE layer, none while they are not chosen; ``activations`` is the type of everything else.
     """
 
     dtype: str
@@ -131,16 +136,50 @@ def _shared_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
 
 
-def quantized(moe: MoeModel, quantization: Quantization) -> MoeModel:
+def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool = True) -> MoeModel:
     """Return the model with every quantised weight replaced by what the artifact computes with.
 
-    Its weights are changed in place.
+    Its weights are changed in place. Without ``round_experts`` those of experts stay as they are,
+    for `with_expert_formats` to round.
     """
-    round_weights(moe, quantization)
     blocks = {form.block for form in quantization.experts}
     mark = f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
+    if not round_experts:
+        quantization = dataclasses.replace(quantization, experts=())
+    round_weights(moe, quantization)
     return dataclasses.replace(
         moe, fingerprint=f"{moe.fingerprint}:{mark}", quantization=quantization
+    )
+
+
+def with_expert_formats(moe: MoeModel, experts: Sequence[BlockFormat]) -> MoeModel:
+    """Return the model with its experts, floats until now, rounded in place to a format a layer."""
+    assert moe.quantization is not None
+    assert not moe.quantization.experts
+    of_experts = dataclasses.replace(moe.quantization, weights={}, experts=tuple(experts))
+    round_weights(moe, of_experts)
+    mark = "/".join(str(form.bits) for form in experts)
+    return dataclasses.replace(
+        moe,
+        fingerprint=f"{moe.fingerprint}:{mark}",
+        quantization=dataclasses.replace(moe.quantization, experts=tuple(experts)),
+    )
+
+
+def mixed_formats(quantization: Quantization) -> tuple[tuple[BlockFormat, ...], ...]:
+    """Return the formats to choose each layer's experts from, in the order of `MIXED_BITS`."""
+    return tuple(
+        tuple(BlockFormat(bits, form.block) for bits in MIXED_BITS) for form in quantization.experts
+    )
+
+
+def formats_of_bits(
+    formats: Sequence[Sequence[BlockFormat]], bits: Sequence[int]
+) -> tuple[BlockFormat, ...]:
+    """Return each layer's format of the bits chosen for it."""
+    return tuple(
+        next(form for form in choices if form.bits == wanted)
+        for choices, wanted in zip(formats, bits, strict=True)
     )
 
 
@@ -148,10 +187,31 @@ def round_weights(moe: MoeModel, quantization: Quantization) -> None:
     """Round the weights of `moe.model` in place to what `quantization` can store."""
     with torch.no_grad():
         for _, parameter, form, transposed in _stored(moe, quantization):
-            stored = parameter.mT if transposed else parameter
-            values = stored.detach().numpy()
-            rounded = torch.from_numpy(dequantize(*quantize(values, form), form))
-            parameter.copy_(rounded.mT if transposed else rounded)
+            parameter.copy_(_rounded(parameter, form, transposed=transposed))
+
+
+@contextlib.contextmanager
+def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[None]:
+    """Let an experts module compute with rounded weights while the block lasts.
+
+    Takes the memory of its weights once more.
+    """
+    module: Any = experts
+    floats = {leaf: getattr(module, leaf) for leaf in _EXPERT_WEIGHTS}
+    try:
+        for leaf, parameter in floats.items():
+            values = _rounded(parameter, form, transposed=module.is_transposed)
+            setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
+        yield
+    finally:
+        for leaf, parameter in floats.items():
+            setattr(module, leaf, parameter)
+
+
+def _rounded(parameter: torch.Tensor, form: BlockFormat, *, transposed: bool) -> torch.Tensor:
+    stored = parameter.mT if transposed else parameter
+    rounded = torch.from_numpy(dequantize(*quantize(stored.detach().numpy(), form), form))
+    return rounded.mT if transposed else rounded
 
 
 @contextlib.contextmanager
@@ -194,7 +254,9 @@ def _stored(
     for name, parameter in moe.model.named_parameters():
         if name in quantization.weights:
             yield name, parameter, quantization.weights[name], False
+    if not quantization.experts:
+        return
     for layer, form in zip(moe.layers, quantization.experts, strict=True):
         module: Any = moe.model.get_submodule(layer.experts_name)
-        for leaf in ("gate_up_proj", "down_proj"):
+        for leaf in _EXPERT_WEIGHTS:
             yield f"{layer.experts_name}.{leaf}", getattr(module, leaf), form, module.is_transposed

@@ -3,7 +3,8 @@
 ``kl``: the mean over tokens of KL(full model || only layer l at k), in nats. ``ppl-suffix``, the
 paper's: perplexity with layer l at k, every later layer at top-1, every earlier one at K.
 ``output`` and ``fisher`` take one pass for all layers; see the modules that measure them. With a
-correction, the layer at k has the one fitted for it alone; the others have none.
+correction, the layer at k has the one fitted for it alone; the others have none. ``output`` and
+``fisher`` also tell what experts of 4 and 8 bits cost; see `sensitivity_bits`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from alloc_moe.compiler.records import (
     SensitivityProfile,
 )
 from alloc_moe.compiler.saved import save_text
+from alloc_moe.compiler.sensitivity_bits import Rounded, make_rounded
 from alloc_moe.compiler.sensitivity_correct import Reduced, make_reduced, measured_correction
 from alloc_moe.compiler.sensitivity_fisher import FisherRun
 from alloc_moe.compiler.sensitivity_keep import measured_redistribution
@@ -40,6 +42,7 @@ from alloc_moe.compiler.sensitivity_sums import LayerSums
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration import CalibrationSet
+    from alloc_moe.passes.blockwise import BlockFormat
     from alloc_moe.runtime.command import Console
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ _COMPARED = {
     "seed": "the seed",
     "redistribution": "the redistribution",
     "correction": "the correction",
+    "bits": "the bits of experts",
 }
 
 
@@ -68,6 +72,7 @@ def measure_sensitivity(
     metric: Metric,
     redistribution: Redistribution = "none",
     correction: CorrectionMode = "none",
+    formats: Sequence[Sequence[BlockFormat]] = (),
     path: Path | None = None,
     console: Console | None = None,
 ) -> SensitivityProfile:
@@ -85,6 +90,8 @@ def measure_sensitivity(
         correction: How a layer at k is corrected, by least squares on the same tokens. Sizes of
             experts are as without: centring them, as the shift per expert would suggest, gave the
             same plans on the bundled model. None is fitted for ``price`` and ``data-free``.
+        formats: Per MoE layer, the formats to measure its experts in, the widths being those of all
+            layers; the model's experts must be floats. For ``output`` and ``fisher`` only.
         path: Where the profile is saved after every layer, for ``output`` and ``fisher`` every half
             minute. If there is one already, only what it lacks is measured, with the same result as
             without the interruption.
@@ -97,7 +104,9 @@ def measure_sensitivity(
     """
     policy = measured_redistribution(redistribution)
     correction = measured_correction(metric, redistribution, correction)
-    profile = _empty_profile(moe_model, calibration, metric, policy, correction)
+    bits = tuple(form.bits for form in formats[0]) if formats else ()
+    assert not bits or metric in ("output", "fisher")
+    profile = _empty_profile(moe_model, calibration, metric, policy, correction, bits)
     if path is not None and path.exists():
         profile = _resume(profile, path, moe_model.layers)
     if profile.complete:
@@ -105,7 +114,7 @@ def measure_sensitivity(
     if path is not None:
         _save(profile, path)  # finds out now, not after the first layer, whether that is possible
     if metric in ("output", "fisher", "data-free"):
-        return _measure_windows(moe_model, calibration, profile, path, console)
+        return _measure_windows(moe_model, calibration, profile, formats, path, console)
     return _measure_layers(moe_model, calibration, profile, path, console)
 
 
@@ -121,7 +130,8 @@ def _measure_layers(
     todo = [layer for layer, row in enumerate(profile.costs) if row is None]
     reduced = None
     if (profile.redistribution, profile.correction) != ("none", "none"):
-        reduced = _reduced(moe_model, calibration, profile)
+        batches = _batches(moe_model, calibration)
+        reduced = make_reduced(moe_model, batches, profile.redistribution, profile.correction)
     run = ReplayRun(moe_model, calibration, metric=profile.metric, reduced=reduced)
     total = sum(run.operations(layer) for layer in todo)
     with _progress(console, total) as advance, torch.inference_mode():
@@ -147,6 +157,7 @@ def _measure_windows(
     moe_model: MoeModel,
     calibration: CalibrationSet,
     profile: SensitivityProfile,
+    formats: Sequence[Sequence[BlockFormat]],
     path: Path | None,
     console: Console | None,
 ) -> SensitivityProfile:
@@ -154,13 +165,19 @@ def _measure_windows(
     # PyTorch's inference mode, should the caller be in it, makes tensors that gradients can't use.
     with torch.inference_mode(mode=False), torch.no_grad():
         start = saved = time.monotonic()
-        partial = profile.partial or _no_sums(moe_model.layers)
+        partial = profile.partial or _no_sums(moe_model.layers, profile.widths)
         sums = [
-            LayerSums.of(layer, row)
+            LayerSums.of(layer, row, widths=profile.widths)
             for layer, row in zip(moe_model.layers, partial.layers, strict=True)
         ]
         batches = _batches(moe_model, calibration)
-        add = _one_pass(moe_model, profile, _reduced(moe_model, calibration, profile))
+        settings = (profile.redistribution, profile.correction)
+        reduced: Reduced | Rounded = (
+            make_rounded(moe_model, batches, *settings, formats)
+            if formats
+            else make_reduced(moe_model, batches, *settings)
+        )
+        add = _one_pass(moe_model, profile, reduced)
         windows = 0
         with _progress(console, len(calibration.ids), unit="windows") as advance:
             for ids in batches:
@@ -188,8 +205,9 @@ def _measure_windows(
     return profile
 
 
-def _no_sums(layers: Sequence[MoeLayer]) -> PartialSums:
-    return PartialSums(0, 0.0, tuple(LayerSums.of(layer).row() for layer in layers))
+def _no_sums(layers: Sequence[MoeLayer], widths: int) -> PartialSums:
+    rows = (LayerSums.of(layer, widths=widths).row() for layer in layers)
+    return PartialSums(0, 0.0, tuple(rows))
 
 
 def _costs(profile: SensitivityProfile, sums: LayerSums) -> tuple[float, ...]:
@@ -198,7 +216,7 @@ def _costs(profile: SensitivityProfile, sums: LayerSums) -> tuple[float, ...]:
 
 
 def _one_pass(
-    moe_model: MoeModel, profile: SensitivityProfile, reduced: Reduced
+    moe_model: MoeModel, profile: SensitivityProfile, reduced: Reduced | Rounded
 ) -> Callable[[torch.Tensor, int, Sequence[LayerSums]], float]:
     """Return what adds windows, given the index of the first, to sums, and returns their loss."""
     if profile.metric == "fisher":
@@ -207,13 +225,6 @@ def _one_pass(
     if profile.metric == "data-free":
         return functools.partial(output.add_random, seed=profile.seed)
     return lambda ids, _, sums: output.add(ids, sums)
-
-
-def _reduced(
-    moe_model: MoeModel, calibration: CalibrationSet, profile: SensitivityProfile
-) -> Reduced:
-    batches = _batches(moe_model, calibration)
-    return make_reduced(moe_model, batches, profile.redistribution, profile.correction)
 
 
 def _batches(moe_model: MoeModel, calibration: CalibrationSet) -> Sequence[torch.Tensor]:
@@ -236,6 +247,7 @@ def _empty_profile(
     metric: Metric,
     policy: Redistribution,
     correction: CorrectionMode,
+    bits: tuple[int, ...],
 ) -> SensitivityProfile:
     layers: tuple[MoeLayer, ...] = moe_model.layers
     return SensitivityProfile(
@@ -253,6 +265,7 @@ def _empty_profile(
         redistribution=policy,
         correction=correction,
         expert_sizes=(None,) * len(layers),
+        bits=bits,
     )
 
 
@@ -265,7 +278,7 @@ def _resume(
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"The profile {path} can't be read: {error}.") from error
     differences = [
-        words + _both(getattr(found, name), getattr(expected, name))
+        words + _both(_in_words(found, name), _in_words(expected, name))
         for name, words in _COMPARED.items()
         if getattr(found, name) != getattr(expected, name)
     ]
@@ -275,12 +288,13 @@ def _resume(
             "Delete the file, or give another path."
         )
     lengths = [
-        k if row is None else len(row)
+        k if row is None else len(row) / found.widths
         for k, row in zip(found.experts_per_token, found.costs, strict=False)
     ]
     sums = [len(row) for row in found.partial.layers] if found.partial else []
-    expected_sums = [len(row) for row in _no_sums(layers).layers] if found.partial else []
-    if lengths != list(expected.experts_per_token) or sums != expected_sums:
+    no_sums = _no_sums(layers, found.widths).layers if found.partial else ()
+    fits = sums == [len(row) for row in no_sums]
+    if lengths != list(expected.experts_per_token) or not fits:
         raise ProfileError(
             f"The profile {path} is damaged: its costs don't fit its layers. Delete the file."
         )
@@ -292,6 +306,11 @@ def _both(found: object, expected: object) -> str:
     if isinstance(found, tuple):
         return ""
     return f" (there {found!s:.12}, now {expected!s:.12})"
+
+
+def _in_words(profile: SensitivityProfile, name: str) -> object:
+    value = getattr(profile, name)
+    return "/".join(map(str, value)) or "none" if name == "bits" else value
 
 
 def _save(profile: SensitivityProfile, path: Path) -> None:
