@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 # two.
 OPSET = 23
 
-# Weights up to this many elements are read at once, so that the optimizer sees their values. A
-# larger one is never folded.
+# Vectors up to this many elements are read at once, so that the optimizer sees their values. A
+# matrix is never folded: the passes transpose and quantise it lazily.
 _SMALL = 1 << 13
 
 _DTYPES = {
@@ -143,7 +143,7 @@ def _bind_weights(
         # A float32 parameter inside a float16 model (a router's bias) stays float32.
         target = torch_dtype if dtype == ir_dtype else torch.float32
         read = functools.partial(_read_numpy, reader, name, target)
-        if np.prod(shape) <= _SMALL:
+        if len(shape) < 2 and np.prod(shape) <= _SMALL:
             value.const_value = ir.Tensor(read(), dtype=dtype, name=name)
         else:
             value.const_value = lazy_tensor(read, shape, dtype, name)

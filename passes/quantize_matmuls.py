@@ -15,9 +15,10 @@ INT8_ACTIVATIONS = 4
 
 
 class QuantizeMatMulsPass(ir.passes.InPlacePass):
-    """Turn ``MatMul(x, Transpose(weight))`` into MatMulNBits, ``Gather(weight, ids)`` likewise.
+    """Turn ``MatMul(x, Transpose(weight))`` and its like into MatMulNBits.
 
-    Runs before transposes are folded: the quantised operators take weights [out, in] as
+    ``Gemm`` with a transposed weight becomes the same, ``Gather(weight, ids)``, an embedding,
+    GatherBlockQuantized. Runs before transposes are folded, as they take weights [out, in], as
     checkpoints have them.
 
     Args:
@@ -32,7 +33,7 @@ class QuantizeMatMulsPass(ir.passes.InPlacePass):
         modified = False
         for node, weight in list(_uses(model, self._formats)):
             form = self._formats[weight.name or ""]
-            make = _matmul if node.op_type == "MatMul" else _gather
+            make = _gather if node.op_type == "Gather" else _matmul
             replacement = make(model, node, weight, form)
             replacement.outputs[0].name = node.outputs[0].name
             replacement.outputs[0].shape = node.outputs[0].shape
@@ -42,15 +43,19 @@ class QuantizeMatMulsPass(ir.passes.InPlacePass):
                 node.outputs[0], replacement.outputs[0], replace_graph_outputs=True
             )
             model.graph.remove(node, safe=True)
+            for transpose in weight.consumers():
+                if not transpose.outputs[0].uses():
+                    model.graph.remove(transpose, safe=True)
             modified = True
         if modified:
             model.opset_imports.setdefault(MICROSOFT, 1)
         return ir.passes.PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:
-        left = [node.name for node, _ in _uses(model, self._formats)]
+        found = model.graph.initializers
+        left = [name for name in self._formats if name in found and found[name].uses()]
         if left:
-            raise ir.passes.PostconditionError(f"The weights of {left} are still floats.")
+            raise ir.passes.PostconditionError(f"The weights {left} are still used as floats.")
 
 
 def _uses(
@@ -64,6 +69,8 @@ def _uses(
             transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
             if transpose is not None and transpose.op_type == "Transpose":
                 weight = transpose.inputs[0]
+        elif node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+            weight = node.inputs[1]
         elif node.op_type == "Gather":
             weight = node.inputs[0]
         if weight is not None and weight.is_initializer() and weight.name in formats:
@@ -85,6 +92,8 @@ def _matmul(model: ir.Model, node: ir.Node, weight: ir.Value, form: BlockFormat)
         "accuracy_level": INT8_ACTIVATIONS,
     }
     inputs = [node.inputs[0], packed, scales]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:  # of a Gemm
+        inputs += [None, None, node.inputs[2]]
     return ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
 
 

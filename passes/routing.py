@@ -89,12 +89,14 @@ def dense_weights(
     """Return every token's weight of every expert [T, E], zero where dropped.
 
     For an operator that takes weights as they are: onnxruntime's CPU QMoE skips experts of weight
-    zero, all of them for padding.
+    zero, all of them for padding. A router may give a candidate no weight; that it was kept still
+    shows.
     """
     zero = op.Constant(value_float=0.0)
+    seen = op.Max(weights, op.Constant(value_float=1e-30))
     width = op.Reshape(op.Constant(value_int=experts), op.Constant(value_ints=[1]))
     empty = op.Expand(zero, op.Concat(op.Shape(ids, start=0, end=1), width, axis=0))
-    return op.ScatterElements(empty, ids, op.Where(keep, weights, zero), axis=1)
+    return op.ScatterElements(empty, ids, op.Where(keep, seen, zero), axis=1)
 
 
 @script(OPSET, default_opset=op)

@@ -38,3 +38,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def synthetic_sweep() -> ModuleType:
     """Return the module that makes up results of sweeps."""
     return _load_file(Path(__file__).parent / "compiler" / "synthetic_sweep.py")
+
+
+@pytest.fixture(scope="session")
+def toy_artifact() -> ModuleType:
+    """Return the module that writes a toy artifact."""
+    return _load_file(Path(__file__).parent / "runtime" / "conftest.py")

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from shapes import SHAPES, Shape
+from transformers import OlmoeConfig, PreTrainedConfig
 
 from alloc_moe.compiler import package, pipeline
 from alloc_moe.compiler.export import export_graph
@@ -28,22 +29,23 @@ from alloc_moe.passes.default import normalize_passes
 from alloc_moe.runtime.artifact import AllocationPlan, Budget, DialPoint, PlannedLayer
 from alloc_moe.runtime.session import open_session
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "olmoe-1b-7b": {
-        "model_type": "olmoe",
-        "vocab_size": 50304,
-        "hidden_size": 2048,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-    },
-}
 FRACTIONS = (0.75, 0.5, 0.375, 0.25)
+
+
+def configuration(shape: Shape) -> PreTrainedConfig:
+    """Return the configuration of an OLMoE of that shape."""
+    return OlmoeConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.expert_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.experts_per_token,
+        max_position_embeddings=2 * shape.context,
+        rms_norm_eps=shape.norm_eps,
+    )
 
 
 class RandomReader:
@@ -130,8 +132,7 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, help="Fewer layers than the real model has.")
     parser.add_argument("--redistribute", default="price", choices=["price", "batch", "none"])
     given = parser.parse_args()
-    settings = dict(SHAPES[given.shape])
-    settings["num_hidden_layers"] = given.layers or settings["num_hidden_layers"]
-    made = AutoConfig.for_model(**settings)
+    wanted = SHAPES[given.shape]
+    made = configuration(dataclasses.replace(wanted, layers=given.layers or wanted.layers))
     options = {"dtype": given.dtype, "block": given.block, "policy": given.redistribute}
     write(made, given.output, **options)

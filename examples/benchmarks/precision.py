@@ -1,0 +1,153 @@
+"""What int8 and int4 cost in quality, at an equal plan: README's table of precisions.
+
+One plan per budget is made in float32, and compiled into an artifact of each precision, which
+onnxruntime then runs on held-out text; the last column is the plan that --dtype makes itself, with
+sensitivities and corrections measured on rounded weights.
+
+    python examples/benchmarks/precision.py examples/tiny-moe --text examples/tiny-moe/heldout.txt
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from alloc_moe.compiler import package, pipeline
+from alloc_moe.compiler.allocate import parse_budget
+from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
+from alloc_moe.compiler.quantization import BITS, choose_formats, quantized
+from alloc_moe.compiler.records import DType, MoeModel
+from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.runtime.command import Console
+from alloc_moe.runtime.evaluate import token_losses
+from alloc_moe.runtime.session import open_session
+
+WINDOW = 512
+PRECISIONS: tuple[DType, ...] = ("float32", "int8", "int4")
+Logits = list[NDArray[np.float32]]
+
+
+class Compiler:
+    """A model in one precision: what plans are measured on, and the exported graph."""
+
+    def __init__(self, model: str, dtype: DType, *, tokens: int, block: int) -> None:
+        self._console = Console(quiet=True)
+        moe = load_model(model)
+        if dtype in BITS:
+            moe = quantized(moe, choose_formats(moe.skeleton, moe.layers, dtype, block=block))
+        self.moe: MoeModel = moe
+        self._text = pipeline.calibrate(moe, None, self._console, tokens=tokens, seed=0)
+        self._graph = pipeline.export(moe, dtype=dtype)
+
+    def plan(self, budget: str) -> Planned:
+        """Return the default plan of a budget."""
+        profile = measure_sensitivity(
+            self.moe, self._text, metric="fisher", redistribution="price", console=self._console
+        )
+        return make_planned(
+            self.moe,
+            self._text,
+            parse_budget(budget, [layer.experts_per_token for layer in self.moe.layers]),
+            PlanOptions(dial=False),
+            source=self.moe.source,
+            profile=profile,
+            console=self._console,
+        )
+
+    def logits(self, planned: Planned, windows: NDArray[np.int64]) -> Logits:
+        """Return what the artifact of a plan says of each window."""
+        model = pipeline.specialize(
+            self._graph,
+            planned.plan,
+            device="cpu",
+            corrections=planned.corrections,
+            quantization=self.moe.quantization,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "artifact.onnx"
+            package.save_graph(model, path)
+            session = open_session(path, ep="cpu", stop_spinning=True)
+            return [session.run(window[None]).logits[0] for window in windows]
+
+
+def loss(logits: Logits, windows: NDArray[np.int64]) -> float:
+    """Return the mean loss in nats per token."""
+    pairs = zip(logits, windows, strict=True)
+    return float(np.concatenate([token_losses(said[:-1], ids[1:]) for said, ids in pairs]).mean())
+
+
+def divergence(full: Logits, other: Logits) -> float:
+    """Return the mean of KL(full || other) in nats per token."""
+    sums = 0.0
+    for p, q in zip(full, other, strict=True):
+        log_p, log_q = _log_softmax(p), _log_softmax(q)
+        sums += float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+    return sums / len(full)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    normal: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normal
+
+
+def rows(
+    model: str, windows: NDArray[np.int64], budgets: Sequence[str], *, tokens: int, block: int
+) -> list[str]:
+    """Return the table's rows for one model."""
+    compilers = {d: Compiler(model, d, tokens=tokens, block=block) for d in PRECISIONS}
+    lines = []
+    for budget in budgets:
+        planned = compilers["float32"].plan(budget)
+        found = {d: each.logits(planned, windows) for d, each in compilers.items()}
+        reference = loss(found["float32"], windows)
+        for dtype in PRECISIONS:
+            mine = loss(found[dtype], windows)
+            own = mine
+            if dtype in BITS:
+                own = loss(compilers[dtype].logits(compilers[dtype].plan(budget), windows), windows)
+            lines.append(
+                f"| {Path(model).name} | {budget} | {dtype} | {math.exp(mine):.3f} "
+                f"| {math.expm1(mine - reference):+.2%} "
+                f"| {divergence(found['float32'], found[dtype]):.5f} "
+                f"| {math.expm1(own - reference):+.2%} |"
+            )
+    return lines
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="Held-out text.")
+@click.option("--text-tokens", default=16384, show_default=True)
+@click.option("--tokens", default=8192, show_default=True, help="Calibration tokens.")
+@click.option("--block", default=64, show_default=True, help="Weights that share a scale.")
+@click.option("--budget", "budgets", multiple=True, default=("1.0", "0.5"), show_default=True)
+def main(
+    models: tuple[str, ...],
+    text: Path,
+    text_tokens: int,
+    tokens: int,
+    block: int,
+    budgets: tuple[str, ...],
+) -> None:
+    """Print perplexities and divergences of MODELS in each precision."""
+    print("| model | budget | type | perplexity | against float32 | KL, nats | with its own plan |")
+    print("|---|---|---|---|---|---|---|")
+    for model in models:
+        tokenizer = load_model(model).tokenizer
+        ids = tokenizer(text.read_text("utf-8"), add_special_tokens=False, verbose=False)
+        length = min(text_tokens, len(ids["input_ids"])) // WINDOW * WINDOW
+        windows = np.asarray(ids["input_ids"][:length], np.int64).reshape(-1, WINDOW)
+        for line in rows(model, windows, budgets, tokens=tokens, block=block):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
