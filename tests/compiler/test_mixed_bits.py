@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alloc_moe.compiler import pipeline
 from alloc_moe.compiler.allocate import cost_limit, parse_budget
 from alloc_moe.compiler.cli import compile_command
 from alloc_moe.compiler.costs import ExpertShape, mixed_costs
@@ -152,17 +153,31 @@ def test_rounding_after_the_choice_gives_the_same_weights(
         assert torch.equal(found, expected), name
 
 
+@pytest.fixture(scope="module")
+def graph(checkpoint: Callable[[str], Path]) -> ir.Model:
+    """The model's graph, exported once: the experts' bits come in later."""
+    moe = load_model(str(checkpoint("olmoe")))
+    chosen = choose_formats(moe.skeleton, moe.layers, "int4")
+    return pipeline.export(dataclasses.replace(moe, quantization=chosen), dtype="int4")
+
+
+@pytest.fixture
+def model(
+    checkpoint: Callable[[str], Path], graph: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    monkeypatch.setattr(pipeline, "export", lambda *_, **__: graph)
+    return checkpoint("olmoe")
+
+
 def compiled(model: Path, output: Path, *options: str) -> Result:
     arguments = [str(model), "--budget", "0.8", "--tokens", "256", "-o", str(output)]
     common = ["--dtype", "int4", "--mixed-bits"]
     return CliRunner().invoke(compile_command, [*arguments, *common, *options])
 
 
-def test_an_artifact_has_layers_of_both_widths(
-    checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_an_artifact_has_layers_of_both_widths(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.onnx"
-    outcome = compiled(checkpoint("olmoe"), output, "-q")
+    outcome = compiled(model, output, "-q")
     assert outcome.exit_code == 0, outcome.output
     plan = find_artifact(output).plan
     bits = [layer.bits for layer in plan.layers]
@@ -185,30 +200,33 @@ def test_an_artifact_has_layers_of_both_widths(
     assert AllocationPlan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("options", [("--refine", "1"), ("--cost-batch", "2", "--correct", "none")])
-def test_other_options_go_with_it(
-    checkpoint: Callable[[str], Path], tmp_path: Path, options: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--redistribute", "none", "--refine", "1"),
+        ("--redistribute", "batch", "--cost", "bytes", "--cost-batch", "2", "--correct", "none"),
+        ("--budget", "1.0", "--sensitivity", "output"),
+    ],
+)
+def test_other_options_go_with_it(model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     output = tmp_path / "out.onnx"
-    outcome = compiled(checkpoint("olmoe"), output, "-q", "--redistribute", "none", *options)
+    outcome = compiled(model, output, "-q", *options)
     assert outcome.exit_code == 0, outcome.output
     plan = find_artifact(output).plan
     assert plan.cost["planned"] <= plan.cost["limit"]
+    assert {layer.bits for layer in plan.layers} <= {4, 8}
     assert plan.quantization["expert_bits"] == [layer.bits for layer in plan.layers]
 
 
 def test_a_profile_is_used_again_for_another_budget_but_not_for_one_width(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path
 ) -> None:
     profile = tmp_path / "p.json"
-    model = checkpoint("olmoe")
-    # Only what comes before the export matters.
-    monkeypatch.setattr("alloc_moe.compiler.pipeline._build", lambda *_: 1 / 0)
     given = ("--profile", str(profile), "-q")
-    assert isinstance(compiled(model, tmp_path / "a.onnx", *given).exception, ZeroDivisionError)
+    assert compiled(model, tmp_path / "a.onnx", *given).exit_code == 0
     before = profile.read_bytes()
     assert json.loads(before)["bits"] == [4, 8]
-    compiled(model, tmp_path / "b.onnx", *given, "--budget", "0.5")
+    assert compiled(model, tmp_path / "b.onnx", *given, "--budget", "0.5").exit_code == 0
     assert profile.read_bytes() == before
     arguments = [str(model), "--budget", "0.8", "--tokens", "256", "-o", str(tmp_path / "c.onnx")]
     one_width = ["--dtype", "int4", "--cost", "bytes"]
@@ -237,4 +255,4 @@ def test_what_it_cant_be_combined_with_is_wrong_usage(
 ) -> None:
     outcome = compiled(tmp_path, tmp_path / "out.onnx", *options)
     assert outcome.exit_code == 2
-    assert f"--mixed-bits {message}" in outcome.stderr or message in outcome.stderr
+    assert message in outcome.stderr
