@@ -211,7 +211,7 @@ def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[Non
 def _rounded(parameter: torch.Tensor, form: BlockFormat, *, transposed: bool) -> torch.Tensor:
     stored = parameter.mT if transposed else parameter
     rounded = torch.from_numpy(dequantize(*quantize(stored.detach().numpy(), form), form))
-    return rounded.mT if transposed else rounded
+    return rounded.mT.contiguous() if transposed else rounded
 
 
 @contextlib.contextmanager
