@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
@@ -144,6 +152,7 @@ class CheckpointReader:
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         self.folder = folder
         self._shards = find_shards(folder)
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._model = model
         self._sources = self._map_sources()
         self._add_tied_names()
@@ -166,14 +175,43 @@ class CheckpointReader:
         return name in self._sources
 
     def _load(self, key: str) -> torch.Tensor:
-        # Opened per tensor: a mapped shard keeps every page it has read until it is closed.
-        try:
-            with open_shard(self._shards[key]) as shard:
+        # Not mapped: a mapped shard keeps every page it has read until it is closed, and opening it
+        # for each of many small tensors would take longer than reading them.
+        path = self._shards[key]
+        start, entries = self._header(path)
+        entry = entries[key]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            with open_shard(path) as shard:
                 return shard.get_tensor(key).clone()  # type: ignore[no-any-return]
-        except SafetensorError as error:
+        begin, end = entry["data_offsets"]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        try:
+            with path.open("rb") as file:
+                file.seek(start + begin)
+                size = file.readinto(data.numpy().data)
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be read: {error}.") from error
+        if size != end - begin:
             raise CheckpointError(
-                f"Tensor {key} in {self._shards[key]} can't be read ({error}). Download it again."
-            ) from error
+                f"Tensor {key} in {path} can't be read (it has {size} of {end - begin} bytes). "
+                "Download it again."
+            )
+        return data.view(dtype).reshape(entry["shape"])
+
+    def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Return where a safetensors file's data begin, and what it says of each tensor."""
+        if path not in self._headers:
+            try:
+                with path.open("rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    self._headers[path] = 8 + size, json.loads(file.read(size))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"The shard {path} can't be read ({error}). It may be truncated: download it "
+                    "again."
+                ) from error
+        return self._headers[path]
 
     def _convert(
         self, source: _Source, loads: Sequence[tuple[str, str, Callable[[], torch.Tensor]]]

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from alloc_moe.compiler.usage import (
+    SCORED,
+    SIZED,
+    WITHOUT_ALLOCATION,
+    check_mixed_bits,
+    price_needs_sizes,
+)
 from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.pipeline import Compiled
-    from alloc_moe.compiler.records import CorrectionMode, CostKind, Metric, Redistribution
-
-_METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
-
-
-_SCORED = ("price", "threshold", "top-p", "ratio")
-_WITHOUT_ALLOCATION = ("price", "top-p", "ratio")
-_SIZED = ("fisher", "output")
-
-
-def _price_needs_sizes(sensitivity: str) -> str:
-    return (
-        f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
-        f"doesn't measure. Use {' or '.join(_SIZED)}, or another --redistribute."
+    from alloc_moe.compiler.records import (
+        CorrectionMode,
+        CostKind,
+        Metric,
+        OffloadMode,
+        Redistribution,
     )
 
-
-def _check_mixed_bits(
-    *, dtype: str, cost: str | None, allocation: str, sensitivity: str, redistribution: str | None
-) -> None:
-    """Refuse what --mixed-bits can't be combined with."""
-    for fault, advice in (
-        (dtype not in ("int8", "int4"), "needs --dtype int4 or int8"),
-        (cost not in (None, "bytes"), f"budgets bytes, so --cost {cost} can't be met"),
-        (allocation == "uniform", "goes by sensitivities, which --allocation uniform ignores"),
-        (
-            sensitivity not in _SIZED,
-            f"needs --sensitivity {' or '.join(_SIZED)}; {sensitivity} doesn't measure the "
-            "rounding of weights",
-        ),
-        (
-            redistribution in _WITHOUT_ALLOCATION,
-            f"divides a budget among layers, which {redistribution} does by itself. Use "
-            "--redistribute threshold, batch, sequence or none",
-        ),
-    ):
-        if fault:
-            raise click.UsageError(f"--mixed-bits {advice}.")
+_METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
 
 
 def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,6 +80,14 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Change the experts' weights to make up for those that don't run: by a factor per "
             "dimension and a shift per expert, or by one factor per layer. Sensitivities are "
             "measured with that.",
+        ),
+        click.option(
+            "--offload",
+            type=click.Choice(["auto", "never", "always"]),
+            default="auto",
+            show_default=True,
+            help="Read each decoder layer from disk when it runs, instead of holding the whole "
+            "model in memory; auto: if it may not fit.",
         ),
         click.option(
             "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."
@@ -201,6 +188,14 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="For int8 and int4: how many weights share a scale. More is faster, less is more exact.",
 )
 @click.option(
+    "--cache",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Type of keys and values between calls; int8 makes long contexts faster, and is for the "
+    "CPU. (16-bit activations have a 16-bit cache.)",
+)
+@click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
@@ -235,22 +230,31 @@ def compile_command(
     from alloc_moe.compiler.pipeline import compile_model
     from alloc_moe.compiler.records import CompileOptions
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError(
+            "alloc-compile works in one process. Measure the profile on many with alloc-profile, "
+            "then compile with --profile."
+        )
     if mixed_bits:
         checked = {name: options[name] for name in ("dtype", "allocation", "sensitivity")}
-        _check_mixed_bits(**checked, cost=cost, redistribution=redistribution)
+        check_mixed_bits(**checked, cost=cost, redistribution=redistribution)
     cost = cost or ("bytes" if mixed_bits else "activations")
-    sized = options["sensitivity"] in _SIZED or options["allocation"] == "uniform"
+    sized = options["sensitivity"] in SIZED or options["allocation"] == "uniform"
     if redistribution is None:
         redistribution = "price" if sized and cost == "activations" else "threshold"
     if redistribution == "price" and not sized:
-        raise click.UsageError(_price_needs_sizes(options["sensitivity"]))
-    if cap is not None and redistribution not in _SCORED:
-        raise click.UsageError(f"--cap is for {', '.join(_SCORED)}; {redistribution} is exact.")
-    if cost != "activations" and redistribution in _WITHOUT_ALLOCATION:
+        raise click.UsageError(price_needs_sizes(options["sensitivity"]))
+    if cap is not None and redistribution not in SCORED:
+        raise click.UsageError(f"--cap is for {', '.join(SCORED)}; {redistribution} is exact.")
+    if cost != "activations" and redistribution in WITHOUT_ALLOCATION:
         raise click.UsageError(
             f"--cost {cost} divides a budget among layers, which {redistribution} does "
             "by itself. Use --redistribute threshold, batch, sequence or none."
         )
+    if options["cache"] == "int8" and (
+        options["device"] == "cuda" or options["dtype"] in ("float16", "bfloat16")
+    ):
+        raise click.UsageError("--cache int8 is for --device cpu and 32-bit activations.")
     if options["refine"] and redistribution in ("top-p", "ratio"):
         raise click.UsageError(f"--redistribute {redistribution} leaves nothing to refine.")
     compiled = compile_model(
@@ -269,7 +273,10 @@ def compile_command(
 
 
 @click.command(
-    epilog=examples("alloc-profile examples/tiny-moe -o profile.json --sensitivity ppl-suffix")
+    epilog=examples(
+        "alloc-profile examples/tiny-moe -o profile.json --sensitivity ppl-suffix",
+        "torchrun --no-python --nproc-per-node 2 alloc-profile examples/tiny-moe -o profile.json",
+    )
 )
 @click.argument("model")
 @click.option(
@@ -293,28 +300,34 @@ def profile_command(
     redistribution: Redistribution | None,
     correction: CorrectionMode,
     trust_remote_code: bool,
+    offload: OffloadMode,
 ) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
     need_compile_extra()
     from alloc_moe.compiler.pipeline import calibrate, load
+    from alloc_moe.compiler.processes import joined_processes
     from alloc_moe.compiler.sensitivity import measure_sensitivity
 
-    moe = load(model, console, trust_remote_code=trust_remote_code)
-    text = calibrate(moe, calibration, console, tokens=tokens, seed=seed)
-    profile = measure_sensitivity(
-        moe,
-        text,
-        metric=sensitivity,
-        redistribution=redistribution or ("price" if sensitivity in _SIZED else "threshold"),
-        correction=correction,
-        path=output,
-        console=console,
-    )
-    console.result(
-        f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on {profile.tokens} "
-        f"tokens, {profile.seconds:.1f} s",
-        {"profile": str(output), "metric": profile.metric, "seconds": profile.seconds},
-    )
+    with joined_processes() as processes:
+        if not processes.writes:
+            console = Console(quiet=True)
+        moe = load(model, console, trust_remote_code=trust_remote_code, offload=offload)
+        profile = measure_sensitivity(
+            moe,
+            calibrate(moe, calibration, console, tokens=tokens, seed=seed),
+            metric=sensitivity,
+            redistribution=redistribution or ("price" if sensitivity in SIZED else "threshold"),
+            correction=correction,
+            path=output,
+            console=console,
+            processes=processes,
+        )
+        if processes.writes:
+            console.result(
+                f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on "
+                f"{profile.tokens} tokens, {profile.seconds:.1f} s",
+                {"profile": str(output), "metric": profile.metric, "seconds": profile.seconds},
+            )
 
 
 def need_compile_extra() -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from alloc_moe.compiler.correction_sums import CorrectionSums
@@ -86,9 +87,7 @@ def fit_corrections(
     run = _Run(moe, ids, running)
     fitted: list[dict[CorrectionMode, Correction | None]] = []
     for layer in range(len(moe.layers)):
-        sums = run.measure(layer, per_expert=mode == "affine")
-        fitted.append({"none": None, mode: sums.affine() if mode == "affine" else sums.gain()})
-        run.enter_next(layer, fitted[-1][mode])
+        fitted.append({"none": None, mode: run.fit(layer, mode)})
         advance(1)
     without = run.losses([None] * len(fitted))
     kinds = [mode] * len(fitted)
@@ -131,12 +130,17 @@ class _Run:
         self._running = running
         self._stack = DecoderStack(moe.model, moe.layers[0])
         self._at = 0
+        self._skipped: Sequence[object] | None = None  # where the states of fitted layers are
         size = max(1, _TOKENS_PER_BATCH // ids.shape[1])
         self._streams = [_Stream(part) for part in torch.split(ids, size)]
         self.tried = ids[: max(1, _TRIED_TOKENS // ids.shape[1])]
 
     def losses(self, corrections: Sequence[Correction | None]) -> torch.Tensor:
         """Return the plan's next-token losses [tokens] on the windows to try on."""
+        inputs = ("losses", self._moe.fingerprint, self.tried, self._running, list(corrections))
+        return self._moe.passes.recall(inputs, lambda: [self._losses(corrections)])[0]
+
+    def _losses(self, corrections: Sequence[Correction | None]) -> torch.Tensor:
         parts = []
         with allocated(
             self._moe.model,
@@ -146,14 +150,49 @@ class _Run:
             weights=self._running.weights,
             corrections=corrections,
         ):
-            for ids in torch.split(self.tried, max(1, _TOKENS_PER_BATCH // self.tried.shape[1])):
-                end = self._stack.run(ids, None, start=0, stop=len(self._stack))
+            batches = torch.split(self.tried, max(1, _TOKENS_PER_BATCH // self.tried.shape[1]))
+            ends = self._stack.stream((ids, None) for ids in batches)
+            for ids, end in zip(batches, ends, strict=True):
                 parts.append(next_token_losses(self._stack.head, self._moe, ids, end))
         return torch.cat(parts)
 
-    def measure(self, layer: int, *, per_expert: bool) -> CorrectionSums:
-        """Return the sums that a correction of `layer` is fitted with."""
+    def fit(self, layer: int, mode: CorrectionMode) -> Correction:
+        """Return the correction of the next layer, and move all hidden states past it."""
+        passes = self._moe.passes
+        ids = [stream.ids for stream in self._streams]
+        inputs = [
+            (what, self._moe.fingerprint, ids, self._running, mode, layer + offset)
+            for what, offset in (("correction", 0), ("states", 0), ("states", -1))
+        ]
+        if (found := passes.find(inputs[0])) is not None:
+            scale, bias = found
+            self._skipped = inputs[1]
+            return Correction(scale.numpy(), bias.numpy() if mode == "affine" else None)
+        self._resume(layer)
         self._go_to(layer)
+        with self._stack.resident(self._at):
+            sums = self._measure(layer, per_expert=mode == "affine")
+            correction = sums.affine() if mode == "affine" else sums.gain()
+            self._enter_next(layer, correction)
+        states = [part for s in self._streams for part in (s.full, s.plan) if part is not None]
+        passes.keep(inputs[1], states)
+        arrays = (correction.scale, correction.bias if mode == "affine" else np.zeros(0, "f4"))
+        passes.keep(inputs[0], [torch.from_numpy(array) for array in arrays])
+        passes.forget(inputs[2])
+        return correction
+
+    def _resume(self, layer: int) -> None:
+        """Take up the hidden states that were saved after the layer before, if it was skipped."""
+        if self._skipped is None:
+            return
+        states = iter(self._moe.passes.find(self._skipped) or ())
+        for stream in self._streams:
+            stream.full, stream.plan = next(states), next(states)
+        self._at = self._moe.layers[layer - 1].decoder_layer + 1
+        self._skipped = None
+
+    def _measure(self, layer: int, *, per_expert: bool) -> CorrectionSums:
+        """Return the sums that a correction of `layer` is fitted with."""
         on_stream = self._reaches_the_stream(layer)
         sums = CorrectionSums(self._moe.layers[layer].num_experts if per_expert else 0)
         for stream in self._streams:
@@ -166,7 +205,7 @@ class _Run:
             sums.add(tap.outputs, tap.ids, tap.weights, missing, importance)
         return sums
 
-    def enter_next(self, layer: int, correction: Correction | None) -> None:
+    def _enter_next(self, layer: int, correction: Correction | None) -> None:
         """Move all hidden states past `layer`, corrected."""
         for stream in self._streams:
             full = stream.full_next
@@ -182,10 +221,11 @@ class _Run:
         decoder_layer = self._moe.layers[layer].decoder_layer
         if self._at == decoder_layer:
             return
+        where = {"start": self._at, "stop": decoder_layer}
+        pairs = [(s.ids, states) for s in self._streams for states in (s.full, s.plan)]
+        ends = self._stack.stream(pairs, **where)
         for stream in self._streams:
-            where = {"start": self._at, "stop": decoder_layer}
-            stream.full = self._stack.run(stream.ids, stream.full, **where)
-            stream.plan = self._stack.run(stream.ids, stream.plan, **where)
+            stream.full, stream.plan = next(ends), next(ends)
         self._at = decoder_layer
 
     def _step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import Correction
 from alloc_moe.compiler.reference import dense_weights
 
@@ -51,6 +52,14 @@ class CorrectionSums:
             self._ww = self._ww + w.T @ w
             self._wy = self._wy + w.T @ y
             self._wm = self._wm + w.T @ m
+
+    def reduce(self, processes: Processes) -> None:
+        """Add the sums that the other processes have."""
+        if processes.size == 1:
+            return
+        self._tokens = int(processes.add(torch.tensor([self._tokens], dtype=torch.float64)).item())
+        for name in ("_yy", "_ym", "_ww", "_wy", "_wm"):
+            setattr(self, name, processes.add(getattr(self, name)))
 
     def gain(self) -> Correction:
         """Return the one factor g that minimises |g y - (y + missing)|^2."""

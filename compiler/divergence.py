@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,12 @@ class Divergence:
         self._moe = moe
         self._windows = torch.from_numpy(calibration.ids)
         self._stack = DecoderStack(moe.model, moe.layers[0])
-        with torch.inference_mode(), replaced_experts(moe.model, {}):
-            self._full = [self._end(ids) for ids in torch.split(self._windows, 1)]
+
+    @functools.cached_property
+    def _full(self) -> list[torch.Tensor]:
+        """The full model's hidden states [tokens, hidden] at the end, per window."""
+        with torch.inference_mode(), replaced_experts(self._moe.model, {}):
+            return list(self._ends())
 
     def of_allocation(self, ks: Sequence[int], setting: Setting) -> float:
         """Return the divergence of a k per layer."""
@@ -56,7 +61,13 @@ class Divergence:
     @torch.inference_mode()
     def measure(self, parameters: Sequence[LayerParameters], setting: Setting) -> float:
         """Return the divergence of what each layer is given."""
-        total = 0.0
+        inputs = ("divergence", self._moe.fingerprint, self._windows, setting, list(parameters))
+        found = self._moe.passes.recall(inputs, lambda: [self._measure(parameters, setting)])
+        return found[0].item() / self._windows.numel()
+
+    def _measure(self, parameters: Sequence[LayerParameters], setting: Setting) -> torch.Tensor:
+        """Return the divergence, summed over tokens."""
+        total, full_states = 0.0, self._full
         with allocated(
             self._moe.model,
             self._moe.layers,
@@ -65,12 +76,14 @@ class Divergence:
             weights=setting.weights,
             corrections=setting.corrections,
         ):
-            for ids, full in zip(torch.split(self._windows, 1), self._full, strict=True):
-                total += divergence(self._stack.head, self._moe, full, self._end(ids))
-        return total / self._windows.numel()
+            for full, plan in zip(full_states, self._ends(), strict=True):
+                total += divergence(self._stack.head, self._moe, full, plan)
+        return torch.tensor(total, dtype=torch.float64)
 
-    def _end(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._stack.run(ids, None, start=0, stop=len(self._stack)).flatten(0, 1)
+    def _ends(self) -> Iterator[torch.Tensor]:
+        """Yield the hidden states [tokens, hidden] at the end, window by window."""
+        for end in self._stack.stream((ids, None) for ids in torch.split(self._windows, 1)):
+            yield end.flatten(0, 1)
 
 
 def next_token_losses(

@@ -35,6 +35,10 @@ class SweepError(AllocMoeError):
     """Results of a sweep can't be read."""
 
 
+class ProcessError(AllocMoeError):
+    """Another process of the run ended early."""
+
+
 class OutputError(AllocMoeError):
     """The output can't be written where it was asked for."""
 
@@ -46,6 +50,7 @@ __all__ = [
     "CheckpointError",
     "CostError",
     "OutputError",
+    "ProcessError",
     "ProfileError",
     "SweepError",
     "UnsupportedModelError",

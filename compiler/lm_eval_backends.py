@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from alloc_moe.compiler.records import MoeModel, Redistribution, Weights
+    from alloc_moe.runtime.cache import Cache
     from alloc_moe.runtime.files import ArtifactFiles
     from alloc_moe.runtime.providers import Provider
-    from alloc_moe.runtime.session import Cache
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 

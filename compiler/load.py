@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from alloc_moe.compiler import architectures
 from alloc_moe.compiler.checkpoint import CheckpointReader, find_shards, fingerprint
 from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
+from alloc_moe.compiler.offload import load_offloaded, wants_offloading
 from alloc_moe.compiler.quiet import first_line, quiet
-from alloc_moe.compiler.records import MoeLayer, MoeModel
+from alloc_moe.compiler.records import MoeLayer, MoeModel, OffloadMode
 from alloc_moe.compiler.skeleton import build_skeleton, experts_modules, probe_experts_per_token
 
 if TYPE_CHECKING:
@@ -26,16 +27,20 @@ logger = logging.getLogger(__name__)
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
-def load_model(source: str, *, trust_remote_code: bool = False) -> MoeModel:
+def load_model(
+    source: str, *, trust_remote_code: bool = False, offload: OffloadMode = "auto"
+) -> MoeModel:
     """Load a checkpoint and find its MoE layers.
 
     Args:
         source: A folder in the Hugging Face layout, or the id of a model on the hub; only an id
             that is no folder here is downloaded.
         trust_remote_code: Run Python files of the checkpoint, as transformers understands it.
+        offload: Whether decoder layers are read from the checkpoint when they run; ``auto``: if
+            the model is too large for this machine's memory.
 
     Returns:
-        The model with float32 weights in memory, in eval mode.
+        The model in float32, in eval mode.
 
     Raises:
         CheckpointError: Files are missing, unreadable, or don't belong together.
@@ -48,7 +53,19 @@ def load_model(source: str, *, trust_remote_code: bool = False) -> MoeModel:
     layers = find_moe_layers(skeleton)
     reader = CheckpointReader(folder, skeleton)
     tokenizer = _load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    model = _load_weights(folder, trust_remote_code=trust_remote_code)
+    offloading = None
+    if wants_offloading(skeleton, offload):
+        with quiet():
+            model, offloading = load_offloaded(
+                config,
+                folder,
+                reader,
+                layers,
+                forced=offload == "always",
+                trust_remote_code=trust_remote_code,
+            )
+    else:
+        model = _load_weights(folder, trust_remote_code=trust_remote_code)
     return MoeModel(
         source=source,
         folder=folder,
@@ -59,6 +76,7 @@ def load_model(source: str, *, trust_remote_code: bool = False) -> MoeModel:
         reader=reader,
         tokenizer=tokenizer,
         layers=layers,
+        offloading=offloading,
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from alloc_moe.compiler.errors import OutputError
-from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, PLAN_KEY
+from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, PLAN_KEY, SHARED_CACHE_KEY
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.records import MoeModel
@@ -38,6 +38,11 @@ class Output:
     def profile_path(self) -> Path:
         """Where the sensitivity profile of a compile is kept unless the user says."""
         return self.path.with_name(f"{self.path.name}.profile.json")
+
+    @property
+    def passes_path(self) -> Path:
+        """Where a compile keeps what its passes found, until there is the artifact."""
+        return self.path.absolute().with_name(f".{self.path.name}.passes")
 
 
 def parse_output(text: str, *, force: bool) -> Output:
@@ -71,6 +76,30 @@ def parse_output(text: str, *, force: bool) -> Output:
     return Output(path, bundle)
 
 
+def check_space(output: Output, needed: int) -> None:
+    """Raise OutputError unless the disk has `needed` bytes for the artifact, old one included.
+
+    The new artifact is written beside the old, which goes when the new one is complete. What a
+    killed compile left counts as free: it is removed first.
+    """
+    parent = output.path.absolute().parent
+    left = [file.stat().st_size for file in _staging_path(output).rglob("*") if file.is_file()]
+    free = shutil.disk_usage(parent).free + sum(left)
+    if free < needed:
+        raise OutputError(
+            f"Writing {output.path} needs {_gib(needed)} GiB, but {parent} has {_gib(free)} GiB "
+            "free. Free some space, or choose an output on another disk."
+        )
+
+
+def _staging_path(output: Output) -> Path:
+    return output.path.absolute().with_name(f".{output.path.name}.partial")
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
+
+
 def data_path(graph: Path) -> Path:
     """Return the external data file of an .onnx file."""
     return graph.with_name(f"{graph.name}.data")
@@ -89,7 +118,7 @@ def staging(output: Output) -> Iterator[Path]:
     Raises:
         OutputError: Another compile is writing the same output.
     """
-    folder = output.path.absolute().with_name(f".{output.path.name}.partial")
+    folder = _staging_path(output)
     folder.mkdir(exist_ok=True)
     with _locked(folder, output):
         _clear(folder)
@@ -173,7 +202,7 @@ def eos_token_id(moe: MoeModel) -> int | list[int] | None:
 def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
     """Return the configuration with which onnxruntime-genai runs the graph.
 
-    ``past_present_share_buffer`` is off: the graph concatenates its cache.
+    ``past_present_share_buffer`` is on if the graph appends to its cache in place.
     """
     config = moe.config.get_text_config()
     generation = moe.model.generation_config
@@ -217,7 +246,7 @@ def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
         "search": {
             "do_sample": False,
             "max_length": config.max_position_embeddings,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": SHARED_CACHE_KEY in graph.metadata_props,
         },
     }
 

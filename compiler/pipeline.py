@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler import package
 from alloc_moe.compiler.allocate import cost_limit, parse_budget
+from alloc_moe.compiler.cache_scales import measure_cache_scales
 from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
 from alloc_moe.compiler.costs import CostTable, expert_shapes, measure_costs, mixed_costs
 from alloc_moe.compiler.errors import UnsupportedModelError
@@ -35,21 +37,31 @@ from alloc_moe.compiler.quantization import (
     quantized,
     with_expert_formats,
 )
-from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel
+from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel, OffloadMode
 from alloc_moe.compiler.refinement import Refinement
+from alloc_moe.compiler.saved_passes import SavedPasses
 from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler.space import needed_space
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
 from alloc_moe.passes.correct_experts import ExpertCorrection
 from alloc_moe.passes.default import normalize_passes, specialize_passes
+from alloc_moe.passes.group_attention import group_attention
 from alloc_moe.passes.lower_experts import Allocation
 from alloc_moe.passes.stamp_plan import StampPlanPass
-from alloc_moe.runtime.artifact import GENERATION_KEY, PLAN_KEY, AllocationPlan, Budget
+from alloc_moe.runtime.artifact import (
+    GENERATION_KEY,
+    PLAN_KEY,
+    SHARED_CACHE_KEY,
+    AllocationPlan,
+    Budget,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from alloc_moe.compiler.quantization import Quantization
     from alloc_moe.passes.blockwise import BlockFormat
+    from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.runtime.command import Console
 
 _RECORDED = ("alloc-moe", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -73,7 +85,13 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     """
     output = package.parse_output(options.output, force=options.force)
     check_verifiable(options.dtype)
-    moe = load(options.model, console, trust_remote_code=options.trust_remote_code)
+    moe = load(
+        options.model,
+        console,
+        trust_remote_code=options.trust_remote_code,
+        offload=options.offload,
+    )
+    package.check_space(output, needed_space(moe, options))
     formats: Sequence[Sequence[BlockFormat]] = ()
     if options.dtype in BITS:
         with _step(console, f"Rounding weights to {options.dtype}"):
@@ -116,6 +134,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         profile, costs = mixed.profile, mixed.costs
         with _step(console, "Rounding experts"):
             moe = with_expert_formats(moe, formats_of_bits(formats, mixed.bits))
+    if moe.offloading is not None:
+        moe = dataclasses.replace(moe, passes=SavedPasses(output.passes_path))
     planned = make_planned(
         moe,
         calibration,
@@ -135,6 +155,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     with package.staging(output) as staged:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
+    moe.passes.delete()
     return Compiled(output.path, plan, profile_path, verification)
 
 
@@ -188,16 +209,20 @@ def _costs(
     )
 
 
-def load(source: str, console: Console, *, trust_remote_code: bool) -> MoeModel:
+def load(
+    source: str, console: Console, *, trust_remote_code: bool, offload: OffloadMode = "auto"
+) -> MoeModel:
     """Load a model and say what was found."""
     console.note(f"Loading {source}")
-    moe = load_model(source, trust_remote_code=trust_remote_code)
+    moe = load_model(source, trust_remote_code=trust_remote_code, offload=offload)
     ks = sorted({layer.experts_per_token for layer in moe.layers})
     experts = sorted({layer.num_experts for layer in moe.layers})
     console.note(
         f"{moe.config.model_type}: {len(moe.layers)} MoE layers, "
         f"{'/'.join(map(str, experts))} experts, top-{'/'.join(map(str, ks))}"
     )
+    if moe.offloading is not None:
+        console.note(moe.offloading.describe())
     return moe
 
 
@@ -260,8 +285,15 @@ def specialize(
     device: str,
     corrections: Sequence[Correction | None] = (),
     quantization: Quantization | None = None,
+    cache_scales: CacheScales = MappingProxyType({}),
 ) -> ir.Model:
-    """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared."""
+    """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared.
+
+    With `cache_scales` its cache is int8.
+
+    Raises:
+        UnsupportedModelError: There are scales, but its attention takes no int8 cache.
+    """
     model = graph.clone()
     parameters = layer_parameters(plan)
     allocation = Allocation(
@@ -281,8 +313,17 @@ def specialize(
     }
     formats = dict(enumerate(quantization.experts)) if quantization else {}
     pairs = device == "cuda"
-    specialize_passes(allocation, pairs=pairs, corrections=changed, formats=formats)(model)
+    specialize_passes(
+        allocation, pairs=pairs, corrections=changed, formats=formats, cache_scales=cache_scales
+    )(model)
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
+    if any(group_attention(model)):
+        model.metadata_props[SHARED_CACHE_KEY] = "int8" if cache_scales else "float32"
+    elif cache_scales:
+        raise UnsupportedModelError(
+            "An int8 cache needs keys and values of one shape in float32 on the CPU, which this "
+            "model doesn't have. Use --cache float32."
+        )
     return model
 
 
@@ -298,18 +339,21 @@ def _build(
     """Export, rewrite, write into `staged`, and verify what was written."""
     plan, corrections = planned.plan, planned.corrections
     with _step(console, "Exporting the graph"):
-        graph = export(
-            moe,
-            dtype=options.dtype,
-            trust_remote_code=options.trust_remote_code,
-        )
+        graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    scales: CacheScales = {}
+    if options.cache == "int8":
+        with _step(console, "Scaling the cache"):
+            scales = measure_cache_scales(moe, token_ids)
     model = specialize(
         graph,
         plan,
         device=options.device,
         corrections=corrections,
         quantization=moe.quantization,
+        cache_scales=scales,
     )
+    if SHARED_CACHE_KEY not in model.metadata_props and options.device == "cpu":
+        console.note("The cache is copied at every step: attention stays the standard operator")
     path = staged / output.graph_name
     weights = [value.const_value for value in model.graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
@@ -317,7 +361,13 @@ def _build(
         package.save_graph(model, path, advance=progress.advance)
     with _step(console, "Verifying against PyTorch"):
         verification = verify_artifact(
-            path, moe, plan, token_ids, dtype=options.dtype, corrections=corrections
+            path,
+            moe,
+            plan,
+            token_ids,
+            dtype=options.dtype,
+            corrections=corrections,
+            cache_scales=scales,
         )
     plan = dataclasses.replace(plan, verify=verification.to_plan())
     package.stamp(path, plan)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,31 +139,31 @@ def _shared_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool = True) -> MoeModel:
     """Return the model with every quantised weight replaced by what the artifact computes with.
 
-    Its weights are changed in place. Without ``round_experts`` those of experts stay as they are,
-    for `with_expert_formats` to round.
+    Its weights are changed in place; those of offloaded layers whenever they are read. Without
+    ``round_experts`` those of experts stay as they are, for `with_expert_formats` to round.
     """
     blocks = {form.block for form in quantization.experts}
     mark = f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
     if not round_experts:
         quantization = dataclasses.replace(quantization, experts=())
-    round_weights(moe, quantization)
-    return dataclasses.replace(
-        moe, fingerprint=f"{moe.fingerprint}:{mark}", quantization=quantization
-    )
+    moe = dataclasses.replace(moe, quantization=quantization)
+    _round_weights(moe)
+    return dataclasses.replace(moe, fingerprint=f"{moe.fingerprint}:{mark}")
 
 
 def with_expert_formats(moe: MoeModel, experts: Sequence[BlockFormat]) -> MoeModel:
-    """Return the model with its experts, floats until now, rounded in place to a format a layer."""
+    """Return the model with its experts, floats until now, rounded to a format a layer.
+
+    In place, as by `quantized`.
+    """
     assert moe.quantization is not None
     assert not moe.quantization.experts
-    of_experts = dataclasses.replace(moe.quantization, weights={}, experts=tuple(experts))
-    round_weights(moe, of_experts)
+    rounded = _stored(moe)
+    quantization = dataclasses.replace(moe.quantization, experts=tuple(experts))
+    moe = dataclasses.replace(moe, quantization=quantization)
+    _round_weights(moe, rounded=rounded)
     mark = "/".join(str(form.bits) for form in experts)
-    return dataclasses.replace(
-        moe,
-        fingerprint=f"{moe.fingerprint}:{mark}",
-        quantization=dataclasses.replace(moe.quantization, experts=tuple(experts)),
-    )
+    return dataclasses.replace(moe, fingerprint=f"{moe.fingerprint}:{mark}")
 
 
 def mixed_formats(quantization: Quantization) -> tuple[tuple[BlockFormat, ...], ...]:
@@ -183,24 +183,17 @@ def formats_of_bits(
     )
 
 
-def round_weights(moe: MoeModel, quantization: Quantization) -> None:
-    """Round the weights of `moe.model` in place to what `quantization` can store."""
-    with torch.no_grad():
-        for _, parameter, form, transposed in _stored(moe, quantization):
-            parameter.copy_(_rounded(parameter, form, transposed=transposed))
-
-
 @contextlib.contextmanager
 def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[None]:
     """Let an experts module compute with rounded weights while the block lasts.
 
-    Takes the memory of its weights once more.
+    Takes the memory of its weights once more. Those of an offloaded layer must be in memory.
     """
     module: Any = experts
     floats = {leaf: getattr(module, leaf) for leaf in _EXPERT_WEIGHTS}
     try:
         for leaf, parameter in floats.items():
-            values = _rounded(parameter, form, transposed=module.is_transposed)
+            values = _rounded(parameter.detach(), form, bool(module.is_transposed))
             setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
         yield
     finally:
@@ -208,23 +201,56 @@ def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[Non
             setattr(module, leaf, parameter)
 
 
-def _rounded(parameter: torch.Tensor, form: BlockFormat, *, transposed: bool) -> torch.Tensor:
-    stored = parameter.mT if transposed else parameter
-    rounded = torch.from_numpy(dequantize(*quantize(stored.detach().numpy(), form), form))
+def _round_weights(moe: MoeModel, *, rounded: Collection[str] = ()) -> None:
+    """Round what `moe.quantization` names, except for those in memory that are `rounded`."""
+    stored = _stored(moe)
+    if moe.offloading is not None:
+        moe.offloading.source.transform = lambda name, weight: (
+            _rounded(weight, *stored[name]) if name in stored else weight
+        )
+    for name, parameter in _resident(moe, stored):
+        if name not in rounded:
+            parameter.copy_(_rounded(parameter, *stored[name]))
+
+
+def _rounded(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> torch.Tensor:
+    rows = weight.mT if transposed else weight
+    rounded = torch.from_numpy(dequantize(*quantize(rows.numpy(), form), form))
     return rounded.mT.contiguous() if transposed else rounded
 
 
 @contextlib.contextmanager
 def float_weights(moe: MoeModel) -> Iterator[None]:
     """Give the model the weights of its checkpoint while the block lasts."""
-    assert moe.quantization is not None
-    with torch.no_grad():
-        for name, parameter, *_ in _stored(moe, moe.quantization):
-            parameter.copy_(moe.reader.read(name, parameter.dtype))
+    if moe.offloading is not None:
+        moe.offloading.source.transform = None
+    for name, parameter in _resident(moe, _stored(moe)):
+        parameter.copy_(moe.reader.read(name, parameter.dtype))
     try:
         yield
     finally:
-        round_weights(moe, moe.quantization)
+        _round_weights(moe)
+
+
+def _resident(
+    moe: MoeModel, stored: Mapping[str, tuple[BlockFormat, bool]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the quantised parameters that are in memory, to be written to."""
+    for name, parameter in moe.model.named_parameters():
+        if name in stored and not parameter.is_meta:
+            yield name, parameter.detach()
+
+
+def _stored(moe: MoeModel) -> dict[str, tuple[BlockFormat, bool]]:
+    """Return by name how parameters are stored, and whether rows and columns are swapped."""
+    assert moe.quantization is not None
+    stored = {name: (form, False) for name, form in moe.quantization.weights.items()}
+    chosen = moe.layers if moe.quantization.experts else ()
+    for layer, form in zip(chosen, moe.quantization.experts, strict=True):
+        module: Any = moe.skeleton.get_submodule(layer.experts_name)
+        for leaf in _EXPERT_WEIGHTS:
+            stored[f"{layer.experts_name}.{leaf}"] = form, bool(module.is_transposed)
+    return stored
 
 
 @contextlib.contextmanager
@@ -245,18 +271,3 @@ def exact_copy(path: Path) -> Iterator[Path]:
             yield copy
     finally:
         copy.unlink()
-
-
-def _stored(
-    moe: MoeModel, quantization: Quantization
-) -> Iterator[tuple[str, torch.nn.Parameter, BlockFormat, bool]]:
-    """Yield name, parameter and format of what is quantised, and whether it is transposed."""
-    for name, parameter in moe.model.named_parameters():
-        if name in quantization.weights:
-            yield name, parameter, quantization.weights[name], False
-    if not quantization.experts:
-        return
-    for layer, form in zip(moe.layers, quantization.experts, strict=True):
-        module: Any = moe.model.get_submodule(layer.experts_name)
-        for leaf in _EXPERT_WEIGHTS:
-            yield f"{layer.experts_name}.{leaf}", getattr(module, leaf), form, module.is_transposed

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alloc_moe.compiler.errors import ProfileError
+from alloc_moe.compiler.saved_passes import SavedPasses
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from alloc_moe.compiler.checkpoint import CheckpointReader
+    from alloc_moe.compiler.offload import Offloading
     from alloc_moe.compiler.quantization import Quantization
 
 Allocation = Literal["sensitivity", "uniform"]
@@ -26,7 +28,9 @@ Weights = Literal["keep", "renorm"]
 CorrectionMode = Literal["none", "gain", "affine"]
 CostKind = Literal["activations", "bytes", "latency"]
 DType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+CacheType = Literal["float32", "int8"]
 Device = Literal["cpu", "cuda"]
+OffloadMode = Literal["auto", "never", "always"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,11 @@ class CompileOptions:
     refine_seconds: float = 600.0
     dtype: DType = "float32"
     block: int = 64
+    cache: CacheType = "float32"
     device: Device = "cpu"
     force: bool = False
     trust_remote_code: bool = False
+    offload: OffloadMode = "auto"
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,10 @@ class MoeModel:
     """A loaded checkpoint.
 
     ``model`` is in eval mode, float32 on the CPU; ``skeleton`` is the same without weights;
-    ``reader`` reads single weights from the files in ``folder``. With a ``quantization``, the
-    weights of ``model`` are rounded as it says, those of ``reader`` are not.
+    ``reader`` reads single weights from the files in ``folder``. With ``offloading`` the weights of
+    ``model``'s decoder layers are in memory only while these run. With a ``quantization``, the
+    weights of ``model`` are rounded as it says, those of ``reader`` are not. ``passes`` keeps what
+    passes over a text found.
     """
 
     source: str
@@ -92,6 +100,8 @@ class MoeModel:
     tokenizer: PreTrainedTokenizerBase
     layers: tuple[MoeLayer, ...]
     quantization: Quantization | None = None
+    offloading: Offloading | None = None
+    passes: SavedPasses = field(default_factory=SavedPasses)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from alloc_moe.compiler.layer_weights import is_offloaded, resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,16 +42,59 @@ class DecoderStack:
         """A decoder layer."""
         return self._layers[index]
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether the layers' weights are read each time that they run, unless held."""
+        return is_offloaded(self._layers[0])
+
+    def resident(self, index: int) -> AbstractContextManager[None]:
+        """Hold the weights of a decoder layer in memory while the block lasts."""
+        return resident(self._layers[index])
+
+    def stream(
+        self,
+        inputs: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the hidden states at `stop` of each of the inputs, which are those of `run`.
+
+        With offloaded layers all inputs go through one layer before the next is read; their states
+        are then in memory together, else those of one.
+        """
+        stop = len(self) if stop is None else stop
+        if not self.offloaded:
+            for ids, hidden in inputs:
+                yield self.run(ids, hidden, start=start, stop=stop)
+            return
+        batches = [list(pair) for pair in inputs]
+        for layer in range(start, max(stop, start + 1)):
+            end = min(layer + 1, stop)
+            with self.resident(layer) if end > layer else nullcontext():
+                for batch in batches:
+                    batch[1] = self.run(batch[0], batch[1], start=layer, stop=end)  # type: ignore[arg-type]
+        for _, hidden in batches:
+            assert hidden is not None
+            yield hidden
+
     def run(
-        self, ids: torch.Tensor, hidden: torch.Tensor | None, *, start: int, stop: int
+        self,
+        ids: torch.Tensor,
+        hidden: torch.Tensor | None,
+        *,
+        start: int,
+        stop: int,
+        context: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Return the hidden states at `stop` [batch, sequence, hidden] from those at `start`.
 
         Args:
-            ids: Token ids [batch, sequence]; no padding.
+            ids: Token ids [batch, sequence]; no padding, unless `context` has a mask.
             hidden: [batch, sequence, hidden]; None starts from the embeddings, with `start` 0.
             start: The first decoder layer to run.
             stop: The first not to run.
+            context: What else the model's forward is given: mask, positions, cache.
         """
         if hidden is not None and start == stop:
             return hidden
@@ -71,7 +116,7 @@ class DecoderStack:
 
         try:
             with self._replaced(forward):
-                self._model(input_ids=ids, **self._options)
+                self._model(input_ids=ids, **{**self._options, **(context or {})})
         except _Reached as reached:
             return reached.hidden
         raise RuntimeError(f"The model's forward did not call decoder layer {min(stop, last)}.")

@@ -16,29 +16,41 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.errors import ProfileError, UnsupportedModelError
+from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.layer_states import LayerStates
+from alloc_moe.compiler.offload import expected_time, forward_gflop
+from alloc_moe.compiler.policies import SCORED
+from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import (
     CorrectionMode,
     Metric,
-    MoeLayer,
     MoeModel,
     PartialSums,
     Redistribution,
     SensitivityProfile,
 )
+from alloc_moe.compiler.replay import DecoderStack
 from alloc_moe.compiler.saved import save_text
 from alloc_moe.compiler.sensitivity_bits import Rounded, make_rounded
 from alloc_moe.compiler.sensitivity_correct import Reduced, make_reduced, measured_correction
 from alloc_moe.compiler.sensitivity_fisher import FisherRun
 from alloc_moe.compiler.sensitivity_keep import measured_redistribution
 from alloc_moe.compiler.sensitivity_output import OutputRun
+from alloc_moe.compiler.sensitivity_profile import (
+    COMPARED,
+    empty_profile,
+    no_sums,
+    read_profile,
+)
 from alloc_moe.compiler.sensitivity_replay import ReplayRun
-from alloc_moe.compiler.sensitivity_sums import LayerSums
+from alloc_moe.compiler.sensitivity_stream import Batch, StreamedRun
+from alloc_moe.compiler.sensitivity_sums import LayerSums, reduced_rows
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration import CalibrationSet
@@ -47,22 +59,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ALONE = Processes()
 _TOKENS_PER_BATCH = 1024  # of the metrics that take one pass: bounds the memory of activations
 _SECONDS_PER_SAVE = 30.0  # of those metrics: at most this much is measured again after a kill
-
-_COMPARED = {
-    "metric": "the metric",
-    "model_fingerprint": "the model",
-    "layer_names": "the MoE layers",
-    "experts_per_token": "the experts per token",
-    "calibration_sha256": "the calibration text",
-    "tokens": "the number of tokens",
-    "sequence_length": "the sequence length",
-    "seed": "the seed",
-    "redistribution": "the redistribution",
-    "correction": "the correction",
-    "bits": "the bits of experts",
-}
 
 
 def measure_sensitivity(
@@ -75,6 +74,7 @@ def measure_sensitivity(
     formats: Sequence[Sequence[BlockFormat]] = (),
     path: Path | None = None,
     console: Console | None = None,
+    processes: Processes = _ALONE,
 ) -> SensitivityProfile:
     """Return the cost of each number of experts in each MoE layer.
 
@@ -96,45 +96,100 @@ def measure_sensitivity(
             minute. If there is one already, only what it lacks is measured, with the same result as
             without the interruption.
         console: Where progress is reported.
+        processes: Those that share the work; all of them call this, and get the same profile.
 
     Raises:
         ProfileError: The file at `path` is of another model, text or setting, or no profile.
         UnsupportedModelError: The model can't be run in parts, or gives no finite output.
         OutputError: The file can't be written.
+        ProcessError: Another process ended early.
     """
     policy = measured_redistribution(redistribution)
     correction = measured_correction(metric, redistribution, correction)
     bits = tuple(form.bits for form in formats[0]) if formats else ()
     assert not bits or metric in ("output", "fisher")
-    profile = _empty_profile(moe_model, calibration, metric, policy, correction, bits)
-    if path is not None and path.exists():
-        profile = _resume(profile, path, moe_model.layers)
+    profile = empty_profile(moe_model, calibration, metric, policy, correction, bits)
+    if processes.writes and path is not None and path.exists():
+        profile = read_profile(profile, path, moe_model.layers)
+    profile = processes.broadcast(profile)
     if profile.complete:
         return profile
-    if path is not None:
-        _save(profile, path)  # finds out now, not after the first layer, whether that is possible
-    if metric in ("output", "fisher", "data-free"):
-        return _measure_windows(moe_model, calibration, profile, formats, path, console)
-    return _measure_layers(moe_model, calibration, profile, path, console)
+    job = _Job(moe_model, calibration, formats, path, console, processes)
+    job.save(profile)  # finds out now, not after the first layer, whether that is possible
+    if metric not in ("output", "fisher", "data-free"):
+        return _measure_layers(job, profile)
+    if moe_model.offloading is not None:
+        return _measure_streamed(job, profile)
+    return _measure_windows(job, profile)
 
 
-def _measure_layers(
-    moe_model: MoeModel,
-    calibration: CalibrationSet,
-    profile: SensitivityProfile,
-    path: Path | None,
-    console: Console | None,
-) -> SensitivityProfile:
-    """Complete a profile layer by layer."""
+@dataclass(frozen=True)
+class _Job:
+    """What is measured on what, and by whom."""
+
+    moe_model: MoeModel
+    calibration: CalibrationSet
+    formats: Sequence[Sequence[BlockFormat]]
+    path: Path | None
+    console: Console | None
+    processes: Processes
+
+    def save(self, profile: SensitivityProfile) -> None:
+        if self.path is not None and self.processes.writes:
+            _save(profile, self.path)
+
+    def tell_time(self, profile: SensitivityProfile, *, passes: float, gflop: float) -> None:
+        """Say what a profile will take, if layers are read each time that they run."""
+        if self.console is None or self.moe_model.offloading is None:
+            return
+        passes += profile.redistribution in SCORED
+        passes += (profile.correction != "none") * profile.widths
+        share = gflop / self.processes.size
+        time_needed = expected_time(self.moe_model, passes=passes, gflop=share)
+        self.console.note(f"Profiling by {profile.metric} will take {time_needed}")
+
+    def batches(self) -> list[Batch]:
+        """Return the calibration windows, as many at a time as one pass takes."""
+        ids = torch.from_numpy(self.calibration.ids).to(self.moe_model.model.device)
+        windows = max(1, _TOKENS_PER_BATCH // self.calibration.sequence_length)
+        windows = min(windows, max(1, len(ids) // self.processes.size))
+        return [(first, ids[first : first + windows]) for first in range(0, len(ids), windows)]
+
+    def zeros(self, profile: SensitivityProfile) -> list[LayerSums]:
+        return [LayerSums.of(layer, widths=profile.widths) for layer in self.moe_model.layers]
+
+    def setting(
+        self, profile: SensitivityProfile
+    ) -> tuple[MoeModel, list[torch.Tensor], Redistribution, CorrectionMode]:
+        batches = [ids for _, ids in self.processes.share(self.batches())]
+        return self.moe_model, batches, profile.redistribution, profile.correction
+
+    def reduced(self, profile: SensitivityProfile) -> Reduced | Rounded:
+        if self.formats:
+            return make_rounded(*self.setting(profile), self.formats, self.processes)
+        return make_reduced(*self.setting(profile), self.processes)
+
+
+def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
+    """Complete a profile one layer's costs after another's."""
+    moe_model = job.moe_model
     start = time.monotonic()
     todo = [layer for layer, row in enumerate(profile.costs) if row is None]
     reduced = None
     if (profile.redistribution, profile.correction) != ("none", "none"):
-        batches = _batches(moe_model, calibration)
-        reduced = make_reduced(moe_model, batches, profile.redistribution, profile.correction)
-    run = ReplayRun(moe_model, calibration, metric=profile.metric, reduced=reduced)
+        reduced = make_reduced(*job.setting(profile), job.processes)
+    run = ReplayRun(
+        moe_model,
+        job.calibration,
+        metric=profile.metric,
+        reduced=reduced,
+        processes=job.processes,
+    )
     total = sum(run.operations(layer) for layer in todo)
-    with _progress(console, total) as advance, torch.inference_mode():
+    # The full model and the check of the first replay; then what comes after each layer.
+    after = [1 - moe_model.layers[layer].decoder_layer / run.decoder_layers for layer in todo]
+    job.tell_time(profile, passes=2 + sum(after), gflop=total)
+    with _progress(job.console, total) as advance, torch.inference_mode():
         baseline = _finite(run.enter(todo[0]))
         for layer in todo:
             row = run.measure(layer, advance)
@@ -148,66 +203,94 @@ def _measure_layers(
                 seconds=profile.seconds + now - start,
             )
             start = now
-            if path is not None:
-                _save(profile, path)
+            job.save(profile)
     return profile
 
 
-def _measure_windows(
-    moe_model: MoeModel,
-    calibration: CalibrationSet,
-    profile: SensitivityProfile,
-    formats: Sequence[Sequence[BlockFormat]],
-    path: Path | None,
-    console: Console | None,
-) -> SensitivityProfile:
+def _measure_windows(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
     """Complete a profile of all layers at once, some calibration windows after others."""
+    moe_model, processes = job.moe_model, job.processes
     # PyTorch's inference mode, should the caller be in it, makes tensors that gradients can't use.
     with torch.inference_mode(mode=False), torch.no_grad():
         start = saved = time.monotonic()
-        partial = profile.partial or _no_sums(moe_model.layers, profile.widths)
-        sums = [
-            LayerSums.of(layer, row, widths=profile.widths)
-            for layer, row in zip(moe_model.layers, partial.layers, strict=True)
-        ]
-        batches = _batches(moe_model, calibration)
-        settings = (profile.redistribution, profile.correction)
-        reduced: Reduced | Rounded = (
-            make_rounded(moe_model, batches, *settings, formats)
-            if formats
-            else make_reduced(moe_model, batches, *settings)
-        )
-        add = _one_pass(moe_model, profile, reduced)
-        windows = 0
-        with _progress(console, len(calibration.ids), unit="windows") as advance:
-            for ids in batches:
-                windows += len(ids)
-                if windows > partial.windows:
-                    loss = partial.loss + _finite(add(ids, windows - len(ids), sums))
-                    partial = PartialSums(windows, loss, tuple(each.row() for each in sums))
-                    now = time.monotonic()
-                    seconds = profile.seconds + now - start
-                    profile = dataclasses.replace(profile, partial=partial, seconds=seconds)
-                    start = now
-                    if path is not None and now - saved >= _SECONDS_PER_SAVE:
-                        _save(profile, path)
-                        saved = now
-                advance(len(ids))
+        partial = profile.partial or no_sums(moe_model.layers, profile.widths)
+        # Those done before a kill are left out, whatever the number of processes was then.
+        batches = [(first, ids) for first, ids in job.batches() if first >= partial.windows]
+        add = _one_pass(moe_model, profile, job.reduced(profile))
+        windows = partial.windows
+        with _progress(job.console, len(job.calibration.ids), unit="windows") as advance:
+            advance(windows)
+            for turn in range(0, len(batches), processes.size):
+                together = batches[turn : turn + processes.size]
+                sums, loss = job.zeros(profile), 0.0
+                if processes.rank < len(together):
+                    first, ids = together[processes.rank]
+                    loss = add(ids, first, sums)
+                rows = reduced_rows(partial.layers, sums, processes)
+                loss = processes.add(torch.tensor([loss], dtype=torch.float64)).item()
+                done = sum(len(ids) for _, ids in together)
+                windows += done
+                partial = PartialSums(windows, partial.loss + _finite(loss), rows)
+                now = time.monotonic()
+                seconds = profile.seconds + now - start
+                profile = dataclasses.replace(profile, partial=partial, seconds=seconds)
+                start = now
+                if now - saved >= _SECONDS_PER_SAVE:
+                    job.save(profile)
+                    saved = now
+                advance(done)
+    return _completed(job, profile, partial.layers, partial.loss)
+
+
+def _measure_streamed(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
+    """Complete a profile of all layers, all calibration windows passing layer by layer."""
+    start = time.monotonic()
+    folder = job.path and job.path.with_name(f".{job.path.name}.states")
+    identity = {name: getattr(profile, name) for name in COMPARED}
+    states = LayerStates(folder, identity, job.processes)
+    batches = job.processes.share(job.batches())
+    layers = len(DecoderStack(job.moe_model.model, job.moe_model.layers[0]))
+    total = {"fisher": 2 * layers - job.moe_model.layers[0].decoder_layer, "output": layers}
+    # For fisher each layer runs forward, and again with gradients, its experts once more.
+    passes, factor = (2, 4) if profile.metric == "fisher" else (1, 1)
+    factor += len(profile.bits) + bool(profile.bits)  # each width, and floats to compare with
+    gflop = factor * forward_gflop(job.moe_model, job.calibration.tokens)
+    job.tell_time(profile, passes=passes, gflop=gflop)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        reduced = job.reduced(profile)
+        steps = total.get(profile.metric, len(job.moe_model.layers))
+        with _progress(job.console, steps, unit="layers") as advance:
+            zeros = functools.partial(job.zeros, profile)
+            run = StreamedRun(job.moe_model, batches, states, job.processes, advance, zeros)
+            if profile.metric == "fisher":
+                fisher = FisherRun(job.moe_model, reduced, seed=profile.seed)
+                rows, loss = run.fisher(fisher)
+            elif profile.metric == "output":
+                rows, loss = run.output(OutputRun(job.moe_model, reduced))
+            else:
+                rows, loss = run.data_free(OutputRun(job.moe_model, reduced), profile.seed)
+    seconds = profile.seconds + time.monotonic() - start
+    profile = dataclasses.replace(profile, seconds=seconds)
+    profile = _completed(job, profile, rows, _finite(loss))
+    states.delete()
+    return profile
+
+
+def _completed(
+    job: _Job, profile: SensitivityProfile, rows: Sequence[Sequence[float]], loss: float
+) -> SensitivityProfile:
+    """Return the profile that sums over all windows give, and save it."""
+    pairs = zip(job.moe_model.layers, rows, strict=True)
+    sums = [LayerSums.of(layer, row, widths=profile.widths) for layer, row in pairs]
     profile = dataclasses.replace(
         profile,
         costs=tuple(_costs(profile, each) for each in sums),
         expert_sizes=tuple(each.sizes() for each in sums),
-        baseline_loss=partial.loss / calibration.ids[:, 1:].size,
+        baseline_loss=loss / job.calibration.ids[:, 1:].size,
         partial=None,
     )
-    if path is not None:
-        _save(profile, path)
+    job.save(profile)
     return profile
-
-
-def _no_sums(layers: Sequence[MoeLayer], widths: int) -> PartialSums:
-    rows = (LayerSums.of(layer, widths=widths).row() for layer in layers)
-    return PartialSums(0, 0.0, tuple(rows))
 
 
 def _costs(profile: SensitivityProfile, sums: LayerSums) -> tuple[float, ...]:
@@ -227,90 +310,12 @@ def _one_pass(
     return lambda ids, _, sums: output.add(ids, sums)
 
 
-def _batches(moe_model: MoeModel, calibration: CalibrationSet) -> Sequence[torch.Tensor]:
-    """Return the calibration windows, as many at a time as one pass takes."""
-    ids = torch.from_numpy(calibration.ids).to(moe_model.model.device)
-    return torch.split(ids, max(1, _TOKENS_PER_BATCH // calibration.sequence_length))
-
-
 def _finite(loss: float) -> float:
     if not math.isfinite(loss):
         raise UnsupportedModelError(
             f"The model's loss on the calibration text is {loss}: its weights are broken."
         )
     return loss
-
-
-def _empty_profile(
-    moe_model: MoeModel,
-    calibration: CalibrationSet,
-    metric: Metric,
-    policy: Redistribution,
-    correction: CorrectionMode,
-    bits: tuple[int, ...],
-) -> SensitivityProfile:
-    layers: tuple[MoeLayer, ...] = moe_model.layers
-    return SensitivityProfile(
-        metric=metric,
-        model_fingerprint=moe_model.fingerprint,
-        calibration_sha256=calibration.sha256,
-        tokens=calibration.tokens,
-        sequence_length=calibration.sequence_length,
-        seed=calibration.seed,
-        layer_names=tuple(layer.name for layer in layers),
-        experts_per_token=tuple(layer.experts_per_token for layer in layers),
-        costs=(None,) * len(layers),
-        baseline_loss=0.0,
-        seconds=0.0,
-        redistribution=policy,
-        correction=correction,
-        expert_sizes=(None,) * len(layers),
-        bits=bits,
-    )
-
-
-def _resume(
-    expected: SensitivityProfile, path: Path, layers: Sequence[MoeLayer]
-) -> SensitivityProfile:
-    """Read the profile at `path`, of which any number of layers may be measured."""
-    try:
-        found = SensitivityProfile.from_json(path.read_text("utf-8"), path=path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"The profile {path} can't be read: {error}.") from error
-    differences = [
-        words + _both(_in_words(found, name), _in_words(expected, name))
-        for name, words in _COMPARED.items()
-        if getattr(found, name) != getattr(expected, name)
-    ]
-    if differences:
-        raise ProfileError(
-            f"The profile {path} was measured differently: {', '.join(differences)} changed. "
-            "Delete the file, or give another path."
-        )
-    lengths = [
-        k if row is None else len(row) / found.widths
-        for k, row in zip(found.experts_per_token, found.costs, strict=False)
-    ]
-    sums = [len(row) for row in found.partial.layers] if found.partial else []
-    no_sums = _no_sums(layers, found.widths).layers if found.partial else ()
-    fits = sums == [len(row) for row in no_sums]
-    if lengths != list(expected.experts_per_token) or not fits:
-        raise ProfileError(
-            f"The profile {path} is damaged: its costs don't fit its layers. Delete the file."
-        )
-    return found
-
-
-def _both(found: object, expected: object) -> str:
-    """Show two short values."""
-    if isinstance(found, tuple):
-        return ""
-    return f" (there {found!s:.12}, now {expected!s:.12})"
-
-
-def _in_words(profile: SensitivityProfile, name: str) -> object:
-    value = getattr(profile, name)
-    return "/".join(map(str, value)) or "none" if name == "bits" else value
 
 
 def _save(profile: SensitivityProfile, path: Path) -> None:

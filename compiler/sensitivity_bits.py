@@ -18,6 +18,7 @@ from alloc_moe.compiler.sensitivity_correct import Reduced, all_pairs, fit_every
 from alloc_moe.compiler.sensitivity_keep import make_keep
 
 if TYPE_CHECKING:
+    from alloc_moe.compiler.processes import Processes
     from alloc_moe.compiler.records import CorrectionMode, MoeModel, Redistribution
     from alloc_moe.passes.blockwise import BlockFormat
 
@@ -63,21 +64,24 @@ def make_rounded(
     redistribution: Redistribution,
     correction: CorrectionMode,
     formats: Sequence[Sequence[BlockFormat]],
+    processes: Processes,
 ) -> Rounded:
     """Return the layers at k in every width, under a measured redistribution and correction.
 
     Args:
         moe_model: The model, its experts in floats.
-        batches: All calibration windows, as [windows, sequence].
+        batches: This process's calibration windows, as [windows, sequence].
         redistribution: One that `measured_redistribution` returns.
         correction: One that `measured_correction` returns.
         formats: The widths of each MoE layer's experts.
+        processes: Those that have the other windows.
     """
-    keep = make_keep(moe_model, batches, redistribution)
+    keep = make_keep(moe_model, batches, redistribution, processes)
     by_width = list(zip(*formats, strict=True))
     if correction == "none":
         return Rounded(formats, [Reduced(keep)] * len(by_width))
     fitted = [
-        fit_every_k(moe_model, batches, Reduced(keep), correction, width) for width in by_width
+        fit_every_k(moe_model, batches, Reduced(keep), correction, processes, width)
+        for width in by_width
     ]
     return Rounded(formats, [Reduced(keep, corrections) for corrections in fitted])

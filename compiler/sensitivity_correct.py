@@ -16,6 +16,7 @@ import torch
 
 from alloc_moe.compiler.correction_sums import CorrectionSums
 from alloc_moe.compiler.policies import rank_candidates
+from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.quantization import rounded_experts
 from alloc_moe.compiler.records import Correction, CorrectionMode, Metric, MoeModel, Redistribution
 from alloc_moe.compiler.reference import correct, replaced_experts, run_pairs
@@ -74,19 +75,21 @@ def make_reduced(
     batches: Sequence[torch.Tensor],
     redistribution: Redistribution,
     correction: CorrectionMode,
+    processes: Processes,
 ) -> Reduced:
     """Return the layers at k, under a measured redistribution and correction.
 
     Args:
         moe_model: The model.
-        batches: All calibration windows, as [windows, sequence].
+        batches: This process's calibration windows, as [windows, sequence].
         redistribution: One that `measured_redistribution` returns.
         correction: One that `measured_correction` returns.
+        processes: Those that have the other windows.
     """
-    keep = make_keep(moe_model, batches, redistribution)
+    keep = make_keep(moe_model, batches, redistribution, processes)
     if correction == "none":
         return Reduced(keep)
-    return Reduced(keep, fit_every_k(moe_model, batches, Reduced(keep), correction))
+    return Reduced(keep, fit_every_k(moe_model, batches, Reduced(keep), correction, processes))
 
 
 def all_pairs(
@@ -112,6 +115,7 @@ def fit_every_k(
     batches: Sequence[torch.Tensor],
     reduced: Reduced,
     mode: CorrectionMode,
+    processes: Processes,
     formats: Sequence[BlockFormat] | None = None,
 ) -> list[list[Correction]]:
     """Return the correction of each layer at each k < K.
@@ -126,16 +130,23 @@ def fit_every_k(
     ]
     stack = DecoderStack(moe_model.model, moe_model.layers[0])
     with torch.no_grad():
-        for ids in batches:
-            hidden, at = None, 0
-            for index, layer in enumerate(moe_model.layers):
-                hidden = stack.run(ids, hidden, start=at, stop=layer.decoder_layer)
-                seen = _Seen(None if formats is None else formats[index])
-                at = layer.decoder_layer + 1
-                calls = {layer.experts_name: functools.partial(_watch, seen)}
-                with replaced_experts(moe_model.model, calls):
-                    hidden = stack.run(ids, hidden, start=layer.decoder_layer, stop=at)
-                _add(sums[index], reduced, index, seen, hidden.flatten(0, 1))
+        states: list[torch.Tensor | None] = [None] * len(batches)
+        at = 0
+        for index, layer in enumerate(moe_model.layers):
+            inputs = zip(batches, states, strict=True)
+            states = list(stack.stream(inputs, start=at, stop=layer.decoder_layer))
+            at = layer.decoder_layer + 1
+            with stack.resident(layer.decoder_layer):
+                for batch, ids in enumerate(batches):
+                    seen = _Seen(None if formats is None else formats[index])
+                    calls = {layer.experts_name: functools.partial(_watch, seen)}
+                    with replaced_experts(moe_model.model, calls):
+                        hidden = stack.run(ids, states[batch], start=at - 1, stop=at)
+                    _add(sums[index], reduced, index, seen, hidden.flatten(0, 1))
+                    states[batch] = hidden
+    for row in sums:
+        for each in row:
+            each.reduce(processes)
     return [[each.affine() if per_expert else each.gain() for each in row] for row in sums]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -70,18 +71,50 @@ class FisherRun:
         Returns:
             The next-token loss, summed.
         """
-        calls = {
-            layer.experts_name: functools.partial(self._watch, index, sums[index])
-            for index, layer in enumerate(self._layers)
-        }
-        with torch.enable_grad(), _frozen(self._model), replaced_experts(self._model, calls):
+        with torch.enable_grad(), _frozen(self._model), self.watching(sums):
             end = self._stack.run(ids, None, start=0, stop=len(self._stack))
-            loss, gradient = self._losses(ids, end.detach().flatten(0, 1), first)
+            loss, gradient = self.losses(ids, end.detach(), first)
             end.backward(gradient.view_as(end))  # type: ignore[no-untyped-call]
         for index, layer_sums in enumerate(sums):
             self._add_layer(index, layer_sums)
         self._seen.clear()
         return loss
+
+    def watching(self, sums: Sequence[LayerSums]) -> AbstractContextManager[None]:
+        """Run the experts as `backward` will; nothing is added to `sums` before that."""
+        calls = {
+            layer.experts_name: functools.partial(self._watch, index, sums[index])
+            for index, layer in enumerate(self._layers)
+        }
+        return replaced_experts(self._model, calls)
+
+    def backward(
+        self,
+        ids: torch.Tensor,
+        hidden: torch.Tensor,
+        gradient: torch.Tensor,
+        decoder_layer: int,
+        sums: Sequence[LayerSums],
+    ) -> torch.Tensor:
+        """Add what one decoder layer gives to `sums`; return the gradient at its input.
+
+        Args:
+            ids: Token ids [windows, sequence].
+            hidden: What enters the decoder layer [windows, sequence, hidden].
+            gradient: The gradient at what leaves it, of that shape or [tokens, hidden].
+            decoder_layer: Its index; its weights are in memory.
+            sums: Of each MoE layer.
+        """
+        self._seen.clear()  # of the way forward
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad(), _frozen(self._model), self.watching(sums):
+            end = self._stack.run(ids, hidden, start=decoder_layer, stop=decoder_layer + 1)
+            end.backward(gradient.view_as(end))  # type: ignore[no-untyped-call]
+        for index in self._seen:
+            self._add_layer(index, sums[index])
+        self._seen.clear()
+        assert hidden.grad is not None
+        return hidden.grad
 
     def _watch(
         self,
@@ -111,7 +144,7 @@ class FisherRun:
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        if isinstance(reduced, Rounded):
+        if isinstance(reduced, Rounded) and outputs.requires_grad:
             given = (experts, hidden.detach(), ranked_ids, ranked.detach())
             rounded = functools.partial(reduced.changes, index, *given)
             add = functools.partial(_add_changes, sums, rounded)
@@ -135,10 +168,16 @@ class FisherRun:
                 change = changes.grad[:, k - 1].double()
             sums.costs[k - 1] += change.square().sum().cpu()
 
-    def _losses(
+    @torch.enable_grad()
+    def losses(
         self, ids: torch.Tensor, end: torch.Tensor, first: int
     ) -> tuple[float, torch.Tensor]:
-        """Return the next-token loss, and the gradient at `end` of that of labels drawn here."""
+        """Return the next-token loss, and the gradient at `end` of that of labels drawn here.
+
+        ``end`` [windows, sequence, hidden] are the states at the end, the gradient is
+        [tokens, hidden]; ``first`` is as for `add`.
+        """
+        end = end.flatten(0, 1)
         targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # the last predicts nothing
         random = [
             np.random.default_rng([self._seed, first + window]).random(ids.shape[1])

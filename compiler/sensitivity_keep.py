@@ -14,6 +14,7 @@ from alloc_moe.compiler.policies import (
     rank_candidates,
     scores,
 )
+from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import MoeModel, Redistribution
 from alloc_moe.compiler.reference import library_experts, replaced_experts
 from alloc_moe.compiler.replay import DecoderStack
@@ -36,7 +37,10 @@ def measured_redistribution(redistribution: Redistribution) -> Redistribution:
 
 
 def make_keep(
-    moe_model: MoeModel, batches: Sequence[torch.Tensor], redistribution: Redistribution
+    moe_model: MoeModel,
+    batches: Sequence[torch.Tensor],
+    redistribution: Redistribution,
+    processes: Processes,
 ) -> Keep:
     """Return the rule that keeps k candidates in the mean, under a measured redistribution.
 
@@ -45,10 +49,13 @@ def make_keep(
 
     Args:
         moe_model: The model.
-        batches: All calibration windows, as [windows, sequence].
+        batches: This process's calibration windows, as [windows, sequence].
         redistribution: One that `measured_redistribution` returns.
+        processes: Those that have the other windows.
     """
-    found = _find_scores(moe_model, batches, redistribution) if redistribution in SCORED else None
+    found = None
+    if redistribution in SCORED:
+        found = _find_scores(moe_model, batches, redistribution, processes)
     return functools.partial(_keep, redistribution, batches[0].shape[1], found)
 
 
@@ -74,7 +81,10 @@ def _keep(
 
 
 def _find_scores(
-    moe_model: MoeModel, batches: Sequence[torch.Tensor], redistribution: Redistribution
+    moe_model: MoeModel,
+    batches: Sequence[torch.Tensor],
+    redistribution: Redistribution,
+    processes: Processes,
 ) -> list[torch.Tensor]:
     """Return the scores of each layer's second and later candidates in falling order."""
     found: list[list[torch.Tensor]] = [[] for _ in moe_model.layers]
@@ -96,6 +106,7 @@ def _find_scores(
     }
     stack = DecoderStack(moe_model.model, moe_model.layers[0])
     with torch.no_grad(), replaced_experts(moe_model.model, calls):
-        for ids in batches:
-            stack.run(ids, None, start=0, stop=len(stack))
-    return [torch.cat(parts).sort(descending=True).values for parts in found]
+        for _ in stack.stream((ids, None) for ids in batches):
+            pass  # what is wanted was watched
+    gathered = [processes.gather(torch.cat(parts)) for parts in found]
+    return [values.sort(descending=True).values for values in gathered]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -36,19 +37,28 @@ class OutputRun:
 
     def add(self, ids: torch.Tensor, sums: Sequence[LayerSums]) -> float:
         """Add windows [windows, sequence] to `sums`; return the next-token loss, summed."""
+        with torch.no_grad(), self.watching(sums):
+            return self.loss(ids, self._stack.run(ids, None, start=0, stop=len(self._stack)))
+
+    def watching(self, sums: Sequence[LayerSums]) -> AbstractContextManager[None]:
+        """Add what runs while the block lasts to `sums`."""
         calls = {
             layer.experts_name: functools.partial(self._add_layer, index, sums[index], False)
             for index, layer in enumerate(self._layers)
         }
-        with torch.no_grad(), replaced_experts(self._model, calls):
-            end = self._stack.run(ids, None, start=0, stop=len(self._stack)).flatten(0, 1)
-            targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
-            size = max(1, _LOGITS_PER_BATCH // self._vocabulary)
-            loss = 0.0
-            for start in range(0, len(end), size):
-                logits = self._stack.head(end[start : start + size])
-                part = F.cross_entropy(logits, targets[start : start + size], reduction="none")
-                loss += part.double().sum().item()
+        return replaced_experts(self._model, calls)
+
+    @torch.no_grad()
+    def loss(self, ids: torch.Tensor, end: torch.Tensor) -> float:
+        """Return the next-token loss, summed, of windows whose states at the end are `end`."""
+        end = end.flatten(0, 1)
+        targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+        size = max(1, _LOGITS_PER_BATCH // self._vocabulary)
+        loss = 0.0
+        for start in range(0, len(end), size):
+            logits = self._stack.head(end[start : start + size])
+            part = F.cross_entropy(logits, targets[start : start + size], reduction="none")
+            loss += part.double().sum().item()
         return loss
 
     def add_random(
@@ -58,14 +68,21 @@ class OutputRun:
 
         ``first`` is the index of the first window: it and ``seed`` decide what is drawn.
         """
-        for index, layer in enumerate(self._layers):
-            generator = torch.Generator().manual_seed(hash((seed, first, index)))
-            width = self._model.config.get_text_config().hidden_size
-            hidden = torch.randn(1, ids.numel(), width, generator=generator).to(ids.device)
-            call = functools.partial(self._add_layer, index, sums[index], True)
-            with torch.no_grad(), replaced_experts(self._model, {layer.experts_name: call}):
-                self._model.get_submodule(layer.name)(hidden)
+        for index, layer_sums in enumerate(sums):
+            self.add_random_layer(index, ids, first, layer_sums, seed=seed)
         return 0.0
+
+    def add_random_layer(
+        self, index: int, ids: torch.Tensor, first: int, sums: LayerSums, *, seed: int
+    ) -> None:
+        """Add random inputs of one MoE block, whose weights are in memory, as `add_random` does."""
+        name = self._layers[index].experts_name
+        generator = torch.Generator().manual_seed(hash((seed, first, index)))
+        width = self._model.config.get_text_config().hidden_size
+        hidden = torch.randn(1, ids.numel(), width, generator=generator).to(ids.device)
+        call = functools.partial(self._add_layer, index, sums, True)
+        with torch.no_grad(), replaced_experts(self._model, {name: call}):
+            self._model.get_submodule(self._layers[index].name)(hidden)
 
     def _add_layer(
         self,

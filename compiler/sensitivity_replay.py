@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.policies import rank_candidates
+from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import Metric, MoeModel
 from alloc_moe.compiler.reference import (
     ExpertsCall,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _TOKENS_PER_BATCH = 4096  # of all k together: bounds the memory of activations
 _LOGITS_PER_BATCH = 2**22  # of all k together, 16 MB in float32
 _FEWEST_POSITIONS = 32  # of a batch of logits, however large the vocabulary
+_ALONE = Processes()
 _REPLAY_TOLERANCE = 1e-3  # relative; a wrong replay is off by far more
 
 
@@ -45,8 +47,12 @@ class ReplayRun:
         *,
         metric: Metric,
         reduced: Reduced | None,
+        processes: Processes = _ALONE,
     ) -> None:
-        """Prepare to measure layers as `reduced` gives them; None keeps each token's first k."""
+        """Prepare to measure layers as `reduced` gives them; None keeps each token's first k.
+
+        Each of the `processes` runs a share of the windows.
+        """
         self._model = moe_model.model
         self._layers = moe_model.layers
         self._metric = metric
@@ -56,24 +62,33 @@ class ReplayRun:
         most = max(layer.experts_per_token for layer in self._layers)
         windows = max(1, _TOKENS_PER_BATCH // (most * calibration.sequence_length))
         ids = torch.from_numpy(calibration.ids).to(self._model.device)
-        self._batches = torch.split(ids, windows)  # of [windows, sequence]
+        windows = min(windows, max(1, len(ids) // processes.size))
+        self._batches = processes.share(torch.split(ids, windows))  # of [windows, sequence]
+        self._processes = processes
+        self._tokens = len(ids) * calibration.sequence_length
+        self._targets = self._tokens - len(ids)  # predicted: all but the first of each window
         self._at = 0
+        self._checked = False
         self._entering: list[torch.Tensor] = []  # hidden states at decoder layer `_at`, per batch
         self._full: list[torch.Tensor] = []  # hidden states at the end of the full model, per batch
+
+    @property
+    def decoder_layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self._stack)
 
     def enter(self, layer: int) -> float:
         """Run the full model once and keep what enters MoE layer `layer`; return the mean loss."""
         self._at = self._layers[layer].decoder_layer
-        end = len(self._stack)
-        loss = 0.0
+        loss = torch.zeros(1, dtype=torch.float64)
         with replaced_experts(self._model, {}):
-            for ids in self._batches:
-                hidden = self._stack.run(ids, None, start=0, stop=self._at)
-                full = self._stack.run(ids, hidden, start=self._at, stop=end)
-                self._entering.append(hidden)
-                self._full.append(full)
-                loss += self._losses(ids, full[None]).item()
-        return loss / _targets(self._batches)
+            inputs = ((ids, None) for ids in self._batches)
+            self._entering = list(self._stack.stream(inputs, stop=self._at))
+            entered = zip(self._batches, self._entering, strict=True)
+            self._full = list(self._stack.stream(entered, start=self._at))
+            for ids, full in zip(self._batches, self._full, strict=True):
+                loss += self._losses(ids, full[None])
+        return self._processes.add(loss).item() / self._targets
 
     def measure(self, layer: int, advance: Callable[[float], None]) -> tuple[float, ...]:
         """Return the costs of MoE layer `layer` for k = 1..K."""
@@ -81,17 +96,18 @@ class ReplayRun:
         ks = self._measured_ks(layer)
         sums = torch.zeros(len(ks), dtype=torch.float64)
         work = self.operations(layer) / len(self._batches)
-        self._check_replay(layer)
-        for batch in range(len(self._batches)) if ks else ():
-            hidden = self._replay(layer, batch, ks)  # [ks, windows, sequence, hidden]
+        if not (self._checked and self._stack.offloaded):  # there it reads all later layers
+            self._check_replay(layer)
+        for batch, hidden in enumerate(self._replay(layer, ks) if ks else ()):
             if self._metric == "kl":
                 sums += self._divergences(hidden, self._full[batch])
             else:
                 sums += self._losses(self._batches[batch], hidden)
             advance(work)
+        sums = self._processes.add(sums)
         if self._metric == "kl":  # by definition nothing changes at K
-            return (*(sums / sum(ids.numel() for ids in self._batches)).tolist(), 0.0)
-        return tuple((sums / _targets(self._batches)).exp().tolist())
+            return (*(sums / self._tokens).tolist(), 0.0)
+        return tuple((sums / self._targets).exp().tolist())
 
     def operations(self, layer: int) -> float:
         """Return the GFLOP of measuring MoE layer `layer`, roughly: those of the weights."""
@@ -123,14 +139,14 @@ class ReplayRun:
     def _go_to(self, decoder_layer: int) -> None:
         """Move the kept hidden states on to a later decoder layer."""
         with replaced_experts(self._model, {}):
-            for batch, ids in enumerate(self._batches):
-                self._entering[batch] = self._stack.run(
-                    ids, self._entering[batch], start=self._at, stop=decoder_layer
-                )
+            entering = zip(self._batches, self._entering, strict=True)
+            moved = self._stack.stream(entering, start=self._at, stop=decoder_layer)
+            for batch, hidden in enumerate(moved):
+                self._entering[batch] = hidden
         self._at = decoder_layer
 
-    def _replay(self, layer: int, batch: int, ks: Sequence[int]) -> torch.Tensor:
-        """Return the hidden states at the end [ks, windows, sequence, hidden], per k of `layer`."""
+    def _replay(self, layer: int, ks: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield, per batch, the states at the end [ks, windows, sequence, hidden] for each k."""
         calls: dict[str, ExpertsCall] = {
             self._layers[layer].experts_name: functools.partial(_prefix_sums, ks)
             if self._reduced is None
@@ -138,14 +154,13 @@ class ReplayRun:
         }
         if self._metric == "ppl-suffix":
             calls |= {later.experts_name: _top_1 for later in self._layers[layer + 1 :]}
+        inputs = (
+            (ids.repeat(len(ks), 1), _repeat(hidden, len(ks)))
+            for ids, hidden in zip(self._batches, self._entering, strict=True)
+        )
         with replaced_experts(self._model, calls):
-            hidden = self._stack.run(
-                self._batches[batch].repeat(len(ks), 1),
-                _repeat(self._entering[batch], len(ks)),
-                start=self._at,
-                stop=len(self._stack),
-            )
-        return hidden.view(len(ks), -1, *hidden.shape[1:])
+            for hidden in self._stack.stream(inputs, start=self._at):
+                yield hidden.view(len(ks), -1, *hidden.shape[1:])
 
     def _check_replay(self, layer: int) -> None:
         """Replay the full model from `layer` on; layers may depend on more than their input."""
@@ -161,6 +176,7 @@ class ReplayRun:
                 f"{self._model.config.model_type} can't be profiled: its decoder layers from "
                 f"{self._at} on don't depend on that layer's input alone. Use uniform allocation."
             )
+        self._checked = True
 
     def _divergences(self, hidden: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
         """Return the KL divergences [ks], summed over tokens, of states [ks, ..., hidden]."""
@@ -234,11 +250,6 @@ def _top_1(
 ) -> torch.Tensor:
     ranked, ranked_ids = rank_candidates(weights, ids)
     return library_experts(experts, hidden, ranked_ids[:, :1], ranked[:, :1])
-
-
-def _targets(batches: Sequence[torch.Tensor]) -> int:
-    """Return the number of tokens that are predicted: all but the first of each window."""
-    return sum(ids[:, 1:].numel() for ids in batches)
 
 
 def _repeat(hidden: torch.Tensor, times: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import MoeLayer
 
 
@@ -56,3 +57,17 @@ class LayerSums:
         layer = self.squares.sum() / self.counts.sum()
         means = torch.where(self.counts > 0, self.squares / self.counts.clamp(min=1), layer)
         return tuple(means.sqrt().tolist())
+
+
+def reduced_rows(
+    rows: Sequence[Sequence[float]], sums: Sequence[LayerSums], processes: Processes
+) -> tuple[tuple[float, ...], ...]:
+    """Return, layer by layer, `rows` plus what all processes have in `sums`."""
+    lengths = [len(row) for row in rows]
+    added = processes.add(_flat([each.row() for each in sums]))
+    before = _flat(rows)
+    return tuple(tuple(part.tolist()) for part in torch.split(before + added, lengths))
+
+
+def _flat(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.float64)

@@ -25,10 +25,7 @@ def build_skeleton(
     Every parameter is one zero, expanded to its shape: unlike a meta tensor it is on the CPU, so
     the model runs and exports as any other. Buffers hold their real values.
     """
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
     replaced: dict[int, torch.nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         zero = torch.nn.Parameter(
@@ -39,6 +36,18 @@ def build_skeleton(
     model.tie_weights()
     skeleton: PreTrainedModel = model.eval()
     return skeleton
+
+
+def build_empty(
+    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Return the model of `config` with parameters on the meta device, and real buffers."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return model
 
 
 def experts_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:

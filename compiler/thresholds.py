@@ -198,8 +198,8 @@ def _kept(found: Sequence[_Falling], thresholds: Sequence[float]) -> Thresholds:
 class _Falling:
     """The scores of one layer's second and later candidates, in falling order."""
 
-    def __init__(self, parts: Sequence[torch.Tensor], tokens: int) -> None:
-        self.values = np.sort(torch.cat(list(parts)).numpy())[::-1]
+    def __init__(self, values: torch.Tensor, tokens: int) -> None:
+        self.values = np.sort(values.numpy())[::-1]
         self.tokens = tokens
 
     def kept(self, threshold: float) -> float:
@@ -242,6 +242,14 @@ def _observe(
     moe: MoeModel, ids: torch.Tensor, setting: Setting, thresholds: Sequence[float]
 ) -> list[_Falling]:
     """Run the model under `thresholds` and return the scores it met in each layer."""
+    inputs = ("scores", moe.fingerprint, ids, setting, list(thresholds))
+    found = moe.passes.recall(inputs, lambda: _scores(moe, ids, setting, thresholds))
+    return [_Falling(layer, ids.numel()) for layer in found]
+
+
+def _scores(
+    moe: MoeModel, ids: torch.Tensor, setting: Setting, thresholds: Sequence[float]
+) -> list[torch.Tensor]:
     parts: list[list[torch.Tensor]] = [[] for _ in moe.layers]
     sizes = setting.sizes or (None,) * len(moe.layers)
 
@@ -264,6 +272,7 @@ def _observe(
         corrections=setting.corrections,
         watch=watch,
     ):
-        for batch in torch.split(ids, max(1, _TOKENS_PER_BATCH // ids.shape[1])):
-            stack.run(batch, None, start=0, stop=len(stack))
-    return [_Falling(layer, ids.numel()) for layer in parts]
+        batches = torch.split(ids, max(1, _TOKENS_PER_BATCH // ids.shape[1]))
+        for _ in stack.stream((batch, None) for batch in batches):
+            pass  # what is wanted was watched
+    return [torch.cat(layer) for layer in parts]

@@ -12,8 +12,11 @@ from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.passes.correct_experts import CorrectExpertsPass, ExpertCorrection
 from alloc_moe.passes.fix_dims import FixDimsPass
 from alloc_moe.passes.fold_transposes import FoldTransposesPass
+from alloc_moe.passes.group_attention import GroupAttentionPass
 from alloc_moe.passes.interleave_experts import InterleaveExpertsPass
+from alloc_moe.passes.keep_logits import KeepLogitsPass
 from alloc_moe.passes.lower_experts import Allocation, LowerExpertsPass
+from alloc_moe.passes.quantize_cache import CacheScales, QuantizeCachePass
 from alloc_moe.passes.quantize_experts import QuantizeExpertsPass
 from alloc_moe.passes.quantize_matmuls import QuantizeMatMulsPass
 from alloc_moe.passes.rename_cache import RenameCachePass
@@ -43,16 +46,22 @@ def specialize_passes(
     pairs: bool,
     corrections: Mapping[int, ExpertCorrection] = MappingProxyType({}),
     formats: Mapping[int, BlockFormat] = MappingProxyType({}),
+    cache_scales: CacheScales = MappingProxyType({}),
 ) -> ir.passes.Sequential:
     """Return what turns a normalised graph into the artifact of one plan.
 
     Args:
         allocation: The plan's part that the graph depends on.
-        pairs: For execution providers that don't skip experts of weight zero.
+        pairs: For CUDA, whose kernel doesn't skip experts of weight zero; its attention stays the
+            standard operator.
         corrections: What experts are changed by, by MoE layer.
         formats: How experts are quantised, by MoE layer.
+        cache_scales: Of an int8 cache.
     """
+    attention = () if pairs else (GroupAttentionPass(), QuantizeCachePass(cache_scales))
     return ir.passes.Sequential(
+        *attention,
+        KeepLogitsPass(),
         QuantizeExpertsPass(formats),
         CorrectExpertsPass(corrections),
         LowerExpertsPass(allocation, pairs=pairs),

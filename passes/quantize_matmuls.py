@@ -69,12 +69,16 @@ def _uses(
             transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
             if transpose is not None and transpose.op_type == "Transpose":
                 weight = transpose.inputs[0]
-        elif node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+        elif node.op_type == "Gemm" and _transposed(node):
             weight = node.inputs[1]
         elif node.op_type == "Gather":
             weight = node.inputs[0]
         if weight is not None and weight.is_initializer() and weight.name in formats:
             yield node, weight
+
+
+def _transposed(gemm: ir.Node) -> bool:
+    return "transB" in gemm.attributes and bool(gemm.attributes["transB"].as_int())
 
 
 def _matmul(model: ir.Model, node: ir.Node, weight: ir.Value, form: BlockFormat) -> ir.Node:

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.cache import Cache
 from alloc_moe.runtime.errors import GenerationError
-from alloc_moe.runtime.session import ArtifactSession, Cache
+from alloc_moe.runtime.session import ArtifactSession
 
 _UNKNOWN_VOCABULARY = 256  # ids that any model has
 
@@ -26,8 +27,9 @@ class Workload:
     """What is timed, for every artifact ``runs`` times after one run to warm up.
 
     Prefill: one call with ``prompt_tokens`` tokens and an empty cache. Decode: ``new_tokens`` calls
-    with one token each, the first with ``past`` tokens in the cache. The tokens are random, drawn
-    with ``seed``, the same for all artifacts; the batch is one.
+    with one token each, the first with ``past`` tokens in the cache. As in generation, logits are
+    those of the last token only. The tokens are random, drawn with ``seed``, the same for all
+    artifacts; the batch is one.
     """
 
     prompt_tokens: int = 128
@@ -91,11 +93,12 @@ def benchmark(
     past = random.integers(0, vocabulary, (1, workload.past))
     new = random.integers(0, vocabulary, (1, workload.new_tokens))
     priced = list(zip(sessions, prices or [None] * len(sessions), strict=True))
-    caches = [run.run(past, price=at).cache if workload.past else None for run, at in priced]
+    caches = [_filled(run, workload, past, price) for run, price in priced]
     seconds: list[list[tuple[float, float]]] = [[] for _ in sessions]
     for _ in range(1 + workload.runs):
         for timings, (session, price), cache in zip(seconds, priced, caches, strict=True):
-            timings.append((_prefill(session, prompt, price), _decode(session, new, cache, price)))
+            prefill = _prefill(session, prompt, price)
+            timings.append((prefill, _decode(session, new, cache.fork(), price)))
             if on_run is not None:
                 on_run()
     return [
@@ -112,18 +115,28 @@ def machine() -> str:
     return f"{_processor()}, {os.cpu_count()} logical CPUs, {platform.system()}"
 
 
+def _filled(
+    session: ArtifactSession, workload: Workload, past: NDArray[np.int64], price: float | None
+) -> Cache:
+    """Return a cache that holds the past and has room for the new tokens."""
+    cache = session.empty_cache(1, capacity=workload.past + workload.new_tokens)
+    if workload.past:
+        session.run(past, cache=cache, price=price, logits_to_keep=1)
+    return cache
+
+
 def _prefill(session: ArtifactSession, prompt: NDArray[np.int64], price: float | None) -> float:
     start = time.perf_counter()
-    session.run(prompt, price=price)
+    session.run(prompt, price=price, logits_to_keep=1)
     return time.perf_counter() - start
 
 
 def _decode(
-    session: ArtifactSession, new: NDArray[np.int64], cache: Cache | None, price: float | None
+    session: ArtifactSession, new: NDArray[np.int64], cache: Cache, price: float | None
 ) -> float:
     start = time.perf_counter()
     for column in range(new.shape[1]):
-        cache = session.run(new[:, column : column + 1], cache=cache, price=price).cache
+        session.run(new[:, column : column + 1], cache=cache, price=price, logits_to_keep=1)
     return time.perf_counter() - start
 
 

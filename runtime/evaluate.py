@@ -135,10 +135,9 @@ def evaluate_artifact(
 
     def logits_of(tokens: NDArray[np.int64]) -> NDArray[np.floating]:
         steps = np.split(tokens, tokens.shape[1], axis=1) if decode else [tokens]
-        logits, cache = [], None
+        logits, cache = [], session.empty_cache(1, capacity=tokens.shape[1])
         for step in steps:
             output = session.run(step, cache=cache, price=price)
-            cache = output.cache
             logits.append(output.logits)
             if on_output is not None:
                 on_output(output)

@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.cache import Cache
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.sampling import Sampling, sample
-from alloc_moe.runtime.session import ArtifactSession, Cache
+from alloc_moe.runtime.session import ArtifactSession
 
 _PAD = 0  # any token: the attention mask keeps it out
 GREEDY = Sampling()
 
 Step = Callable[[NDArray[np.int64], NDArray[np.int64], Any], tuple[NDArray[np.floating], Any]]
-"""``step(ids [batch, sequence], mask [batch, past + sequence], cache)`` -> logits, cache."""
+"""``step(ids [batch, sequence], mask [batch, past + sequence], cache)`` -> logits, cache.
+
+Logits may be of the last positions only.
+"""
 
 
 def generate(
@@ -83,11 +87,15 @@ def generate_steps(
     if not prompts:
         return
     ends = session.files.eos_ids() if eos_ids is None else eos_ids
+    columns = max(len(prompt) for prompt in prompts) + max_new_tokens
+    room = session.empty_cache(len(prompts), capacity=columns)
 
     def step(
         tokens: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache | None
     ) -> tuple[NDArray[np.floating], Cache]:
-        output = session.run(tokens, attention_mask=mask, cache=cache, price=price)
+        output = session.run(
+            tokens, attention_mask=mask, cache=cache or room, price=price, logits_to_keep=1
+        )
         return output.logits, output.cache
 
     yield from decode(

@@ -1,4 +1,4 @@
-"""An artifact in onnxruntime: one call in, logits and the grown key/value cache out."""
+"""An artifact in onnxruntime: tokens in, logits out, keys and values appended to a cache."""
 
 from __future__ import annotations
 
@@ -15,52 +15,29 @@ from numpy.typing import NDArray
 
 from alloc_moe.runtime.artifact import (
     DROPPED,
+    LOGITS_TO_KEEP_INPUT,
     PRICE_INPUT,
     ROUTER_PROBS,
     ROUTER_WEIGHTS,
+    SHARED_CACHE_KEY,
     AllocationPlan,
 )
+from alloc_moe.runtime.cache import BFLOAT16, ELEMENT_TYPES, Cache, CacheSlot
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.onnx_file import with_outputs
 from alloc_moe.runtime.providers import CUDA, Provider, create_session
 
 _PAST, _PRESENT = "past_key_values.", "present."
-_BFLOAT16 = 16
-_ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": _BFLOAT16}
 _LOG_ERRORS_ONLY = 3
-
-
-@dataclass(frozen=True)
-class CacheSlot:
-    """One cache tensor of the graph: names of input and output, shape, ONNX element type.
-
-    ``empty_shape`` is the shape for no past and a batch of 1, whose axis is ``batch_axis``.
-    """
-
-    past: str
-    present: str
-    empty_shape: tuple[int, ...]
-    batch_axis: int
-    element_type: int
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of the first ``length`` columns of a batch, on the session's device.
-
-    It is never written to: a cache may be continued any number of times.
-    """
-
-    length: int
-    values: tuple[onnxruntime.OrtValue, ...]
 
 
 @dataclass(frozen=True)
 class Output:
     """What one call gave.
 
-    ``logits`` are [batch, sequence, vocabulary], float32 or float16. ``rows[l]`` are the experts
+    ``logits`` are [batch, sequence, vocabulary], float32 or float16; of the last positions only if
+    that was asked for. ``cache`` is the one that was given, grown. ``rows[l]`` are the experts
     executed per row of the MoE operator of layer l, None unless the session counts them: the rows
     are the call's tokens, padding included, or (token, expert) pairs if the artifact compacts them.
     """
@@ -86,15 +63,23 @@ class ArtifactSession:
         _check_io(set(inputs), set(outputs), path=files.graph)
         self.files = files
         self.device: Literal["cpu", "cuda"] = "cuda" if CUDA in session.get_providers() else "cpu"
+        self.shares_cache = SHARED_CACHE_KEY in files.onnx.metadata
         self.slots = tuple(
-            _cache_slot(value, batch=inputs["input_ids"].shape[0], path=files.graph)
+            _cache_slot(
+                value,
+                batch=inputs["input_ids"].shape[0],
+                shared=self.shares_cache,
+                path=files.graph,
+            )
             for name, value in inputs.items()
             if name.startswith(_PAST)
         )
         vocabulary = outputs["logits"].shape[-1]
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         self._session = session
-        self.has_dial = PRICE_INPUT in {v.name for v in session.get_overridable_initializers()}
+        optional = {value.name for value in session.get_overridable_initializers()}
+        self.has_dial = PRICE_INPUT in optional
+        self._keeps_logits = LOGITS_TO_KEEP_INPUT in optional
         self._has_positions = "position_ids" in inputs
         self._counted = _counted_values(files) if counting else ()
 
@@ -108,18 +93,16 @@ class ArtifactSession:
         """Whether every call says how many experts each layer executed."""
         return bool(self._counted)
 
-    def empty_cache(self, batch: int) -> Cache:
-        """Return the cache to start a batch with."""
-        values = []
-        for slot in self.slots:
-            shape = list(slot.empty_shape)
-            shape[slot.batch_axis] = batch
-            values.append(
-                onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                    shape, slot.element_type, self.device, 0
-                )
-            )
-        return Cache(0, tuple(values))
+    def empty_cache(self, batch: int, *, capacity: int = 0) -> Cache:
+        """Return the cache to start a batch with.
+
+        Args:
+            batch: The number of sequences.
+            capacity: Columns to have room for from the start. A cache grows as it needs to, but
+                then it is copied, each time to twice its size.
+        """
+        device = "cpu" if self.shares_cache else self.device
+        return Cache(self.slots, batch=batch, capacity=capacity, device=device)
 
     def run(
         self,
@@ -128,49 +111,122 @@ class ArtifactSession:
         attention_mask: NDArray[np.int64] | None = None,
         cache: Cache | None = None,
         price: float | None = None,
+        logits_to_keep: int | None = None,
     ) -> Output:
         """Run one call: a whole prompt, a piece of it, or one token per sequence.
 
         Args:
             input_ids: [batch, sequence].
             attention_mask: [batch, cache.length + sequence], 1 = real token, 0 = padding, which is
-                on the left of each row or anywhere else. All ones by default.
-            cache: What `empty_cache` or the call before gave; empty by default.
+                on the left of each row or anywhere else. Only the last `sequence` columns are
+                looked at: the others were given when they were new. All ones by default.
+            cache: From `empty_cache`, or the one of the call before; an empty one by default. The
+                call appends to it.
             price: For artifacts with a dial: of an activation, in place of the one compiled in. See
                 `alloc_moe.runtime.dial.price_of`.
+            logits_to_keep: Return logits of so many positions at the end; by default of all.
 
         Raises:
-            GenerationError: There is a price, but no dial.
+            GenerationError: There is a price, but no dial; or tokens that compete for experts
+                would have to be run apart.
         """
         check_price(self, price)
         batch, sequence = input_ids.shape
         if cache is None:
             cache = self.empty_cache(batch)
-        if attention_mask is None:
-            attention_mask = np.ones((batch, cache.length + sequence), np.int64)
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids, np.int64))
-        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(attention_mask, np.int64))
+        ids = np.ascontiguousarray(input_ids, np.int64)
+        new = (
+            np.ones((batch, sequence), np.int64)
+            if attention_mask is None
+            else np.asarray(attention_mask[:, -sequence:], np.int64)
+        )
+        cache.reserve(cache.length + sequence)
+        optional = (price, logits_to_keep)
+        if self.shares_cache and batch > 1 and sequence > 1 and cache.length:
+            return self._run_rows(ids, new, cache, optional)
+        return self._run(ids, new, cache, optional)
+
+    def _run(
+        self,
+        ids: NDArray[np.int64],
+        new: NDArray[np.int64],
+        cache: Cache,
+        optional: tuple[float | None, int | None],
+    ) -> Output:
+        binding = self._binding(cache, optional)
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", cache.extended_mask(new))
         if self._has_positions:
-            positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+            binding.bind_cpu_input("position_ids", cache.positions(new))
+        for name in ("logits", *self._counted):
+            binding.bind_output(name, "cpu")
+        if not self.shares_cache:
+            for slot, value in zip(self.slots, cache.values, strict=True):
+                binding.bind_ortvalue_input(slot.past, value)
+                binding.bind_output(slot.present, self.device)
+        self._session.run_with_iobinding(binding)
+        logits, probs, present = _split(binding.get_outputs(), len(self._counted))
+        cache.append(new, None if self.shares_cache else present)
+        kept = to_numpy(logits)
+        if optional[1] and not self._keeps_logits:
+            kept = kept[:, -optional[1] :]
+        rows = tuple(map(_executed, self._counted, probs)) if self._counted else None
+        return Output(kept, cache, rows)
+
+    def _run_rows(
+        self,
+        ids: NDArray[np.int64],
+        new: NDArray[np.int64],
+        cache: Cache,
+        optional: tuple[float | None, int | None],
+    ) -> Output:
+        """Continue several sequences by several tokens each, one sequence after the other.
+
+        GroupQueryAttention takes no more than one then. Nothing depends on the others unless tokens
+        of a call compete.
+        """
+        if self.plan.redistribution == "batch" or self.plan.cap is not None:
+            raise GenerationError(
+                f"{len(ids)} sequences can't be continued by {ids.shape[1]} tokens each in one "
+                f"call: in {self.files.graph} the tokens of a call compete for experts, and its "
+                "attention takes such sequences one by one. Give one token per sequence, or one "
+                "sequence per call."
+            )
+        parts = [
+            self._run(ids[row : row + 1], new[row : row + 1], cache.row(row), optional)
+            for row in range(len(ids))
+        ]
+        cache.append(new)
+        counted = zip(*(part.rows for part in parts if part.rows is not None), strict=True)
+        return Output(
+            np.concatenate([part.logits for part in parts]),
+            cache,
+            tuple(np.concatenate(rows) for rows in counted) if self._counted else None,
+        )
+
+    def _binding(
+        self, cache: Cache, optional: tuple[float | None, int | None]
+    ) -> onnxruntime.IOBinding:
+        """Return the cache's binding; what stays from call to call is bound once."""
+        if cache.binding is not None and cache.bound_inputs == optional:
+            return cache.binding
+        binding = self._session.io_binding()
+        price, keep = optional
+        # bind_cpu_input takes required inputs only.
         if price is not None:
-            # bind_cpu_input takes required inputs only.
             value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(price, np.float32))
             binding.bind_ortvalue_input(PRICE_INPUT, value)
-        for slot, value in zip(self.slots, cache.values, strict=True):
-            binding.bind_ortvalue_input(slot.past, value)
-            binding.bind_output(slot.present, self.device)
-        binding.bind_output("logits", "cpu")
-        for name in self._counted:
+        if keep is not None and self._keeps_logits:
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([keep], np.int64))
+            binding.bind_ortvalue_input(LOGITS_TO_KEEP_INPUT, value)
+        for name in ("logits", *self._counted):  # first, so that they are the first outputs
             binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
-        present, (logits, *probs) = _split(binding.get_outputs(), len(self.slots))
-        return Output(
-            to_numpy(logits),
-            Cache(cache.length + sequence, tuple(present)),
-            tuple(map(_executed, self._counted, probs)) if self._counted else None,
-        )
+        if self.shares_cache:
+            for slot, value in zip(self.slots, cache.values, strict=True):
+                binding.bind_ortvalue_input(slot.past, value)
+                binding.bind_ortvalue_output(slot.present, value)
+        cache.binding, cache.bound_inputs = binding, optional
+        return binding
 
 
 def open_session(
@@ -227,7 +283,7 @@ def check_price(session: ArtifactSession, price: float | None) -> None:
 
 def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
     """Return a tensor in host memory as an array; bfloat16, which numpy lacks, as float32."""
-    if value.element_type() != _BFLOAT16:
+    if value.element_type() != BFLOAT16:
         array: NDArray[np.floating] = value.numpy()
         return array
     shape = value.shape()
@@ -267,9 +323,10 @@ def _executed(name: str, value: onnxruntime.OrtValue) -> NDArray[np.int64]:
 
 
 def _split(
-    values: Sequence[onnxruntime.OrtValue], count: int
-) -> tuple[Sequence[onnxruntime.OrtValue], Sequence[onnxruntime.OrtValue]]:
-    return values[:count], values[count:]
+    values: Sequence[onnxruntime.OrtValue], counted: int
+) -> tuple[onnxruntime.OrtValue, Sequence[onnxruntime.OrtValue], Sequence[onnxruntime.OrtValue]]:
+    """Return logits, router probabilities of the layers, cache."""
+    return values[0], values[1 : 1 + counted], values[1 + counted :]
 
 
 def _check_io(inputs: set[str], outputs: set[str], *, path: Path) -> None:
@@ -290,7 +347,9 @@ def _present(past: str) -> str:
     return _PRESENT + past.removeprefix(_PAST)
 
 
-def _cache_slot(value: onnxruntime.NodeArg, *, batch: str | int | None, path: Path) -> CacheSlot:
+def _cache_slot(
+    value: onnxruntime.NodeArg, *, batch: str | int | None, shared: bool, path: Path
+) -> CacheSlot:
     """Return what the graph says of one cache input.
 
     Its past axis is the symbolic one whose name says so, else the one that isn't the batch's.
@@ -301,7 +360,7 @@ def _cache_slot(value: onnxruntime.NodeArg, *, batch: str | int | None, path: Pa
     past = [axis for axis, name in symbols.items() if "past" in name]
     past = past or [axis for axis, name in symbols.items() if name != str(batch)]
     rest = [axis for axis in symbols if axis not in past]
-    if len(past) != 1 or len(rest) != 1 or value.type not in _ELEMENT_TYPES:
+    if len(past) != 1 or len(rest) != 1 or value.type not in ELEMENT_TYPES:
         raise ArtifactError(
             f"The cache {value.name} of {path} is {value.type} {value.shape}; expected floats with "
             "two symbolic sizes, that of the batch and that of the past. Compile the model again."
@@ -312,5 +371,7 @@ def _cache_slot(value: onnxruntime.NodeArg, *, batch: str | int | None, path: Pa
         present=_present(value.name),
         empty_shape=tuple(sizes.get(axis, size) for axis, size in enumerate(value.shape)),
         batch_axis=rest[0],
-        element_type=_ELEMENT_TYPES[value.type],
+        past_axis=past[0],
+        element_type=ELEMENT_TYPES[value.type],
+        shared=shared,
     )

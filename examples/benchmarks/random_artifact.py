@@ -1,6 +1,6 @@
 """Write an artifact of a real model's shape with random weights, for measuring speed.
 
-    python examples/benchmarks/random_artifact.py olmoe-1b-7b -o olmoe.onnx --dtype int4
+    python examples/benchmarks/random_artifact.py olmoe-1b-7b -o olmoe.onnx --also none batch
 
 What it says means nothing, but it reads, computes and routes as the real one does: no weights are
 downloaded, and never more than one is in memory. Its plan keeps the mean activations of the budgets
@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from shapes import SHAPES, Shape
 from transformers import OlmoeConfig, PreTrainedConfig
@@ -23,12 +25,14 @@ from transformers import OlmoeConfig, PreTrainedConfig
 from alloc_moe.compiler import package, pipeline
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.load import find_moe_layers
-from alloc_moe.compiler.quantization import BITS, choose_formats
+from alloc_moe.compiler.quantization import BITS, Quantization, choose_formats
+from alloc_moe.compiler.records import MoeLayer
 from alloc_moe.compiler.skeleton import build_skeleton
 from alloc_moe.passes.default import normalize_passes
 from alloc_moe.runtime.artifact import AllocationPlan, Budget, DialPoint, PlannedLayer
 from alloc_moe.runtime.session import open_session
 
+_CACHE_STEP = 0.05  # of an int8 cache; random keys and values are about 1
 FRACTIONS = (0.75, 0.5, 0.375, 0.25)
 
 
@@ -68,46 +72,74 @@ class RandomReader:
         return torch.randn(shape, generator=random).mul_(scale).to(dtype)
 
 
-def write(config: PreTrainedConfig, path: Path, *, dtype: str, block: int, policy: str) -> None:
-    """Write the artifact, at half of its activations."""
+def write(
+    config: PreTrainedConfig, path: Path, *, dtype: str, block: int, cache: str, also: Sequence[str]
+) -> None:
+    """Write an artifact with a dial, and one of other redistributions at half of its activations.
+
+    All share the data of the first.
+    """
     skeleton = build_skeleton(config, torch.float32)
     layers = find_moe_layers(skeleton)
     form = choose_formats(skeleton, layers, dtype, block=block) if dtype in BITS else None
     reader: Any = RandomReader(skeleton)
-    activations = form.activations if form else dtype
-    graph = export_graph(config, reader, layers, dtype=activations)
+    graph = export_graph(config, reader, layers, dtype=form.activations if form else dtype)
     normalize_passes(form.weights if form else {})(graph)
+    shape = (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+    steps = np.full(shape, _CACHE_STEP, np.float32)
+    scales = dict.fromkeys(range(config.num_hidden_layers), (steps, steps))
+
+    def specialized(policy: str) -> ir.Model:
+        return pipeline.specialize(
+            graph,
+            make_plan(layers, policy, form),
+            device="cpu",
+            quantization=form,
+            cache_scales=scales if cache == "int8" else {},
+        )
+
+    package.save_graph(specialized("price"), path)
+    written = ir.load(path).graph.initializers
+    for policy in also:
+        model = specialized(policy)
+        for name, value in model.graph.initializers.items():
+            if name in written:
+                value.const_value = written[name].const_value
+        ir.save(model, path.with_name(f"{path.stem}-{policy}.onnx"))
+    plan = _with_dial(path, make_plan(layers, "price", form), config.vocab_size)
+    package.stamp(path, plan)
+
+
+def make_plan(layers: Sequence[MoeLayer], policy: str, form: Quantization | None) -> AllocationPlan:
+    """Return a plan for half of the experts in every layer."""
     trained = sum(layer.experts_per_token for layer in layers)
+    priced = policy == "price"
     planned = tuple(
         PlannedLayer(
             layer.name,
             layer.num_experts,
             layer.experts_per_token,
             layer.experts_per_token // 2,
-            sizes=(1.0,) * layer.num_experts if policy == "price" else None,
+            sizes=(1.0,) * layer.num_experts if priced else None,
         )
         for layer in layers
     )
-    plan = AllocationPlan(
-        source=f"random weights of the shape of {config.model_type}",
+    return AllocationPlan(
+        source="random weights",
         budget=Budget(0.5, trained // 2, trained),
         redistribution=policy,
         weights="keep",
         layers=planned,
-        price=0.0 if policy == "price" else None,
-        overlap=0.5 if policy == "price" else None,
+        price=0.0 if priced else None,
+        overlap=0.5 if priced else None,
         quantization=form.to_plan() if form else {},
     )
-    model = pipeline.specialize(graph, plan, device="cpu", quantization=form)
-    package.save_graph(model, path)
-    if policy == "price":
-        package.stamp(path, _with_dial(path, plan, config.vocab_size))
 
 
 def _with_dial(path: Path, plan: AllocationPlan, vocabulary: int) -> AllocationPlan:
     """Return the plan with the prices at which random tokens run each fraction of the experts."""
     session = open_session(path, ep="cpu", count_activations=True)
-    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, 256))
+    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, 128))
 
     def mean(price: float) -> float:
         return sum(session.run(tokens, price=price).activations or ()) / tokens.size
@@ -115,7 +147,7 @@ def _with_dial(path: Path, plan: AllocationPlan, vocabulary: int) -> AllocationP
     points = []
     for fraction in FRACTIONS:
         wanted, low, high = fraction * plan.budget.original, 0.0, 1.0
-        for _ in range(12):
+        for _ in range(8):
             middle = (low + high) / 2
             low, high = (low, middle) if mean(middle) <= wanted else (middle, high)
         points.append(DialPoint(wanted, high))
@@ -130,9 +162,10 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="int4")
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--layers", type=int, help="Fewer layers than the real model has.")
-    parser.add_argument("--redistribute", default="price", choices=["price", "batch", "none"])
+    parser.add_argument("--cache", default="float32", choices=["float32", "int8"])
+    parser.add_argument("--also", nargs="*", default=[], choices=["none", "batch", "sequence"])
     given = parser.parse_args()
     wanted = SHAPES[given.shape]
     made = configuration(dataclasses.replace(wanted, layers=given.layers or wanted.layers))
-    options = {"dtype": given.dtype, "block": given.block, "policy": given.redistribute}
-    write(made, given.output, **options)
+    options = {"dtype": given.dtype, "block": given.block, "cache": given.cache}
+    write(made, given.output, **options, also=given.also)

@@ -202,6 +202,8 @@ def test_mistakes_are_one_paragraph_and_exit_code_1(
         ["model", "--budget", "0.5"],
         ["model", "--budget", "0.5", "-o", "x.onnx", "--dtype", "int3"],
         ["model", "--budget", "0.5", "-o", "x.onnx", "--tokens", "1"],
+        ["model", "--budget", "0.5", "-o", "x.onnx", "--cache", "int8", "--device", "cuda"],
+        ["model", "--budget", "0.5", "-o", "x.onnx", "--cache", "int8", "--dtype", "float16"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(options: list[str]) -> None:
@@ -390,3 +392,29 @@ def test_latency_on_another_device_is_refused(model: str, tmp_path: Path) -> Non
     )
     assert outcome.exit_code == 1
     assert "measured on the CPU, but the artifact is for cuda" in outcome.output
+
+
+def test_a_compile_on_many_processes_is_wrong_usage(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = compiled(model, tmp_path / "out.onnx")
+    assert outcome.exit_code == 2
+    assert "alloc-compile works in one process." in outcome.stderr
+
+
+def test_offloading_is_said_and_gives_the_same_artifact(model: str, tmp_path: Path) -> None:
+    outcome = compiled(
+        model, tmp_path / "offloaded.onnx", "--offload", "always", "--correct", "gain"
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "As asked, decoder layers are read from disk when they run" in outcome.stderr
+    assert "Profiling by fisher will take about " in outcome.stderr
+    assert compiled(model, tmp_path / "out.onnx", "--correct", "gain").exit_code == 0
+    paths = [tmp_path / f"{name}.onnx" for name in ("offloaded", "out")]
+    first, second = ((path.parent / f"{path.name}.data").read_bytes() for path in paths)
+    assert first == second
+    plans = [json.loads(find_artifact(path).plan.to_json()) for path in paths]
+    for plan in plans:
+        plan.pop("verify")
+    assert plans[0] == plans[1]

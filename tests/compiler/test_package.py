@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -351,3 +352,37 @@ def test_onnxruntime_genai_gets_its_configuration(
         "past_value_names": "past_key_values.%d.value",
     }
     assert config["search"]["past_present_share_buffer"] is False
+
+
+def test_onnxruntime_genai_shares_a_cache_that_is_appended_to_in_place(
+    specialized: ir.Model, moe_model: Callable[[str], MoeModel]
+) -> None:
+    config = package.genai_config(moe_model("olmoe"), specialized)
+    assert config["search"]["past_present_share_buffer"] is True
+
+
+def test_a_disk_that_is_too_full_is_reported_with_both_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 3 << 30
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    output = package.parse_output(str(tmp_path / "out.onnx"), force=False)
+    package.check_space(output, free)
+    with pytest.raises(
+        OutputError,
+        match=rf"Writing {tmp_path}/out\.onnx needs 12\.50 GiB, but {tmp_path} has 3\.00 GiB free\."
+        " Free some space, or choose an output on another disk",
+    ):
+        package.check_space(output, 25 << 29)
+
+
+def test_what_a_killed_compile_left_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    output = package.parse_output(str(tmp_path / "out.onnx"), force=False)
+    (tmp_path / ".out.onnx.partial").mkdir()
+    (tmp_path / ".out.onnx.partial" / "out.onnx.data").write_bytes(bytes(50))
+    package.check_space(output, 150)
+    with pytest.raises(OutputError):
+        package.check_space(output, 151)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +26,8 @@ from alloc_moe.compiler.errors import (
 )
 from alloc_moe.compiler.pipeline import Compiled, compile_model
 from alloc_moe.compiler.records import CompileOptions, MoeModel
-from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE
+from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, SHARED_CACHE_KEY
+from alloc_moe.runtime.cache import FLOAT, INT8
 from alloc_moe.runtime.command import Console
 from alloc_moe.runtime.session import open_session
 
@@ -75,9 +77,9 @@ def compile_to(
     monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported("olmoe"))
     defaults = CompileOptions(str(checkpoint("olmoe")), "", "0.5", tokens=256)
 
-    def run(output: Path | str, **options: object) -> Compiled:
+    def run(output: Path | str, *, console: Console | None = None, **options: object) -> Compiled:
         changed = dataclasses.replace(defaults, output=str(output), **options)  # type: ignore[arg-type]
-        return compile_model(changed, Console(quiet=True))
+        return compile_model(changed, console or Console(quiet=True))
 
     return run
 
@@ -94,6 +96,35 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(sensitivity.ReplayRun, "measure", record)
     return layers
+
+
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+def test_the_cache_has_the_type_asked_for(compile_to: Compile, tmp_path: Path, cache: str) -> None:
+    compiled = compile_to(f"{tmp_path / 'bundle'}/", cache=cache)
+    session = open_session(compiled.path, ep="cpu")
+    assert session.shares_cache
+    assert session.files.onnx.metadata[SHARED_CACHE_KEY] == cache
+    slot = session.slots[0]
+    assert slot.element_type == {"float32": FLOAT, "int8": INT8}[cache]
+    genai = json.loads((compiled.path / "genai_config.json").read_text())
+    assert genai["search"]["past_present_share_buffer"] is True
+
+
+def test_a_cache_that_is_copied_is_told_of(
+    compile_to: Compile,
+    monkeypatch: pytest.MonkeyPatch,
+    exported: Callable[[str], ir.Model],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    graph = exported("olmoe").clone()
+    for node in graph.graph:
+        if node.op_type == "Attention":
+            node.attributes["softcap"] = ir.AttrFloat32("softcap", 1e9)  # changes nothing else
+    monkeypatch.setattr(pipeline, "export", lambda *_, **__: graph)
+    compiled = compile_to(tmp_path / "out.onnx", console=Console())
+    assert "The cache is copied at every step" in capsys.readouterr().err
+    assert not open_session(compiled.path, ep="cpu").shares_cache
 
 
 def test_a_compile_leaves_artifact_and_profile(compile_to: Compile, tmp_path: Path) -> None:
@@ -357,3 +388,12 @@ def test_a_compile_killed_while_writing_leaves_the_old_artifact(
     assert measured == []  # the profile was complete
     assert {path.name for path in folder.iterdir()} == set(FILES)
     assert open_session(folder / "out.onnx", ep="cpu").plan.budget.activations == 6
+
+
+def test_a_full_disk_is_reported_before_anything_is_measured(
+    compile_to: Compile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 << 20))
+    with pytest.raises(OutputError, match=r"needs 0\.06 GiB, but .* has 0\.01 GiB free"):
+        compile_to(tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -206,7 +206,7 @@ def test_a_cut_keeps_as_many_as_equal_values_allow(values: list[float], count: i
 def test_falling_scores_keep_k_per_token_at_most(
     values: list[float], k: float, tokens: int
 ) -> None:
-    falling = _Falling([torch.tensor(values)], tokens)
+    falling = _Falling(torch.tensor(values), tokens)
     threshold = falling.threshold_for(k)
     reached = sum(np.float32(value) >= np.float32(threshold) for value in values)
     assert falling.kept(threshold) == 1 + reached / tokens
@@ -214,5 +214,5 @@ def test_falling_scores_keep_k_per_token_at_most(
 
 
 def test_a_layer_with_one_candidate_has_nothing_to_cut() -> None:
-    empty = _Falling([torch.empty(0)], 5)
+    empty = _Falling(torch.empty(0), 5)
     assert empty.kept(empty.threshold_for(1.0)) == 1.0

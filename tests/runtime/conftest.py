@@ -19,6 +19,7 @@ from alloc_moe.runtime.artifact import (
     MODEL_FILE,
     PLAN_FILE,
     PLAN_KEY,
+    SHARED_CACHE_KEY,
     AllocationPlan,
     Budget,
     DialPoint,
@@ -52,18 +53,17 @@ DIAL_PLAN = dataclasses.replace(
 )
 
 
-def _layer(n: int, *, dial: bool) -> str:
-    """Attention over the cache, then experts chosen by a router, named as in an artifact."""
-    reached = f"""
-  share{n} = Softmax<axis=-1>(router{n})
-  reached{n} = GreaterOrEqual(share{n}, alloc_moe__price)
-  kept{n} = And(best_kept{n}, reached{n})
+def _attention(n: int, *, shared: bool) -> str:
+    """Attention of one head over the cache, which is copied, or shared and appended to in place."""
+    if shared:
+        return f"""
+  mixed{n}, present__{n}__key, present__{n}__value = com.microsoft.GroupQueryAttention
+    <num_heads=1, kv_num_heads=1, scale=1.0> (query{n}, key_flat{n}, value_flat{n},
+     past_key_values__{n}__key, past_key_values__{n}__value, last_column, columns, , , , bias)
 """
     return f"""
-  query{n} = MatMul(hidden{n}, wq{n})
-  key_flat{n} = MatMul(hidden{n}, wk{n})
+  query4{n} = Unsqueeze(query{n}, axis1)
   key_new{n} = Unsqueeze(key_flat{n}, axis1)
-  value_flat{n} = MatMul(hidden{n}, wv{n})
   value_new{n} = Unsqueeze(value_flat{n}, axis1)
   key_now{n} = Cast<to=1>(past_key_values__{n}__key)
   value_now{n} = Cast<to=1>(past_key_values__{n}__value)
@@ -72,12 +72,26 @@ def _layer(n: int, *, dial: bool) -> str:
   present__{n}__key = Cast<to={{cache}}>(key_all{n})
   present__{n}__value = Cast<to={{cache}}>(value_all{n})
   key_t{n} = Transpose<perm=[0, 1, 3, 2]>(key_all{n})
-  query4{n} = Unsqueeze(query{n}, axis1)
   scores{n} = MatMul(query4{n}, key_t{n})
   biased{n} = Add(scores{n}, bias)
   attention{n} = Softmax<axis=-1>(biased{n})
   mixed4{n} = MatMul(attention{n}, value_all{n})
   mixed{n} = Squeeze(mixed4{n}, axis1)
+"""
+
+
+def _layer(n: int, *, dial: bool, shared: bool) -> str:
+    """Attention, then experts chosen by a router, named as in an artifact."""
+    reached = f"""
+  share{n} = Softmax<axis=-1>(router{n})
+  reached{n} = GreaterOrEqual(share{n}, alloc_moe__price)
+  kept{n} = And(best_kept{n}, reached{n})
+"""
+    return f"""
+  query{n} = MatMul(hidden{n}, wq{n})
+  key_flat{n} = MatMul(hidden{n}, wk{n})
+  value_flat{n} = MatMul(hidden{n}, wv{n})
+  {_attention(n, shared=shared)}
   after{n} = Add(hidden{n}, mixed{n})
   rows{n} = Reshape(after{n}, rows_shape)
   router{n} = MatMul(rows{n}, wr{n})
@@ -95,11 +109,12 @@ def _layer(n: int, *, dial: bool) -> str:
 """
 
 
-def toy_text(*, position_input: bool, cache: str, dial: bool) -> str:
+def toy_text(*, position_input: bool, cache: str, dial: bool, shared: bool, keeps: bool) -> str:
     """Return the toy graph as ONNX text.
 
     ``cache`` is the element type of its cache. With ``dial`` experts whose share is below the
-    price don't run.
+    price don't run. With ``shared`` the cache is appended to in place. With ``keeps`` it can be
+    told how many logits are wanted.
     """
     slots = [f"{n}__{kind}" for n in range(LAYERS) for kind in ("key", "value")]
     shape = f"[batch, 1, {{}}, {WIDTH}]"
@@ -112,13 +127,18 @@ def toy_text(*, position_input: bool, cache: str, dial: bool) -> str:
   all_positions = Max(from_zero, zero)
   position_ids = Slice(all_positions, past, total, axis1)
 """
-    layers = "".join(_layer(n, dial=dial) for n in range(LAYERS))
+    layers = "".join(_layer(n, dial=dial, shared=shared) for n in range(LAYERS))
     layers = layers.replace("{cache}", str(type_number))
     price = ", float alloc_moe__price" if dial else ""
+    keep = ", int64[1] alloc_moe__logits_to_keep" if keeps else ""
+    kept = """
+  first = Neg(alloc_moe__logits_to_keep)
+  wanted = Slice(hidden_last, first, sequence_end, axis1)
+"""
     return f"""
-<ir_version: 10, opset_import: ["" : 20]>
+<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
 toy (int64[batch, sequence] input_ids, int64[batch, total_sequence] attention_mask
-     {", int64[batch, sequence] position_ids" if position_input else ""}{past}{price})
+     {", int64[batch, sequence] position_ids" if position_input else ""}{past}{price}{keep})
  => (float[batch, sequence, {VOCABULARY}] logits{present})
 {{
   total = Shape<start=1>(attention_mask)
@@ -138,8 +158,16 @@ toy (int64[batch, sequence] input_ids, int64[batch, total_sequence] attention_ma
   is_real4 = Unsqueeze(is_real, axes12)
   visible = And(is_real4, causal)
   bias = Where(visible, zero_float, masked)
+  columns64 = Cast<to=6>(total)
+  columns = Squeeze(columns64)
+  before_last = Sub(total, one1)
+  last64 = Cast<to=6>(before_last)
+  batch_of_call = Shape<end=1>(input_ids)
+  last_column = Expand(last64, batch_of_call)
   {layers}
-  logits = MatMul(hidden{LAYERS}, head)
+  hidden_last = Identity(hidden{LAYERS})
+  {kept if keeps else "wanted = Identity(hidden_last)"}
+  logits = MatMul(wanted, head)
 }}
 """
 
@@ -160,6 +188,9 @@ def toy_weights() -> dict[str, np.ndarray]:
         "axis1_scalar": np.array(1),
         "zero": np.array(0),
         "one": np.array(1),
+        "one1": np.array([1]),
+        "sequence_end": np.array([2**62]),
+        "alloc_moe__logits_to_keep": np.array([0]),
         "active": np.array([ACTIVE]),
         "rows_shape": np.array([-1, WIDTH]),
         "zero_float": np.array(0, np.float32),
@@ -180,9 +211,13 @@ def write_toy(
     cache: str = "float",
     plan: str | None = None,
     dial: bool = False,
+    shared: bool = False,
+    keeps: bool = False,
 ) -> Path:
     """Write the toy artifact, its weights in ``<path>.data``, and return its path."""
-    text = toy_text(position_input=position_input, cache=cache, dial=dial)
+    text = toy_text(
+        position_input=position_input, cache=cache, dial=dial, shared=shared, keeps=keeps
+    )
     proto = onnx.parser.parse_model(text)
     used = {name for node in proto.graph.node for name in node.input}
     proto.graph.initializer.extend(
@@ -195,6 +230,8 @@ def write_toy(
         value.name = (value.name or "").replace("__", ".")  # the text format has no dots in names
     own = DIAL_PLAN if dial else PLAN
     model.metadata_props[PLAN_KEY] = own.to_json() if plan is None else plan
+    if shared:
+        model.metadata_props[SHARED_CACHE_KEY] = "float32"
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=64)
     return path
 
@@ -247,6 +284,12 @@ def make_toy() -> Callable[..., Path]:
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bare artifact, out.onnx, with position ids as an input."""
     return write_toy(tmp_path_factory.mktemp("toy") / "out.onnx")
+
+
+@pytest.fixture(scope="session")
+def shared_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same artifact, with a cache that is appended to in place."""
+    return write_toy(tmp_path_factory.mktemp("toy") / "out.onnx", shared=True, keeps=True)
 
 
 @pytest.fixture(scope="session")

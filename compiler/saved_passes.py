@@ -1,0 +1,98 @@
+"""What passes over the calibration text found, kept in files: after a kill none is repeated.
+
+With a model whose layers are read when they run, a pass takes minutes, and a plan takes dozens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from alloc_moe.compiler.errors import OutputError
+
+
+class SavedPasses:
+    """Tensors by all that they were computed from.
+
+    Args:
+        folder: Where they are kept; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    def recall(
+        self, inputs: Sequence[object], compute: Callable[[], Iterable[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Return what `compute` gave for equal `inputs` earlier, else compute and keep it."""
+        found = self.find(inputs)
+        if found is None:
+            found = list(compute())
+            self.keep(inputs, found)
+        return found
+
+    def find(self, inputs: Sequence[object]) -> list[torch.Tensor] | None:
+        """Return what was kept for equal `inputs`, if anything was."""
+        if self._folder is None:
+            return None
+        with contextlib.suppress(OSError, SafetensorError):
+            named = load_file(self._path(inputs))
+            return [named[str(index)] for index in range(len(named))]
+        return None
+
+    def keep(self, inputs: Sequence[object], tensors: Sequence[torch.Tensor]) -> None:
+        """Keep tensors until `delete`."""
+        if self._folder is None:
+            return
+        path = self._path(inputs)
+        partial = path.with_suffix(".partial")
+        try:
+            self._folder.mkdir(exist_ok=True)
+            save_file({str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"What was measured can't be saved as {path}: {error}. Free some space, or choose "
+                "an output on another disk."
+            ) from error
+
+    def forget(self, inputs: Sequence[object]) -> None:
+        """Drop what was kept for `inputs`."""
+        if self._folder is not None:
+            self._path(inputs).unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        """Drop everything."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, inputs: Sequence[object]) -> Path:
+        assert self._folder is not None
+        digest = hashlib.sha256()
+        _update(digest, inputs)
+        return self._folder / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+def _update(digest: hashlib._Hash, value: object) -> None:
+    """Hash a value: arrays by their bytes, as their text leaves most of them out."""
+    if isinstance(value, torch.Tensor):
+        value = value.numpy()
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _update(digest, [getattr(value, field.name) for field in dataclasses.fields(value)])
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for each in value:
+            _update(digest, each)
+    else:
+        digest.update(repr(value).encode() + b",")

@@ -1,0 +1,180 @@
+"""Profiles and compiles of models larger than memory go on where they were stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from alloc_moe.compiler import pipeline, sensitivity
+from alloc_moe.compiler.calibration import CalibrationSet
+from alloc_moe.compiler.checkpoint import CheckpointReader
+from alloc_moe.compiler.layer_states import LayerStates
+from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.records import CompileOptions, Metric, MoeModel
+from alloc_moe.compiler.saved_passes import SavedPasses
+from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.runtime.command import Console
+
+CALIBRATION = CalibrationSet(
+    ids=np.random.default_rng(0).integers(0, 256, (5, 24)),
+    sha256="0123456789abcdef",
+    seed=3,
+    tokens=120,
+    sequence_length=24,
+    name="random",
+)
+
+
+class _StopError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(scope="module")
+def offloaded(checkpoint: Callable[[str], Path]) -> MoeModel:
+    return load_model(str(checkpoint("deepseek_v2")), offload="always")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by each decoder layer that is read."""
+    reads = []
+    read = CheckpointReader.read
+
+    def watched(self: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if name.endswith(".input_layernorm.weight"):
+            reads.append(name.split(".")[2])
+        return read(self, name, dtype)
+
+    monkeypatch.setattr(CheckpointReader, "read", watched)
+    return reads
+
+
+def stopping(owner: object, name: str, after: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a method raise after so many calls; return a list that grows by each call."""
+    calls: list[int] = []
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def counted(*args: object) -> object:
+        if len(calls) == after:
+            raise _StopError
+        calls.append(1)
+        return method(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("metric", "commits", "read_again"),
+    [
+        ("output", 1, ["1", "2"]),
+        ("output", 3, []),
+        ("fisher", 0, ["0", "1", "2", "2", "1"]),
+        ("fisher", 2, ["2", "2", "1"]),
+        ("fisher", 3, ["2", "1"]),
+        ("fisher", 5, ["1"]),
+    ],
+)
+def test_a_stopped_profile_goes_on_after_the_last_finished_layer(
+    offloaded: MoeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reads: list[str],
+    metric: Metric,
+    commits: int,
+    read_again: list[str],
+) -> None:
+    measure = functools.partial(measure_sensitivity, offloaded, CALIBRATION, metric=metric)
+    whole = measure()
+    path = tmp_path / "profile.json"
+    with monkeypatch.context() as patch:
+        stopping(LayerStates, "commit", commits, patch)
+        if metric == "output" and commits == 3:
+            stopping(sensitivity.OutputRun, "loss", 1, patch)
+        with pytest.raises(_StopError):
+            measure(path=path)
+    reads.clear()
+    resumed = measure(path=path)
+    assert reads == read_again
+    assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(whole, seconds=0)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_states_of_another_profile_are_not_used(
+    offloaded: MoeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    path = tmp_path / "profile.json"
+    with monkeypatch.context() as patch:
+        stopping(LayerStates, "commit", 2, patch)
+        with pytest.raises(_StopError):
+            measure_sensitivity(offloaded, CALIBRATION, metric="output", path=path)
+    path.unlink()
+    other = dataclasses.replace(CALIBRATION, seed=4)
+    reads.clear()
+    measure_sensitivity(offloaded, other, metric="output", path=path)
+    assert reads == ["0", "1", "2"]
+
+
+def test_damaged_states_are_measured_again(
+    offloaded: MoeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    path = tmp_path / "profile.json"
+    with monkeypatch.context() as patch:
+        stopping(LayerStates, "commit", 2, patch)
+        with pytest.raises(_StopError):
+            measure_sensitivity(offloaded, CALIBRATION, metric="output", path=path)
+    [states] = (tmp_path / ".profile.json.states").glob("entering-2*")
+    states.write_bytes(states.read_bytes()[:100])
+    reads.clear()
+    resumed = measure_sensitivity(offloaded, CALIBRATION, metric="output", path=path)
+    assert reads == ["0", "1", "2"]
+    whole = measure_sensitivity(offloaded, CALIBRATION, metric="output")
+    assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(whole, seconds=0)
+
+
+def test_a_stopped_compile_repeats_no_pass(
+    checkpoint: Callable[[str], Path],
+    exported: Callable[[str], ir.Model],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported("olmoe"))
+
+    def compile_to(folder: str) -> pipeline.Compiled:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        output = str(tmp_path / folder / "out.onnx")
+        options = CompileOptions(
+            str(checkpoint("olmoe")), output, "0.5", tokens=256, offload="always", force=True
+        )
+        return pipeline.compile_model(options, Console(quiet=True))
+
+    with monkeypatch.context() as patch:
+        kept = stopping(SavedPasses, "keep", -1, patch)
+        whole = compile_to("whole").plan
+    assert len(kept) > 20
+    done = 0
+    while done < len(kept):
+        with monkeypatch.context() as patch:
+            calls = stopping(SavedPasses, "keep", 7, patch)
+            try:
+                plan = compile_to("parts").plan
+            except _StopError:
+                assert (tmp_path / "parts" / ".out.onnx.passes").is_dir()
+            done += len(calls)
+    assert done == len(kept)
+    assert dataclasses.replace(plan, verify={}) == dataclasses.replace(whole, verify={})
+    files = {"out.onnx", "out.onnx.data", "out.onnx.profile.json"}
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == files
