@@ -26,12 +26,14 @@ from alloc_moe.compiler.mixed_bits import allocate_mixed
 from alloc_moe.compiler.quantization import (
     MIXED_BITS,
     choose_formats,
+    float_weights,
     formats_of_bits,
     mixed_formats,
     quantized,
     with_expert_formats,
 )
-from alloc_moe.compiler.records import MoeLayer, SensitivityProfile
+from alloc_moe.compiler.records import CompileOptions, MoeLayer, MoeModel, SensitivityProfile
+from alloc_moe.compiler.space import needed_space
 from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.runtime.artifact import AllocationPlan
 from alloc_moe.runtime.files import find_artifact
@@ -153,6 +155,42 @@ def test_rounding_after_the_choice_gives_the_same_weights(
         assert torch.equal(found, expected), name
 
 
+def test_layers_that_are_read_to_run_have_experts_of_the_bits_chosen(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    models = []
+    for offload in ("never", "always"):
+        moe = load_model(str(checkpoint("deepseek_v2")), offload=offload)  # type: ignore[arg-type]
+        chosen = choose_formats(moe.skeleton, moe.layers, "int4")
+        moe = quantized(moe, chosen, round_experts=False)
+        models.append(with_expert_formats(moe, formats_of_bits(mixed_formats(chosen), (4, 8))))
+    expected, actual = models
+    assert actual.fingerprint == expected.fingerprint
+    assert actual.offloading is not None
+    ids = torch.arange(12)[None]
+
+    def outputs() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [moe.model(input_ids=ids).logits for moe in (expected, actual)]
+
+    rounded, rounded_when_read = outputs()
+    assert torch.equal(rounded_when_read, rounded)
+    with float_weights(expected), float_weights(actual):
+        floats, floats_when_read = outputs()
+    assert torch.equal(floats_when_read, floats)
+    assert not torch.equal(floats, rounded)
+    assert all(torch.equal(found, rounded) for found in outputs())
+
+
+def test_the_disk_has_to_hold_all_experts_in_8_bits(moe_model: Callable[[str], MoeModel]) -> None:
+    given = CompileOptions("model", "out.onnx", "0.5", dtype="int4")
+    four, mixed, eight = (
+        needed_space(moe_model("olmoe"), dataclasses.replace(given, **changed))  # type: ignore[arg-type]
+        for changed in ({}, {"mixed_bits": True}, {"dtype": "int8"})
+    )
+    assert four < mixed == eight
+
+
 @pytest.fixture(scope="module")
 def graph(checkpoint: Callable[[str], Path]) -> ir.Model:
     """The model's graph, exported once: the experts' bits come in later."""
@@ -198,6 +236,20 @@ def test_an_artifact_has_layers_of_both_widths(model: Path, tmp_path: Path) -> N
     assert plan.cost["planned"] == read
     assert f"Bits per layer: {' '.join(map(str, bits))}\n" in outcome.stdout
     assert AllocationPlan.from_json(plan.to_json()) == plan
+
+
+def test_layers_that_are_read_to_run_give_the_same_plan(model: Path, tmp_path: Path) -> None:
+    plans = []
+    for offload in ("never", "always"):
+        output = tmp_path / f"{offload}.onnx"
+        outcome = compiled(model, output, "-q", "--offload", offload)
+        assert outcome.exit_code == 0, outcome.output
+        plans.append(find_artifact(output).plan)
+    expected, actual = plans
+    assert actual.layers == expected.layers
+    assert actual.quantization == expected.quantization
+    assert actual.verify["kl"] == pytest.approx(expected.verify["kl"], rel=1e-3)
+    assert actual.verify["max_abs_logit_error"] < 1e-3
 
 
 @pytest.mark.parametrize(

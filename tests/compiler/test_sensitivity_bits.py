@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from alloc_moe.compiler import sensitivity
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.errors import ProfileError
+from alloc_moe.compiler.layer_states import LayerProgress, LayerStates
 from alloc_moe.compiler.load import load_model
 from alloc_moe.compiler.policies import LayerParameters, keep_mask, rank_candidates
 from alloc_moe.compiler.quantization import choose_formats, mixed_formats, quantized
@@ -197,6 +198,78 @@ def test_the_weights_are_floats_again_afterwards(
         assert parameter is same
         assert torch.equal(parameter, value)
         assert parameter.grad is None
+
+
+@pytest.fixture(scope="module")
+def offloaded(checkpoint: Callable[[str], Path]) -> Callable[[str], Mixed]:
+    """Return a function from a family to what `mixed` gives, its layers being read to run."""
+
+    @functools.cache
+    def load(family: str) -> Mixed:
+        moe = load_model(str(checkpoint(family)), offload="always")
+        chosen = choose_formats(moe.skeleton, moe.layers, "int4")
+        return Mixed(quantized(moe, chosen, round_experts=False), mixed_formats(chosen))
+
+    return load
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
+@pytest.mark.parametrize("metric", ["fisher", "output"])
+@pytest.mark.parametrize(
+    ("redistribution", "correction"), [("none", "none"), ("threshold", "affine")]
+)
+def test_layers_that_are_read_to_run_give_the_same(
+    mixed: Callable[[str], Mixed],
+    offloaded: Callable[[str], Mixed],
+    family: str,
+    metric: Metric,
+    redistribution: str,
+    correction: str,
+) -> None:
+    expected, actual = (
+        measure_sensitivity(
+            given.moe,
+            CALIBRATION,
+            metric=metric,
+            redistribution=redistribution,  # type: ignore[arg-type]
+            correction=correction,  # type: ignore[arg-type]
+            formats=given.formats,
+        )
+        for given in (mixed(family), offloaded(family))
+    )
+    assert actual.bits == (4, 8)
+    assert dataclasses.replace(actual, seconds=0) == dataclasses.replace(expected, seconds=0)
+
+
+@pytest.mark.parametrize("metric", ["fisher", "output"])
+def test_layers_that_are_read_to_run_go_on_after_an_interruption(
+    offloaded: Callable[[str], Mixed],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    metric: Metric,
+) -> None:
+    given = offloaded("olmoe")
+    measure = functools.partial(
+        measure_sensitivity, given.moe, CALIBRATION, metric=metric, formats=given.formats
+    )
+    whole = measure()
+    path = tmp_path / "p.json"
+    commit = LayerStates.commit
+    passed: list[tuple[str, int]] = []
+
+    def stop_in_the_middle(self: LayerStates, progress: LayerProgress) -> None:
+        commit(self, progress)
+        passed.append((progress.stage, progress.layer))
+        if len(passed) == {"fisher": 5, "output": 2}[metric]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerStates, "commit", stop_in_the_middle)
+        with pytest.raises(KeyboardInterrupt):
+            measure(path=path)
+    assert passed[-1] == {"fisher": ("backward", 2), "output": ("forward", 2)}[metric]
+    resumed = measure(path=path)
+    assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(whole, seconds=0)
 
 
 @pytest.mark.parametrize("metric", ["fisher", "output"])
