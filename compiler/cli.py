@@ -183,9 +183,10 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--block",
     type=click.Choice(["16", "32", "64", "128"]),
-    default="64",
+    default="128",
     show_default=True,
-    help="For int8 and int4: how many weights share a scale. More is faster, less is more exact.",
+    help="For int8 and int4: how many weights of an expert share a scale at most; in other layers "
+    "64 at most. More is faster, less is more exact.",
 )
 @click.option(
     "--cache",

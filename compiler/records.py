@@ -56,7 +56,7 @@ class CompileOptions:
     refine: int = 0
     refine_seconds: float = 600.0
     dtype: DType = "float32"
-    block: int = 64
+    block: int = 128
     cache: CacheType = "float32"
     device: Device = "cpu"
     force: bool = False

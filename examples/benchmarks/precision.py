@@ -127,7 +127,7 @@ def rows(
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="Held-out text.")
 @click.option("--text-tokens", default=16384, show_default=True)
 @click.option("--tokens", default=8192, show_default=True, help="Calibration tokens.")
-@click.option("--block", default=64, show_default=True, help="Weights that share a scale.")
+@click.option("--block", default=128, show_default=True, help="Weights that share a scale.")
 @click.option("--budget", "budgets", multiple=True, default=("1.0", "0.5"), show_default=True)
 def main(
     models: tuple[str, ...],

@@ -29,7 +29,7 @@ from alloc_moe.compiler.quantization import BITS, Quantization, choose_formats
 from alloc_moe.compiler.records import MoeLayer
 from alloc_moe.compiler.skeleton import build_skeleton
 from alloc_moe.passes.default import normalize_passes
-from alloc_moe.runtime.artifact import AllocationPlan, Budget, DialPoint, PlannedLayer
+from alloc_moe.runtime.artifact import PLAN_KEY, AllocationPlan, Budget, DialPoint, PlannedLayer
 from alloc_moe.runtime.session import open_session
 
 _CACHE_STEP = 0.05  # of an int8 cache; random keys and values are about 1
@@ -77,7 +77,7 @@ def write(
 ) -> None:
     """Write an artifact with a dial, and one of other redistributions at half of its activations.
 
-    All share the data of the first.
+    All share the data of the first; so does one with a float32 cache.
     """
     skeleton = build_skeleton(config, torch.float32)
     layers = find_moe_layers(skeleton)
@@ -89,7 +89,7 @@ def write(
     steps = np.full(shape, _CACHE_STEP, np.float32)
     scales = dict.fromkeys(range(config.num_hidden_layers), (steps, steps))
 
-    def specialized(policy: str) -> ir.Model:
+    def specialized(policy: str, cache: str = cache) -> ir.Model:
         return pipeline.specialize(
             graph,
             make_plan(layers, policy, form),
@@ -100,14 +100,16 @@ def write(
 
     package.save_graph(specialized("price"), path)
     written = ir.load(path).graph.initializers
+    plan = _with_dial(path, make_plan(layers, "price", form), config.vocab_size)
+    package.stamp(path, plan)
     for policy in also:
-        model = specialized(policy)
+        model = specialized("price", "float32") if "cache" in policy else specialized(policy)
+        if "cache" in policy:
+            model.metadata_props[PLAN_KEY] = plan.to_json()
         for name, value in model.graph.initializers.items():
             if name in written:
                 value.const_value = written[name].const_value
         ir.save(model, path.with_name(f"{path.stem}-{policy}.onnx"))
-    plan = _with_dial(path, make_plan(layers, "price", form), config.vocab_size)
-    package.stamp(path, plan)
 
 
 def make_plan(layers: Sequence[MoeLayer], policy: str, form: Quantization | None) -> AllocationPlan:
@@ -160,10 +162,10 @@ if __name__ == "__main__":
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--dtype", default="int4")
-    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--layers", type=int, help="Fewer layers than the real model has.")
     parser.add_argument("--cache", default="float32", choices=["float32", "int8"])
-    parser.add_argument("--also", nargs="*", default=[], choices=["none", "batch", "sequence"])
+    parser.add_argument("--also", nargs="*", default=[], choices=["none", "batch", "float32-cache"])
     given = parser.parse_args()
     wanted = SHAPES[given.shape]
     made = configuration(dataclasses.replace(wanted, layers=given.layers or wanted.layers))
