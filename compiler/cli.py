@@ -9,25 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from alloc_moe.compiler.usage import (
+    SCORED,
+    SIZED,
+    WITHOUT_ALLOCATION,
+    check_mixed_bits,
+    price_needs_sizes,
+)
 from alloc_moe.runtime.command import Console, common_options, examples
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.pipeline import Compiled
-    from alloc_moe.compiler.records import CorrectionMode, Metric, OffloadMode, Redistribution
+    from alloc_moe.compiler.records import (
+        CorrectionMode,
+        CostKind,
+        Metric,
+        OffloadMode,
+        Redistribution,
+    )
 
 _METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
-
-
-_SCORED = ("price", "threshold", "top-p", "ratio")
-_WITHOUT_ALLOCATION = ("price", "top-p", "ratio")
-_SIZED = ("fisher", "output")
-
-
-def _price_needs_sizes(sensitivity: str) -> str:
-    return (
-        f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
-        f"doesn't measure. Use {' or '.join(_SIZED)}, or another --redistribute."
-    )
 
 
 def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +69,7 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "per layer; tokens compete within the call (batch) or the sequence; plain top-k "
             "(none); cumulative weight (top-p), or weight relative to the best expert's (ratio). "
             "Default: price; threshold where experts' sizes aren't measured (--sensitivity kl, "
-            "ppl-suffix, data-free) or the --cost isn't activations.",
+            "ppl-suffix, data-free), the --cost isn't activations, or with --mixed-bits.",
         ),
         click.option(
             "--correct",
@@ -130,10 +131,9 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--cost",
     type=click.Choice(["activations", "bytes", "latency"]),
-    default="activations",
-    show_default=True,
     help="What the budget is of: expert activations, the bytes of expert weights that a decode "
-    "step reads, or its milliseconds in experts, measured on this machine.",
+    "step reads, or its milliseconds in experts, measured on this machine. Default: activations; "
+    "bytes with --mixed-bits.",
 )
 @click.option(
     "--cost-batch",
@@ -203,12 +203,21 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Where the artifact will run: decides how dropped experts are skipped.",
 )
+@click.option(
+    "--mixed-bits",
+    is_flag=True,
+    help="Choose 4 or 8 bits for each layer's experts together with their number. The budget is "
+    "then of bytes (--cost bytes): a fraction of what the model's experts take in --dtype int4 or "
+    "int8, one of which it needs and the other weights get.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @common_options
 def compile_command(
     console: Console,
     /,
     redistribution: Redistribution | None,
+    cost: CostKind | None,
+    mixed_bits: bool,
     cap: float | None,
     refine_minutes: float,
     block: str,
@@ -227,16 +236,20 @@ def compile_command(
             "alloc-compile works in one process. Measure the profile on many with alloc-profile, "
             "then compile with --profile."
         )
-    sized = options["sensitivity"] in _SIZED or options["allocation"] == "uniform"
+    if mixed_bits:
+        checked = {name: options[name] for name in ("dtype", "allocation", "sensitivity")}
+        check_mixed_bits(**checked, cost=cost, redistribution=redistribution)
+    cost = cost or ("bytes" if mixed_bits else "activations")
+    sized = options["sensitivity"] in SIZED or options["allocation"] == "uniform"
     if redistribution is None:
-        redistribution = "price" if sized and options["cost"] == "activations" else "threshold"
+        redistribution = "price" if sized and cost == "activations" else "threshold"
     if redistribution == "price" and not sized:
-        raise click.UsageError(_price_needs_sizes(options["sensitivity"]))
-    if cap is not None and redistribution not in _SCORED:
-        raise click.UsageError(f"--cap is for {', '.join(_SCORED)}; {redistribution} is exact.")
-    if options["cost"] != "activations" and redistribution in _WITHOUT_ALLOCATION:
+        raise click.UsageError(price_needs_sizes(options["sensitivity"]))
+    if cap is not None and redistribution not in SCORED:
+        raise click.UsageError(f"--cap is for {', '.join(SCORED)}; {redistribution} is exact.")
+    if cost != "activations" and redistribution in WITHOUT_ALLOCATION:
         raise click.UsageError(
-            f"--cost {options['cost']} divides a budget among layers, which {redistribution} does "
+            f"--cost {cost} divides a budget among layers, which {redistribution} does "
             "by itself. Use --redistribute threshold, batch, sequence or none."
         )
     if options["cache"] == "int8" and (
@@ -249,6 +262,8 @@ def compile_command(
         CompileOptions(
             **options,
             redistribution=redistribution,
+            cost=cost,
+            mixed_bits=mixed_bits,
             cap=cap,
             refine_seconds=60 * refine_minutes,
             block=int(block),
@@ -302,7 +317,7 @@ def profile_command(
             moe,
             calibrate(moe, calibration, console, tokens=tokens, seed=seed),
             metric=sensitivity,
-            redistribution=redistribution or ("price" if sensitivity in _SIZED else "threshold"),
+            redistribution=redistribution or ("price" if sensitivity in SIZED else "threshold"),
             correction=correction,
             path=output,
             console=console,
@@ -345,6 +360,8 @@ def need_compile_extra() -> None:
 def _summary(compiled: Compiled) -> str:
     budget = compiled.plan.budget
     ks = " ".join(f"{layer.k:.4g}" for layer in compiled.plan.layers)
+    bits = [layer.bits for layer in compiled.plan.layers if layer.bits]
+    of_bits = f"Bits per layer: {' '.join(map(str, bits))}\n" if bits else ""
     cost = compiled.plan.cost
     of_cost = (
         f"Cost of experts: {cost['planned']:.4g} of {cost['original']:.4g} {cost['unit']} in a "
@@ -356,7 +373,7 @@ def _summary(compiled: Compiled) -> str:
         f"Wrote {compiled.path}: {budget.activations:.6g} of {budget.original} expert activations "
         f"per token, redistribution {compiled.plan.redistribution}\n"
         f"Experts per layer: {ks}\n"
-        f"{of_cost}"
+        f"{of_bits}{of_cost}"
         f"Largest logit error against PyTorch: {compiled.verification.max_abs_logit_error:.1e} "
         f"over {compiled.verification.tokens} tokens"
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from alloc_moe.compiler.errors import CostError
 from alloc_moe.compiler.records import CostKind, Device
+from alloc_moe.passes.blockwise import BlockFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,9 @@ class CostTable:
     """What the routed experts of a decode step of ``batch`` tokens use up.
 
     ``prices[l][k - 1]``, in ``unit``, is what k experts per token use up in MoE layer l; it need
-    not rise with k where it was measured.
+    not rise with k where it was measured. Where the bits of weights are chosen too, come first the
+    prices of all k in the fewest bits, then in the next; ``trained`` then has what each layer uses
+    up as trained, in the bits of ``dtype``.
     """
 
     kind: CostKind
@@ -61,11 +64,13 @@ class CostTable:
     batch: int
     dtype: str
     prices: tuple[tuple[float, ...], ...]
+    trained: tuple[float, ...] | None = None
 
     @property
     def original(self) -> Fraction:
         """What the model as trained uses up: the sum of every layer's last price."""
-        return self.total([len(row) for row in self.prices])
+        last = (row[-1] for row in self.prices) if self.trained is None else self.trained
+        return sum(map(Fraction, last), Fraction(0))
 
     @property
     def cheapest(self) -> Fraction:
@@ -149,7 +154,7 @@ def measure_costs(
     elif kind == "bytes":
 
         def price(shape: ExpertShape) -> tuple[float, ...]:
-            return _bytes_read(shape, dtype=dtype, batch=batch)
+            return _bytes_read(shape, _bits_per_weight(dtype), batch=batch)
 
     else:
 
@@ -158,6 +163,33 @@ def measure_costs(
 
     prices = tuple(price(shape) for shape in shapes)
     return CostTable(kind, _UNITS[kind], batch, dtype, prices)
+
+
+def mixed_costs(
+    shapes: Sequence[ExpertShape],
+    formats: Sequence[Sequence[BlockFormat]],
+    *,
+    dtype: str,
+    bits: int,
+    batch: int = 1,
+) -> CostTable:
+    """Return the bytes of expert weights that a decode step reads, at every k in every format.
+
+    Args:
+        shapes: Of each MoE layer.
+        formats: What each layer's weights may be stored in.
+        dtype: What the artifact's other weights are.
+        bits: Those of one of the formats: what a budget is a share of is the full model in these.
+        batch: As for `measure_costs`.
+    """
+    rows, trained = [], []
+    for shape, choices in zip(shapes, formats, strict=True):
+        by_bits = {
+            form.bits: _bytes_read(shape, form.bits_per_weight, batch=batch) for form in choices
+        }
+        rows.append(tuple(price for row in by_bits.values() for price in row))
+        trained.append(by_bits[bits][-1])
+    return CostTable("bytes", _UNITS["bytes"], batch, dtype, tuple(rows), tuple(trained))
 
 
 def distinct_experts(experts: int, k: int, batch: int) -> Fraction:
@@ -170,12 +202,16 @@ def distinct_experts(experts: int, k: int, batch: int) -> Fraction:
     return experts * (1 - (1 - Fraction(k, experts)) ** batch)
 
 
-def _bytes_read(shape: ExpertShape, *, dtype: str, batch: int) -> tuple[float, ...]:
+def _bits_per_weight(dtype: str) -> float:
     if dtype not in _BITS_PER_WEIGHT:
         raise CostError(
             f"The bytes of {dtype} weights aren't known: only those of "
             f"{', '.join(_BITS_PER_WEIGHT)} are. Use --cost activations."
         )
-    nbytes = Fraction(_BITS_PER_WEIGHT[dtype]) * shape.parameters / 8
+    return _BITS_PER_WEIGHT[dtype]
+
+
+def _bytes_read(shape: ExpertShape, bits_per_weight: float, *, batch: int) -> tuple[float, ...]:
+    nbytes = Fraction(bits_per_weight) * shape.parameters / 8
     ks = range(1, shape.experts_per_token + 1)
     return tuple(float(distinct_experts(shape.experts, k, batch) * nbytes) for k in ks)

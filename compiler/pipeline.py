@@ -21,19 +21,27 @@ from alloc_moe.compiler import package
 from alloc_moe.compiler.allocate import cost_limit, parse_budget
 from alloc_moe.compiler.cache_scales import measure_cache_scales
 from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
-from alloc_moe.compiler.costs import CostTable, expert_shapes, measure_costs
+from alloc_moe.compiler.costs import CostTable, expert_shapes, measure_costs, mixed_costs
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
-from alloc_moe.compiler.offload import weights_bytes
+from alloc_moe.compiler.mixed_bits import allocate_mixed
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
-from alloc_moe.compiler.quantization import BITS, choose_formats, quantized
+from alloc_moe.compiler.quantization import (
+    BITS,
+    choose_formats,
+    formats_of_bits,
+    mixed_formats,
+    quantized,
+    with_expert_formats,
+)
 from alloc_moe.compiler.records import CompileOptions, Correction, DType, MoeModel, OffloadMode
 from alloc_moe.compiler.refinement import Refinement
 from alloc_moe.compiler.saved_passes import SavedPasses
 from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler.space import needed_space
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
 from alloc_moe.passes.correct_experts import ExpertCorrection
 from alloc_moe.passes.default import normalize_passes, specialize_passes
@@ -52,12 +60,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from alloc_moe.compiler.quantization import Quantization
+    from alloc_moe.passes.blockwise import BlockFormat
     from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.runtime.command import Console
 
-_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.25, "int4": 0.75}
-_OVERHEAD = 1.02  # what is in the graph besides weights
-_SMALL_FILES = 64 << 20  # graph, tokenizer, profile
 _RECORDED = ("alloc-moe", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -85,7 +91,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         trust_remote_code=options.trust_remote_code,
         offload=options.offload,
     )
-    package.check_space(output, _space(moe, options))
+    package.check_space(output, needed_space(moe, options))
+    formats: Sequence[Sequence[BlockFormat]] = ()
     if options.dtype in BITS:
         with _step(console, f"Rounding weights to {options.dtype}"):
             chosen = choose_formats(
@@ -95,11 +102,12 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
                 block=options.block,
                 device=options.device,
             )
-            moe = quantized(moe, chosen)
+            moe = quantized(moe, chosen, round_experts=not options.mixed_bits)
+        formats = mixed_formats(chosen) if options.mixed_bits else ()
     budget = parse_budget(
         options.budget, [layer.experts_per_token for layer in moe.layers], kind=options.cost
     )
-    costs = _costs(moe, options, output, console)
+    costs = _costs(moe, options, formats, output, console)
     if costs is not None:
         cost_limit(budget, costs)  # what can't be met is said before the profile is measured
     calibration = calibrate(
@@ -114,9 +122,18 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             metric=options.sensitivity,
             redistribution=options.redistribution,
             correction=options.correction,
+            formats=formats,
             path=profile_path,
             console=console,
         )
+    mixed = None
+    if formats:
+        assert profile is not None
+        assert costs is not None
+        mixed = allocate_mixed(profile, moe.layers, budget, costs)
+        profile, costs = mixed.profile, mixed.costs
+        with _step(console, "Rounding experts"):
+            moe = with_expert_formats(moe, formats_of_bits(formats, mixed.bits))
     if moe.offloading is not None:
         moe = dataclasses.replace(moe, passes=SavedPasses(output.passes_path))
     planned = make_planned(
@@ -127,11 +144,13 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         source=options.model,
         profile=profile,
         costs=costs,
+        allocation=mixed.ks if mixed else None,
         refinement=_refinement(options, output),
         console=console,
     )
     described = moe.quantization.to_plan() if moe.quantization else {}
-    plan = dataclasses.replace(planned.plan, versions=versions(), quantization=described)
+    plan = mixed.mark(planned.plan) if mixed else planned.plan
+    plan = dataclasses.replace(plan, versions=versions(), quantization=described)
     planned = dataclasses.replace(planned, plan=plan)
     with package.staging(output) as staged:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
@@ -140,19 +159,10 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     return Compiled(output.path, plan, profile_path, verification)
 
 
-def _space(moe: MoeModel, options: CompileOptions) -> int:
-    """Return the bytes of disk that a compile takes: weights, a little more, states it saves."""
-    weights = weights_bytes(moe.skeleton) // 4 * _BYTES[options.dtype]
-    states = 0
-    if moe.offloading is not None and options.allocation == "sensitivity":
-        config = moe.config.get_text_config()
-        layers = config.num_hidden_layers + 2  # what enters each, and gradients on the way back
-        states = layers * options.tokens * config.hidden_size * 4
-    return int(weights * _OVERHEAD) + max(states, _SMALL_FILES)
-
-
 def _needs_profile(options: CompileOptions, budget: Budget) -> bool:
     """Whether anything is decided by sensitivities; a dial needs sizes at the full budget too."""
+    if options.mixed_bits:
+        return True
     if options.allocation != "sensitivity" or options.redistribution in ("top-p", "ratio"):
         return False
     return options.redistribution == "price" or budget.activations < budget.original
@@ -171,9 +181,21 @@ def _refinement(options: CompileOptions, output: package.Output) -> Refinement |
 
 
 def _costs(
-    moe: MoeModel, options: CompileOptions, output: package.Output, console: Console
+    moe: MoeModel,
+    options: CompileOptions,
+    formats: Sequence[Sequence[BlockFormat]],
+    output: package.Output,
+    console: Console,
 ) -> CostTable | None:
     """Return the prices of experts, unless each costs one activation."""
+    if formats:
+        return mixed_costs(
+            expert_shapes(moe.skeleton, moe.layers),
+            formats,
+            dtype=options.dtype,
+            bits=BITS[options.dtype],
+            batch=options.cost_batch,
+        )
     if options.cost == "activations":
         return None
     return measure_costs(

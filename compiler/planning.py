@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,7 @@ def make_planned(
     profile: SensitivityProfile | None,
     console: Console,
     costs: CostTable | None = None,
+    allocation: Sequence[int] | None = None,
     refinement: Refinement | None = None,
 ) -> Planned:
     """Return the plan that spends a budget best, as far as the options let it.
@@ -98,6 +99,7 @@ def make_planned(
         profile: Costs per layer, and expert sizes for ``price``; None for a uniform allocation.
         console: Where progress is reported.
         costs: What experts use up, where that isn't activations.
+        allocation: The k of each layer if that is decided already.
         refinement: How the plan is improved by measuring it as a whole, if at all.
 
     Raises:
@@ -107,6 +109,8 @@ def make_planned(
     most = [layer.experts_per_token for layer in moe.layers]
     # One threshold for all layers divides the budget itself, and spends all of it.
     given = options.redistribution in _COMMON or budget.activations == budget.original
+    if allocation is None and given:
+        allocation = uniform_allocation(most, int(budget.activations))
     plan = make_plan(
         moe.layers,
         budget,
@@ -115,7 +119,7 @@ def make_planned(
         redistribution=options.redistribution,
         weights=options.weights,
         costs=costs,
-        allocation=uniform_allocation(most, int(budget.activations)) if given else None,
+        allocation=allocation,
     )
     full = plan.budget.activations == plan.budget.original
     setting = Setting(options.redistribution, options.weights, expert_sizes(plan, profile, moe))

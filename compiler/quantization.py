@@ -3,7 +3,8 @@
 Experts, attention, shared experts, dense layers and the head take the bits of the ``dtype``;
 embeddings always 8, as only one row per token is read of them; routers and what has a handful of
 outputs stay floats. Everything that a plan is measured on runs with the rounded weights, so that
-sensitivities, thresholds and corrections are those of the artifact.
+sensitivities, thresholds and corrections are those of the artifact. Where the plan chooses the bits
+of each layer's experts, these stay floats until it has; see `sensitivity_bits`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,9 +40,13 @@ BLOCK = 128
 LINEAR_BLOCK = 64
 """The most in other layers, whose rounding costs more and whose bytes matter less."""
 
+MIXED_BITS = (4, 8)
+"""What the experts of a layer may take where a plan chooses, the fewest first."""
+
 _EMBEDDING_BITS = 8
 _EXACT_EXPERTS = "ORT_QMOE_CPU_QNBIT_GEMM"
 _FEW_OUTPUTS = 32
+_EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Quantization:
     """How an artifact stores its weights.
 
     ``weights`` has a format by parameter name for linear layers and embeddings, ``experts`` one per
-    MoE layer; ``activations`` is the type of everything else.
+    MoE layer, none while they are not chosen; ``activations`` is the type of everything else.
     """
 
     dtype: str
@@ -135,26 +140,81 @@ def _shared_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
 
 
-def quantized(moe: MoeModel, quantization: Quantization) -> MoeModel:
+def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool = True) -> MoeModel:
     """Return the model with every quantised weight replaced by what the artifact computes with.
 
-    Its weights are changed in place; those of offloaded layers whenever they are read.
+    Its weights are changed in place; those of offloaded layers whenever they are read. Without
+    ``round_experts`` those of experts stay as they are, for `with_expert_formats` to round.
     """
-    moe = dataclasses.replace(moe, quantization=quantization)
-    _round_weights(moe)
     blocks = {form.block for form in quantization.experts}
     mark = f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
+    if not round_experts:
+        quantization = dataclasses.replace(quantization, experts=())
+    moe = dataclasses.replace(moe, quantization=quantization)
+    _round_weights(moe)
     return dataclasses.replace(moe, fingerprint=f"{moe.fingerprint}:{mark}")
 
 
-def _round_weights(moe: MoeModel) -> None:
+def with_expert_formats(moe: MoeModel, experts: Sequence[BlockFormat]) -> MoeModel:
+    """Return the model with its experts, floats until now, rounded to a format a layer.
+
+    In place, as by `quantized`.
+    """
+    assert moe.quantization is not None
+    assert not moe.quantization.experts
+    rounded = _stored(moe)
+    quantization = dataclasses.replace(moe.quantization, experts=tuple(experts))
+    moe = dataclasses.replace(moe, quantization=quantization)
+    _round_weights(moe, rounded=rounded)
+    mark = "/".join(str(form.bits) for form in experts)
+    return dataclasses.replace(moe, fingerprint=f"{moe.fingerprint}:{mark}")
+
+
+def mixed_formats(quantization: Quantization) -> tuple[tuple[BlockFormat, ...], ...]:
+    """Return the formats to choose each layer's experts from, in the order of `MIXED_BITS`."""
+    return tuple(
+        tuple(BlockFormat(bits, form.block) for bits in MIXED_BITS) for form in quantization.experts
+    )
+
+
+def formats_of_bits(
+    formats: Sequence[Sequence[BlockFormat]], bits: Sequence[int]
+) -> tuple[BlockFormat, ...]:
+    """Return each layer's format of the bits chosen for it."""
+    return tuple(
+        next(form for form in choices if form.bits == wanted)
+        for choices, wanted in zip(formats, bits, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[None]:
+    """Let an experts module compute with rounded weights while the block lasts.
+
+    Takes the memory of its weights once more. Those of an offloaded layer must be in memory.
+    """
+    module: Any = experts
+    floats = {leaf: getattr(module, leaf) for leaf in _EXPERT_WEIGHTS}
+    try:
+        for leaf, parameter in floats.items():
+            values = _rounded(parameter.detach(), form, bool(module.is_transposed))
+            setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
+        yield
+    finally:
+        for leaf, parameter in floats.items():
+            setattr(module, leaf, parameter)
+
+
+def _round_weights(moe: MoeModel, *, rounded: Collection[str] = ()) -> None:
+    """Round what `moe.quantization` names, except for those in memory that are `rounded`."""
     stored = _stored(moe)
     if moe.offloading is not None:
         moe.offloading.source.transform = lambda name, weight: (
             _rounded(weight, *stored[name]) if name in stored else weight
         )
     for name, parameter in _resident(moe, stored):
-        parameter.copy_(_rounded(parameter, *stored[name]))
+        if name not in rounded:
+            parameter.copy_(_rounded(parameter, *stored[name]))
 
 
 def _rounded(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> torch.Tensor:
@@ -189,9 +249,10 @@ def _stored(moe: MoeModel) -> dict[str, tuple[BlockFormat, bool]]:
     """Return by name how parameters are stored, and whether rows and columns are swapped."""
     assert moe.quantization is not None
     stored = {name: (form, False) for name, form in moe.quantization.weights.items()}
-    for layer, form in zip(moe.layers, moe.quantization.experts, strict=True):
+    chosen = moe.layers if moe.quantization.experts else ()
+    for layer, form in zip(chosen, moe.quantization.experts, strict=True):
         module: Any = moe.skeleton.get_submodule(layer.experts_name)
-        for leaf in ("gate_up_proj", "down_proj"):
+        for leaf in _EXPERT_WEIGHTS:
             stored[f"{layer.experts_name}.{leaf}"] = form, bool(module.is_transposed)
     return stored
 

@@ -52,6 +52,7 @@ class CompileOptions:
     weights: Weights = "keep"
     correction: CorrectionMode = "affine"
     cap: float | None = None
+    mixed_bits: bool = False
     refine: int = 0
     refine_seconds: float = 600.0
     dtype: DType = "float32"
@@ -141,6 +142,9 @@ class SensitivityProfile:
     the largest weights of its window (sequence, which is also what batch means for one window), or
     the weights above a threshold of the layer (threshold). ``correction`` says how the layer's
     output was corrected at that k.
+
+    ``bits``, if any, are widths of the experts' weights. A row then has the costs of all k in the
+    first of them, against all experts in floats, then those of all k in the next.
     """
 
     metric: Metric
@@ -158,6 +162,12 @@ class SensitivityProfile:
     correction: CorrectionMode = "none"
     expert_sizes: tuple[tuple[float, ...] | None, ...] = ()
     partial: PartialSums | None = None
+    bits: tuple[int, ...] = ()
+
+    @property
+    def widths(self) -> int:
+        """How many costs a k has: one per width of weights."""
+        return max(1, len(self.bits))
 
     @property
     def complete(self) -> bool:
@@ -181,7 +191,8 @@ class SensitivityProfile:
             for name in ("layer_names", "experts_per_token"):
                 data[name] = tuple(data[name])
             data["costs"] = _rows(data["costs"])
-            # Files of earlier versions have neither of these two, nor a correction.
+            # Files of earlier versions have none of these three, nor a correction.
+            data["bits"] = tuple(data.get("bits", ()))
             data["expert_sizes"] = _rows(data.get("expert_sizes", [None] * len(data["costs"])))
             if partial := data.pop("partial", None):
                 partial["layers"] = _rows(partial["layers"])

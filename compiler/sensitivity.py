@@ -3,7 +3,8 @@
 ``kl``: the mean over tokens of KL(full model || only layer l at k), in nats. ``ppl-suffix``, the
 paper's: perplexity with layer l at k, every later layer at top-1, every earlier one at K.
 ``output`` and ``fisher`` take one pass for all layers; see the modules that measure them. With a
-correction, the layer at k has the one fitted for it alone; the others have none.
+correction, the layer at k has the one fitted for it alone; the others have none. ``output`` and
+``fisher`` also tell what experts of 4 and 8 bits cost; see `sensitivity_bits`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.errors import ProfileError, UnsupportedModelError
+from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.layer_states import LayerStates
 from alloc_moe.compiler.offload import expected_time, forward_gflop
 from alloc_moe.compiler.policies import SCORED
@@ -29,7 +30,6 @@ from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import (
     CorrectionMode,
     Metric,
-    MoeLayer,
     MoeModel,
     PartialSums,
     Redistribution,
@@ -37,16 +37,24 @@ from alloc_moe.compiler.records import (
 )
 from alloc_moe.compiler.replay import DecoderStack
 from alloc_moe.compiler.saved import save_text
+from alloc_moe.compiler.sensitivity_bits import Rounded, make_rounded
 from alloc_moe.compiler.sensitivity_correct import Reduced, make_reduced, measured_correction
 from alloc_moe.compiler.sensitivity_fisher import FisherRun
 from alloc_moe.compiler.sensitivity_keep import measured_redistribution
 from alloc_moe.compiler.sensitivity_output import OutputRun
+from alloc_moe.compiler.sensitivity_profile import (
+    COMPARED,
+    empty_profile,
+    no_sums,
+    read_profile,
+)
 from alloc_moe.compiler.sensitivity_replay import ReplayRun
 from alloc_moe.compiler.sensitivity_stream import Batch, StreamedRun
 from alloc_moe.compiler.sensitivity_sums import LayerSums, reduced_rows
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration import CalibrationSet
+    from alloc_moe.passes.blockwise import BlockFormat
     from alloc_moe.runtime.command import Console
 
 logger = logging.getLogger(__name__)
@@ -54,19 +62,6 @@ logger = logging.getLogger(__name__)
 _ALONE = Processes()
 _TOKENS_PER_BATCH = 1024  # of the metrics that take one pass: bounds the memory of activations
 _SECONDS_PER_SAVE = 30.0  # of those metrics: at most this much is measured again after a kill
-
-_COMPARED = {
-    "metric": "the metric",
-    "model_fingerprint": "the model",
-    "layer_names": "the MoE layers",
-    "experts_per_token": "the experts per token",
-    "calibration_sha256": "the calibration text",
-    "tokens": "the number of tokens",
-    "sequence_length": "the sequence length",
-    "seed": "the seed",
-    "redistribution": "the redistribution",
-    "correction": "the correction",
-}
 
 
 def measure_sensitivity(
@@ -76,6 +71,7 @@ def measure_sensitivity(
     metric: Metric,
     redistribution: Redistribution = "none",
     correction: CorrectionMode = "none",
+    formats: Sequence[Sequence[BlockFormat]] = (),
     path: Path | None = None,
     console: Console | None = None,
     processes: Processes = _ALONE,
@@ -94,6 +90,8 @@ def measure_sensitivity(
         correction: How a layer at k is corrected, by least squares on the same tokens. Sizes of
             experts are as without: centring them, as the shift per expert would suggest, gave the
             same plans on the bundled model. None is fitted for ``price`` and ``data-free``.
+        formats: Per MoE layer, the formats to measure its experts in, the widths being those of all
+            layers; the model's experts must be floats. For ``output`` and ``fisher`` only.
         path: Where the profile is saved after every layer, for ``output`` and ``fisher`` every half
             minute. If there is one already, only what it lacks is measured, with the same result as
             without the interruption.
@@ -108,13 +106,15 @@ def measure_sensitivity(
     """
     policy = measured_redistribution(redistribution)
     correction = measured_correction(metric, redistribution, correction)
-    profile = _empty_profile(moe_model, calibration, metric, policy, correction)
+    bits = tuple(form.bits for form in formats[0]) if formats else ()
+    assert not bits or metric in ("output", "fisher")
+    profile = empty_profile(moe_model, calibration, metric, policy, correction, bits)
     if processes.writes and path is not None and path.exists():
-        profile = _resume(profile, path, moe_model.layers)
+        profile = read_profile(profile, path, moe_model.layers)
     profile = processes.broadcast(profile)
     if profile.complete:
         return profile
-    job = _Job(moe_model, calibration, path, console, processes)
+    job = _Job(moe_model, calibration, formats, path, console, processes)
     job.save(profile)  # finds out now, not after the first layer, whether that is possible
     if metric not in ("output", "fisher", "data-free"):
         return _measure_layers(job, profile)
@@ -129,6 +129,7 @@ class _Job:
 
     moe_model: MoeModel
     calibration: CalibrationSet
+    formats: Sequence[Sequence[BlockFormat]]
     path: Path | None
     console: Console | None
     processes: Processes
@@ -141,7 +142,8 @@ class _Job:
         """Say what a profile will take, if layers are read each time that they run."""
         if self.console is None or self.moe_model.offloading is None:
             return
-        passes += (profile.redistribution in SCORED) + (profile.correction != "none")
+        passes += profile.redistribution in SCORED
+        passes += (profile.correction != "none") * profile.widths
         share = gflop / self.processes.size
         time_needed = expected_time(self.moe_model, passes=passes, gflop=share)
         self.console.note(f"Profiling by {profile.metric} will take {time_needed}")
@@ -153,14 +155,19 @@ class _Job:
         windows = min(windows, max(1, len(ids) // self.processes.size))
         return [(first, ids[first : first + windows]) for first in range(0, len(ids), windows)]
 
-    def reduced(self, profile: SensitivityProfile) -> Reduced:
-        return make_reduced(
-            self.moe_model,
-            [ids for _, ids in self.processes.share(self.batches())],
-            profile.redistribution,
-            profile.correction,
-            self.processes,
-        )
+    def zeros(self, profile: SensitivityProfile) -> list[LayerSums]:
+        return [LayerSums.of(layer, widths=profile.widths) for layer in self.moe_model.layers]
+
+    def setting(
+        self, profile: SensitivityProfile
+    ) -> tuple[MoeModel, list[torch.Tensor], Redistribution, CorrectionMode]:
+        batches = [ids for _, ids in self.processes.share(self.batches())]
+        return self.moe_model, batches, profile.redistribution, profile.correction
+
+    def reduced(self, profile: SensitivityProfile) -> Reduced | Rounded:
+        if self.formats:
+            return make_rounded(*self.setting(profile), self.formats, self.processes)
+        return make_reduced(*self.setting(profile), self.processes)
 
 
 def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
@@ -170,7 +177,7 @@ def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfil
     todo = [layer for layer, row in enumerate(profile.costs) if row is None]
     reduced = None
     if (profile.redistribution, profile.correction) != ("none", "none"):
-        reduced = job.reduced(profile)
+        reduced = make_reduced(*job.setting(profile), job.processes)
     run = ReplayRun(
         moe_model,
         job.calibration,
@@ -206,7 +213,7 @@ def _measure_windows(job: _Job, profile: SensitivityProfile) -> SensitivityProfi
     # PyTorch's inference mode, should the caller be in it, makes tensors that gradients can't use.
     with torch.inference_mode(mode=False), torch.no_grad():
         start = saved = time.monotonic()
-        partial = profile.partial or _no_sums(moe_model.layers)
+        partial = profile.partial or no_sums(moe_model.layers, profile.widths)
         # Those done before a kill are left out, whatever the number of processes was then.
         batches = [(first, ids) for first, ids in job.batches() if first >= partial.windows]
         add = _one_pass(moe_model, profile, job.reduced(profile))
@@ -215,7 +222,7 @@ def _measure_windows(job: _Job, profile: SensitivityProfile) -> SensitivityProfi
             advance(windows)
             for turn in range(0, len(batches), processes.size):
                 together = batches[turn : turn + processes.size]
-                sums, loss = [LayerSums.of(layer) for layer in moe_model.layers], 0.0
+                sums, loss = job.zeros(profile), 0.0
                 if processes.rank < len(together):
                     first, ids = together[processes.rank]
                     loss = add(ids, first, sums)
@@ -239,20 +246,22 @@ def _measure_streamed(job: _Job, profile: SensitivityProfile) -> SensitivityProf
     """Complete a profile of all layers, all calibration windows passing layer by layer."""
     start = time.monotonic()
     folder = job.path and job.path.with_name(f".{job.path.name}.states")
-    identity = {name: getattr(profile, name) for name in _COMPARED}
+    identity = {name: getattr(profile, name) for name in COMPARED}
     states = LayerStates(folder, identity, job.processes)
     batches = job.processes.share(job.batches())
     layers = len(DecoderStack(job.moe_model.model, job.moe_model.layers[0]))
     total = {"fisher": 2 * layers - job.moe_model.layers[0].decoder_layer, "output": layers}
     # For fisher each layer runs forward, and again with gradients, its experts once more.
     passes, factor = (2, 4) if profile.metric == "fisher" else (1, 1)
+    factor += len(profile.bits) + bool(profile.bits)  # each width, and floats to compare with
     gflop = factor * forward_gflop(job.moe_model, job.calibration.tokens)
     job.tell_time(profile, passes=passes, gflop=gflop)
     with torch.inference_mode(mode=False), torch.no_grad():
         reduced = job.reduced(profile)
         steps = total.get(profile.metric, len(job.moe_model.layers))
         with _progress(job.console, steps, unit="layers") as advance:
-            run = StreamedRun(job.moe_model, batches, states, job.processes, advance)
+            zeros = functools.partial(job.zeros, profile)
+            run = StreamedRun(job.moe_model, batches, states, job.processes, advance, zeros)
             if profile.metric == "fisher":
                 fisher = FisherRun(job.moe_model, reduced, seed=profile.seed)
                 rows, loss = run.fisher(fisher)
@@ -272,7 +281,7 @@ def _completed(
 ) -> SensitivityProfile:
     """Return the profile that sums over all windows give, and save it."""
     pairs = zip(job.moe_model.layers, rows, strict=True)
-    sums = [LayerSums.of(layer, row) for layer, row in pairs]
+    sums = [LayerSums.of(layer, row, widths=profile.widths) for layer, row in pairs]
     profile = dataclasses.replace(
         profile,
         costs=tuple(_costs(profile, each) for each in sums),
@@ -284,17 +293,13 @@ def _completed(
     return profile
 
 
-def _no_sums(layers: Sequence[MoeLayer]) -> PartialSums:
-    return PartialSums(0, 0.0, tuple(LayerSums.of(layer).row() for layer in layers))
-
-
 def _costs(profile: SensitivityProfile, sums: LayerSums) -> tuple[float, ...]:
     costs = sums.mean_costs()
     return tuple(map(math.sqrt, costs)) if profile.metric == "data-free" else costs
 
 
 def _one_pass(
-    moe_model: MoeModel, profile: SensitivityProfile, reduced: Reduced
+    moe_model: MoeModel, profile: SensitivityProfile, reduced: Reduced | Rounded
 ) -> Callable[[torch.Tensor, int, Sequence[LayerSums]], float]:
     """Return what adds windows, given the index of the first, to sums, and returns their loss."""
     if profile.metric == "fisher":
@@ -311,70 +316,6 @@ def _finite(loss: float) -> float:
             f"The model's loss on the calibration text is {loss}: its weights are broken."
         )
     return loss
-
-
-def _empty_profile(
-    moe_model: MoeModel,
-    calibration: CalibrationSet,
-    metric: Metric,
-    policy: Redistribution,
-    correction: CorrectionMode,
-) -> SensitivityProfile:
-    layers: tuple[MoeLayer, ...] = moe_model.layers
-    return SensitivityProfile(
-        metric=metric,
-        model_fingerprint=moe_model.fingerprint,
-        calibration_sha256=calibration.sha256,
-        tokens=calibration.tokens,
-        sequence_length=calibration.sequence_length,
-        seed=calibration.seed,
-        layer_names=tuple(layer.name for layer in layers),
-        experts_per_token=tuple(layer.experts_per_token for layer in layers),
-        costs=(None,) * len(layers),
-        baseline_loss=0.0,
-        seconds=0.0,
-        redistribution=policy,
-        correction=correction,
-        expert_sizes=(None,) * len(layers),
-    )
-
-
-def _resume(
-    expected: SensitivityProfile, path: Path, layers: Sequence[MoeLayer]
-) -> SensitivityProfile:
-    """Read the profile at `path`, of which any number of layers may be measured."""
-    try:
-        found = SensitivityProfile.from_json(path.read_text("utf-8"), path=path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"The profile {path} can't be read: {error}.") from error
-    differences = [
-        words + _both(getattr(found, name), getattr(expected, name))
-        for name, words in _COMPARED.items()
-        if getattr(found, name) != getattr(expected, name)
-    ]
-    if differences:
-        raise ProfileError(
-            f"The profile {path} was measured differently: {', '.join(differences)} changed. "
-            "Delete the file, or give another path."
-        )
-    lengths = [
-        k if row is None else len(row)
-        for k, row in zip(found.experts_per_token, found.costs, strict=False)
-    ]
-    sums = [len(row) for row in found.partial.layers] if found.partial else []
-    expected_sums = [len(row) for row in _no_sums(layers).layers] if found.partial else []
-    if lengths != list(expected.experts_per_token) or sums != expected_sums:
-        raise ProfileError(
-            f"The profile {path} is damaged: its costs don't fit its layers. Delete the file."
-        )
-    return found
-
-
-def _both(found: object, expected: object) -> str:
-    """Show two short values."""
-    if isinstance(found, tuple):
-        return ""
-    return f" (there {found!s:.12}, now {expected!s:.12})"
 
 
 def _save(profile: SensitivityProfile, path: Path) -> None:

@@ -10,16 +10,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from alloc_moe.compiler.correction_sums import CorrectionSums
 from alloc_moe.compiler.policies import rank_candidates
 from alloc_moe.compiler.processes import Processes
+from alloc_moe.compiler.quantization import rounded_experts
 from alloc_moe.compiler.records import Correction, CorrectionMode, Metric, MoeModel, Redistribution
 from alloc_moe.compiler.reference import correct, replaced_experts, run_pairs
 from alloc_moe.compiler.replay import DecoderStack
 from alloc_moe.compiler.sensitivity_keep import Keep, make_keep
+
+if TYPE_CHECKING:
+    from alloc_moe.passes.blockwise import BlockFormat
 
 _TINY = 1e-30  # keeps 0 / 0 out where hidden states are all zero
 
@@ -84,26 +89,40 @@ def make_reduced(
     keep = make_keep(moe_model, batches, redistribution, processes)
     if correction == "none":
         return Reduced(keep)
-    return Reduced(keep, _fit(moe_model, batches, Reduced(keep), correction, processes))
+    return Reduced(keep, fit_every_k(moe_model, batches, Reduced(keep), correction, processes))
+
+
+def all_pairs(
+    experts: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the weighted outputs of all candidates [T, K, H] for `hidden` [T, H]."""
+    rows = hidden.repeat_interleave(ids.shape[1], 0)
+    return run_pairs(experts, rows, ids.flatten(), weights.flatten()).view(*ids.shape, -1)
 
 
 @dataclass
 class _Seen:
     """What the experts of one layer are given and give."""
 
+    form: BlockFormat | None = None  # of the weights that the pairs are computed with
     pairs: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K, H]
     weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K]
     ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K]
 
 
-def _fit(
+def fit_every_k(
     moe_model: MoeModel,
     batches: Sequence[torch.Tensor],
     reduced: Reduced,
     mode: CorrectionMode,
     processes: Processes,
+    formats: Sequence[BlockFormat] | None = None,
 ) -> list[list[Correction]]:
-    """Return the correction of each layer at each k < K."""
+    """Return the correction of each layer at each k < K.
+
+    With ``formats``, one per layer, it is that of a layer with rounded weights, towards what these
+    give at K: as for a plan, no correction makes up for the rounding.
+    """
     per_expert = mode == "affine"
     sums = [
         [CorrectionSums(layer.num_experts * per_expert) for _ in range(1, layer.experts_per_token)]
@@ -119,7 +138,7 @@ def _fit(
             at = layer.decoder_layer + 1
             with stack.resident(layer.decoder_layer):
                 for batch, ids in enumerate(batches):
-                    seen = _Seen()
+                    seen = _Seen(None if formats is None else formats[index])
                     calls = {layer.experts_name: functools.partial(_watch, seen)}
                     with replaced_experts(moe_model.model, calls):
                         hidden = stack.run(ids, states[batch], start=at - 1, stop=at)
@@ -139,10 +158,11 @@ def _watch(
     weights: torch.Tensor,
 ) -> torch.Tensor:
     seen.weights, seen.ids = rank_candidates(weights, ids)
-    rows = hidden.repeat_interleave(ids.shape[1], 0)
-    pairs = run_pairs(experts, rows, seen.ids.flatten(), seen.weights.flatten())
-    seen.pairs = pairs.view(*ids.shape, -1)
-    return seen.pairs.sum(1)
+    seen.pairs = full = all_pairs(experts, hidden, seen.ids, seen.weights)
+    if seen.form is not None:
+        with rounded_experts(experts, seen.form):
+            seen.pairs = all_pairs(experts, hidden, seen.ids, seen.weights)
+    return full.sum(1)
 
 
 def _add(

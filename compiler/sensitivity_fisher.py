@@ -8,14 +8,14 @@ the Fisher information of the output, and S is close to the divergence that ``kl
 The gradient of the loss with respect to a candidate's weight is g . f_e, f_e being its expert's
 output. So neither g nor any f_e is kept: one number per candidate gives every cost and every size.
 With corrections d_k is no sum of these: a weight of zero on each d_k, added to the output, has the
-gradient g . d_k.
+gradient g . d_k. With rounded weights d_k is computed when the gradient g is, and not kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +28,7 @@ from alloc_moe.compiler.policies import rank_candidates
 from alloc_moe.compiler.records import MoeModel
 from alloc_moe.compiler.reference import replaced_experts, run_pairs
 from alloc_moe.compiler.replay import DecoderStack
+from alloc_moe.compiler.sensitivity_bits import Rounded
 from alloc_moe.compiler.sensitivity_correct import Reduced
 from alloc_moe.compiler.sensitivity_sums import LayerSums
 
@@ -49,7 +50,7 @@ class _Seen(NamedTuple):
 class FisherRun:
     """Adds up the costs and expert sizes of every MoE layer, some calibration windows at a time."""
 
-    def __init__(self, moe_model: MoeModel, reduced: Reduced, *, seed: int) -> None:
+    def __init__(self, moe_model: MoeModel, reduced: Reduced | Rounded, *, seed: int) -> None:
         self._model = moe_model.model
         self._layers = moe_model.layers
         self._stack = DecoderStack(self._model, self._layers[0])
@@ -82,7 +83,7 @@ class FisherRun:
     def watching(self, sums: Sequence[LayerSums]) -> AbstractContextManager[None]:
         """Run the experts as `backward` will; nothing is added to `sums` before that."""
         calls = {
-            layer.experts_name: functools.partial(self._watch, index)
+            layer.experts_name: functools.partial(self._watch, index, sums[index])
             for index, layer in enumerate(self._layers)
         }
         return replaced_experts(self._model, calls)
@@ -118,6 +119,7 @@ class FisherRun:
     def _watch(
         self,
         index: int,
+        sums: LayerSums,
         experts: torch.nn.Module,
         hidden: torch.Tensor,
         ids: torch.Tensor,
@@ -127,12 +129,13 @@ class FisherRun:
         ranked, ranked_ids = rank_candidates(weights, ids)
         probe = torch.zeros_like(ranked, requires_grad=True)
         changes = None
-        if self._reduced.corrections is not None:
+        reduced = self._reduced
+        if isinstance(reduced, Reduced) and reduced.corrections is not None:
             changes = torch.zeros_like(ranked[:, 1:], requires_grad=True)
         self._seen[index] = _Seen(ranked.detach(), ranked_ids, probe, changes)
         # Their activations, most of the model's, are computed again when the gradient gets here.
         outputs: torch.Tensor = checkpoint(
-            functools.partial(_outputs, self._reduced, index),
+            functools.partial(_outputs, reduced, index),
             experts,
             hidden,
             ranked_ids,
@@ -141,12 +144,20 @@ class FisherRun:
             use_reentrant=False,
             preserve_rng_state=False,
         )
+        if isinstance(reduced, Rounded) and outputs.requires_grad:
+            given = (experts, hidden.detach(), ranked_ids, ranked.detach())
+            rounded = functools.partial(reduced.changes, index, *given)
+            add = functools.partial(_add_changes, sums, rounded)
+            outputs.register_hook(add)  # type: ignore[no-untyped-call]
         return outputs
 
     def _add_layer(self, index: int, sums: LayerSums) -> None:
         weights, ids, probe, changes = self._seen[index]
         assert probe.grad is not None
         sums.add_pairs(ids, probe.grad.double().square())
+        sums.whole += 2 * len(weights)
+        if isinstance(self._reduced, Rounded):
+            return  # costs were added on the way back
         along = weights.double() * probe.grad  # [tokens, candidates], of the loss
         for k in range(1, weights.shape[1]):  # by definition nothing changes at K
             if changes is None:
@@ -156,7 +167,6 @@ class FisherRun:
                 assert changes.grad is not None
                 change = changes.grad[:, k - 1].double()
             sums.costs[k - 1] += change.square().sum().cpu()
-        sums.whole += 2 * len(weights)
 
     @torch.enable_grad()
     def losses(
@@ -189,8 +199,17 @@ class FisherRun:
         return loss, torch.cat(gradients)
 
 
+def _add_changes(
+    sums: LayerSums, changes: Callable[[], Iterator[torch.Tensor]], gradient: torch.Tensor
+) -> None:
+    """Add what the loss, to first order, changes by with a layer's outputs [tokens, hidden]."""
+    with torch.no_grad():
+        for choice, change in enumerate(changes()):
+            sums.costs[choice] += (change * gradient).sum(1).double().square().sum().cpu()
+
+
 def _outputs(
-    reduced: Reduced,
+    reduced: Reduced | Rounded,
     layer: int,
     experts: torch.nn.Module,
     hidden: torch.Tensor,
@@ -208,6 +227,7 @@ def _outputs(
     outputs = pairs.sum(1)
     if changes is None:
         return outputs
+    assert isinstance(reduced, Reduced)
     full, fixed = outputs.detach(), pairs.detach()
     for k in range(1, ids.shape[1]):
         change = reduced.outputs(layer, k, fixed, weights.detach(), ids) - full

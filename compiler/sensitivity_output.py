@@ -2,7 +2,7 @@
 
 S[l, k] = E||d_k||^2 / E||y_K||^2, d_k being the change at k of the layer's routed output y.
 ``data-free``, a baseline, is LExI's (arXiv 2509.02753): the norm of that change, not relative, for
-random Gaussian inputs.
+random Gaussian inputs. Of experts with rounded weights d_k is the change from those in floats at K.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from alloc_moe.compiler.policies import rank_candidates
 from alloc_moe.compiler.records import MoeModel
 from alloc_moe.compiler.reference import replaced_experts, run_pairs
 from alloc_moe.compiler.replay import DecoderStack
+from alloc_moe.compiler.sensitivity_bits import Rounded
 from alloc_moe.compiler.sensitivity_correct import Reduced
 from alloc_moe.compiler.sensitivity_sums import LayerSums
 
@@ -27,7 +28,7 @@ _LOGITS_PER_BATCH = 2**22  # 16 MB in float32
 class OutputRun:
     """Adds up the costs and expert sizes of every MoE layer, some calibration windows at a time."""
 
-    def __init__(self, moe_model: MoeModel, reduced: Reduced) -> None:
+    def __init__(self, moe_model: MoeModel, reduced: Reduced | Rounded) -> None:
         self._model = moe_model.model
         self._layers = moe_model.layers
         self._stack = DecoderStack(self._model, self._layers[0])
@@ -103,6 +104,11 @@ class OutputRun:
         # [tokens, candidates, candidates]: the square of any sum of outputs is a sum of these.
         products = weighted @ weighted.transpose(1, 2)
         sums.whole += tokens if absolute else products.sum().cpu()
+        if isinstance(self._reduced, Rounded):
+            changes = self._reduced.changes(index, experts, hidden, ranked_ids, ranked)
+            for choice, change in enumerate(changes):
+                sums.costs[choice] += change.double().square().sum().cpu()
+            return weighted.sum(1).to(hidden.dtype)
         for k in range(1, candidates):  # by definition nothing changes at K
             if self._reduced.corrections is None:
                 dropped = (~self._reduced.keep(index, k, ranked, ranked_ids)).double()

@@ -38,13 +38,16 @@ class StreamedRun:
         states: LayerStates,
         processes: Processes,
         advance: Callable[[float], None],
+        zeros: Callable[[], list[LayerSums]],
     ) -> None:
+        """Prepare to add to the `zeros` of all MoE layers, saying each decoder layer done."""
         self._layers = moe_model.layers
         self._stack = DecoderStack(moe_model.model, moe_model.layers[0])
         self._batches = batches
         self._states = states
         self._processes = processes
         self._advance = advance
+        self._zeros = zeros
 
     def output(self, run: OutputRun) -> tuple[Rows, float]:
         """Return the sums of every layer, and the next-token loss, summed."""
@@ -137,9 +140,6 @@ class StreamedRun:
 
     def _total(self, value: float) -> float:
         return self._processes.add(torch.tensor([value], dtype=torch.float64)).item()
-
-    def _zeros(self) -> list[LayerSums]:
-        return [LayerSums.of(layer) for layer in self._layers]
 
     def _nothing(self) -> LayerProgress:
         return LayerProgress("forward", 0, 0.0, tuple(each.row() for each in self._zeros()))

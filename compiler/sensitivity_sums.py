@@ -15,19 +15,22 @@ from alloc_moe.compiler.records import MoeLayer
 class LayerSums:
     """Sums over tokens, in float64, of one MoE layer.
 
-    The cost of k experts is ``costs[k - 1] / whole``. The size of expert e is the root of
+    The cost of k experts is ``costs[k - 1] / whole``; with several widths of weights come first all
+    k in the first of them, then all k in the next. The size of expert e is the root of
     ``squares[e] / counts[e]``, the mean over the tokens that have e among their candidates.
     """
 
-    costs: torch.Tensor  # [candidates]
+    costs: torch.Tensor  # [widths * candidates]
     whole: torch.Tensor  # [1]
     squares: torch.Tensor  # [experts]
     counts: torch.Tensor  # [experts]
 
     @classmethod
-    def of(cls, layer: MoeLayer, row: Sequence[float] | None = None) -> LayerSums:
+    def of(
+        cls, layer: MoeLayer, row: Sequence[float] | None = None, *, widths: int = 1
+    ) -> LayerSums:
         """Return the sums that `row` gave, or zeros."""
-        lengths = [layer.experts_per_token, 1, layer.num_experts, layer.num_experts]
+        lengths = [widths * layer.experts_per_token, 1, layer.num_experts, layer.num_experts]
         flat = torch.zeros(sum(lengths)) if row is None else torch.tensor(row, dtype=torch.float64)
         return cls(*(part.clone() for part in torch.split(flat.double(), lengths)))
 
@@ -42,7 +45,7 @@ class LayerSums:
         self.counts += torch.bincount(ids, minlength=experts)
 
     def mean_costs(self) -> tuple[float, ...]:
-        """Return the costs of k = 1..K."""
+        """Return the costs of k = 1..K, in every width."""
         return tuple((self.costs / self.whole).tolist())
 
     def sizes(self) -> tuple[float, ...]:

@@ -44,6 +44,7 @@ class PlannedLayer:
     is whole where the redistribution executes it exactly; where candidates are kept by their score
     it is the mean over the calibration tokens. ``threshold`` is the least score kept, where each
     layer has its own; ``sizes[e]``, for ``price``, multiplies the weight of expert e in its score.
+    ``bits`` are those of the experts' weights, where the plan chose them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class PlannedLayer:
     k: float
     threshold: float | None = None
     sizes: tuple[float, ...] | None = None
+    bits: int | None = None
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,11 @@ def _mean(activations: float) -> str:
 
 def _layers(plan: AllocationPlan) -> Table:
     thresholds = any(layer.threshold is not None for layer in plan.layers)
+    mixed = len({layer.bits for layer in plan.layers}) > 1
     table = Table()
     table.add_column("layer", overflow="fold")
-    for heading in ("experts", "k trained", "k", *["threshold"] * thresholds):
+    optional = (*["bits"] * mixed, *["threshold"] * thresholds)
+    for heading in ("experts", "k trained", "k", *optional):
         table.add_column(heading, justify="right")
     table.add_column("share", no_wrap=True)
     for layer in plan.layers:
@@ -99,6 +101,7 @@ def _layers(plan: AllocationPlan) -> Table:
             str(layer.experts),
             str(layer.k_original),
             _mean(layer.k),
+            *([str(layer.bits)] * mixed),
             *([_threshold(layer)] * thresholds),
             _bar(layer.k / layer.k_original),
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,20 @@ def test_inspect_shows_the_plan_without_the_weights(toy: Path, tmp_path: Path) -
     rows = [line for line in outcome.stdout.splitlines() if "model.layers." in line]
     assert len(rows) == 2
     assert "50%" in rows[0]
+
+
+def test_inspect_shows_bits_where_they_differ(
+    plan: AllocationPlan, make_toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    for bits, shown in (((4, 8), True), ((4, 4), False)):
+        pairs = zip(plan.layers, bits, strict=True)
+        layers = tuple(dataclasses.replace(layer, bits=each) for layer, each in pairs)
+        mixed = dataclasses.replace(plan, layers=layers)
+        assert AllocationPlan.from_json(mixed.to_json()) == mixed
+        path = make_toy(tmp_path / "out.onnx", plan=mixed.to_json())
+        outcome = CliRunner().invoke(inspect_command, [str(path)])
+        assert ("│ bits │" in outcome.stdout.replace("┃", "│")) == shown
+    assert "bits" not in json.loads(plan.to_json())["layers"][0]
 
 
 def test_inspect_json_is_the_plan(bundle: Path, plan: AllocationPlan) -> None:

@@ -1,0 +1,27 @@
+"""The disk that a compile takes, told before it starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alloc_moe.compiler.offload import weights_bytes
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.records import CompileOptions, MoeModel
+
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.25, "int4": 0.75}
+_OVERHEAD = 1.02  # what is in the graph besides weights
+_SMALL_FILES = 64 << 20  # graph, tokenizer, profile
+
+
+def needed_space(moe: MoeModel, options: CompileOptions) -> int:
+    """Return the bytes of disk that a compile takes: weights, a little more, states it saves."""
+    # With mixed bits all experts of a layer may be stored in 8, however few of them run.
+    dtype = "int8" if options.mixed_bits else options.dtype
+    weights = weights_bytes(moe.skeleton) // 4 * _BYTES[dtype]
+    states = 0
+    if moe.offloading is not None and options.allocation == "sensitivity":
+        config = moe.config.get_text_config()
+        layers = config.num_hidden_layers + 2  # what enters each, and gradients on the way back
+        states = layers * options.tokens * config.hidden_size * 4
+    return int(weights * _OVERHEAD) + max(states, _SMALL_FILES)
