@@ -13,6 +13,7 @@ from alloc_moe.compiler.usage import (
     SCORED,
     SIZED,
     WITHOUT_ALLOCATION,
+    block_option,
     check_mixed_bits,
     price_needs_sizes,
 )
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import (
         CorrectionMode,
         CostKind,
+        DType,
         Metric,
         OffloadMode,
         Redistribution,
@@ -180,14 +182,7 @@ def _profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "(float16 for --device cuda). float16 and bfloat16 are for --device cuda, bfloat16 must be "
     "compiled where CUDA is.",
 )
-@click.option(
-    "--block",
-    type=click.Choice(["16", "32", "64", "128"]),
-    default="128",
-    show_default=True,
-    help="For int8 and int4: how many weights of an expert share a scale at most; in other layers "
-    "64 at most. More is faster, less is more exact.",
-)
+@block_option
 @click.option(
     "--cache",
     type=click.Choice(["float32", "int8"]),
@@ -288,6 +283,14 @@ def compile_command(
     help="The profile; an unfinished one is finished.",
 )
 @_profiling_options
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "int8", "int4"]),
+    default="float32",
+    show_default=True,
+    help="Measure with weights rounded as alloc-compile --dtype stores them.",
+)
+@block_option
 @common_options
 def profile_command(
     console: Console,
@@ -302,17 +305,21 @@ def profile_command(
     correction: CorrectionMode,
     trust_remote_code: bool,
     offload: OffloadMode,
+    dtype: DType,
+    block: str,
 ) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""
     need_compile_extra()
     from alloc_moe.compiler.pipeline import calibrate, load
     from alloc_moe.compiler.processes import joined_processes
+    from alloc_moe.compiler.quantization import rounded
     from alloc_moe.compiler.sensitivity import measure_sensitivity
 
     with joined_processes() as processes:
         if not processes.writes:
             console = Console(quiet=True)
         moe = load(model, console, trust_remote_code=trust_remote_code, offload=offload)
+        moe = rounded(moe, dtype, block=int(block))
         profile = measure_sensitivity(
             moe,
             calibrate(moe, calibration, console, tokens=tokens, seed=seed),

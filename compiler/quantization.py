@@ -140,6 +140,16 @@ def _shared_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
 
 
+def rounded(moe: MoeModel, dtype: str, *, block: int = BLOCK) -> MoeModel:
+    """Return the model with weights as an artifact of `dtype` for the CPU has them.
+
+    Its weights are changed in place, if `dtype` is a key of `BITS`.
+    """
+    if dtype not in BITS:
+        return moe
+    return quantized(moe, choose_formats(moe.skeleton, moe.layers, dtype, block=block))
+
+
 def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool = True) -> MoeModel:
     """Return the model with every quantised weight replaced by what the artifact computes with.
 

@@ -1,6 +1,9 @@
-"""What options of the compiler can't be combined with."""
+"""Options that commands of the compiler share, and what they can't be combined with."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -12,6 +15,18 @@ WITHOUT_ALLOCATION = ("price", "top-p", "ratio")
 
 SIZED = ("fisher", "output")
 """Metrics that measure the sizes of experts."""
+
+
+def block_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --block."""
+    return click.option(
+        "--block",
+        type=click.Choice(["16", "32", "64", "128"]),
+        default="128",
+        show_default=True,
+        help="For int8 and int4: how many weights of an expert share a scale at most; in other "
+        "layers 64 at most. More is faster, less is more exact.",
+    )(function)
 
 
 def price_needs_sizes(sensitivity: str) -> str:

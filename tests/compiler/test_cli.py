@@ -238,6 +238,22 @@ def test_a_profile_made_before_is_taken(model: str, tmp_path: Path) -> None:
     )
 
 
+def test_a_profile_of_rounded_weights_is_for_artifacts_of_that_type(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = str(checkpoint("olmoe"))
+    options = [model, "-o", str(tmp_path / "p.json"), "--tokens", "256", "--dtype", "int4"]
+    outcome = CliRunner().invoke(profile_command, options)
+    assert outcome.exit_code == 0, outcome.stderr
+    given = ("--profile", tmp_path / "p.json")
+    outcome = compiled(model, tmp_path / "out.onnx", *given, "--dtype", "int4")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "Profiling" not in outcome.stderr
+    outcome = compiled(model, tmp_path / "float.onnx", *given)
+    assert outcome.exit_code == 1
+    assert "the model" in outcome.stderr
+
+
 def test_a_profile_of_another_redistribution_is_refused(model: str, tmp_path: Path) -> None:
     options = [model, "-o", str(tmp_path / "p.json"), "--tokens", "256", "--sensitivity", "fisher"]
     assert CliRunner().invoke(profile_command, [*options, "--redistribute", "none"]).exit_code == 0
