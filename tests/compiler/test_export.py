@@ -105,7 +105,8 @@ def test_no_weight_of_any_size_is_in_memory(exported: Graphs, family: str) -> No
     large = {name for name, tensor in found.items() if tensor.size > export._SMALL}
     lazy = {name for name, tensor in found.items() if isinstance(tensor, ir.LazyTensor)}
     assert large
-    assert large == lazy
+    assert large <= lazy
+    assert all(len(found[name].shape) > 1 for name in lazy - large)  # small matrices
     assert not any(found[name].cache for name in lazy)  # type: ignore[attr-defined]
 
 
