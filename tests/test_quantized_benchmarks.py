@@ -51,6 +51,11 @@ def test_a_random_artifact_runs_what_its_dial_says(
     assert outcome.exit_code == 0, outcome.output
     assert "first token after" in outcome.output
 
+    options = [str(path), "--runs", "2", "--past", "20", "--budget", "0.5"]
+    outcome = CliRunner().invoke(load("operators").main, options)
+    assert outcome.exit_code == 0, outcome.output
+    assert "| QMoE |" in outcome.output
+
 
 @pytest.mark.slow
 def test_the_table_of_precisions_has_a_row_per_type(
