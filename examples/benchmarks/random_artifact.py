@@ -113,22 +113,22 @@ def write(
 
 
 def make_plan(layers: Sequence[MoeLayer], policy: str, form: Quantization | None) -> AllocationPlan:
-    """Return a plan for half of the experts in every layer."""
+    """Return a plan for half of the experts in every layer, or for a dial from all of them."""
     trained = sum(layer.experts_per_token for layer in layers)
-    priced = policy == "price"
+    priced = policy == "price"  # at price 0 all run; the dial turns it down
     planned = tuple(
         PlannedLayer(
             layer.name,
             layer.num_experts,
             layer.experts_per_token,
-            layer.experts_per_token // 2,
+            layer.experts_per_token if priced else layer.experts_per_token // 2,
             sizes=(1.0,) * layer.num_experts if priced else None,
         )
         for layer in layers
     )
     return AllocationPlan(
         source="random weights",
-        budget=Budget(0.5, trained // 2, trained),
+        budget=Budget(1.0, trained, trained) if priced else Budget(0.5, trained // 2, trained),
         redistribution=policy,
         weights="keep",
         layers=planned,
@@ -153,8 +153,7 @@ def _with_dial(path: Path, plan: AllocationPlan, vocabulary: int) -> AllocationP
             middle = (low + high) / 2
             low, high = (low, middle) if mean(middle) <= wanted else (middle, high)
         points.append(DialPoint(wanted, high))
-    half = next(point for point in points if point.activations == plan.budget.activations)
-    return dataclasses.replace(plan, price=half.price, dial=tuple(points))
+    return dataclasses.replace(plan, dial=tuple(points))
 
 
 if __name__ == "__main__":
