@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from shapes import SHAPES, Shape
-from transformers import OlmoeConfig, PreTrainedConfig
+from random_olmoe import configuration
+from shapes import SHAPES
+from transformers import PreTrainedConfig
 
 from alloc_moe.compiler import package, pipeline
 from alloc_moe.compiler.export import export_graph
@@ -34,22 +35,6 @@ from alloc_moe.runtime.session import open_session
 
 _CACHE_STEP = 0.05  # of an int8 cache; random keys and values are about 1
 FRACTIONS = (0.75, 0.5, 0.375, 0.25)
-
-
-def configuration(shape: Shape) -> PreTrainedConfig:
-    """Return the configuration of an OLMoE of that shape."""
-    return OlmoeConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.expert_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.experts_per_token,
-        max_position_embeddings=2 * shape.context,
-        rms_norm_eps=shape.norm_eps,
-    )
 
 
 class RandomReader:

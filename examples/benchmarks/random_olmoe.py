@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from accelerate import init_empty_weights
 from shapes import Shape
@@ -10,13 +12,13 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 _POOL = (1 << 24) + 3  # random weights to repeat: not a multiple of any row, so that rows differ
 
 
-def random_model(shape: Shape, *, layers: int, dtype: torch.dtype) -> OlmoeForCausalLM:
-    """Return a model whose weights are filled fast: matrices from one pool of random numbers."""
-    config = OlmoeConfig(
+def configuration(shape: Shape) -> OlmoeConfig:
+    """Return the configuration of an OLMoE of that shape; nothing ends its texts."""
+    return OlmoeConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.expert_size,
-        num_hidden_layers=layers,
+        num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_experts=shape.experts,
         num_experts_per_tok=shape.experts_per_token,
@@ -27,6 +29,11 @@ def random_model(shape: Shape, *, layers: int, dtype: torch.dtype) -> OlmoeForCa
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def random_model(shape: Shape, *, layers: int, dtype: torch.dtype) -> OlmoeForCausalLM:
+    """Return a model whose weights are filled fast: matrices from one pool of random numbers."""
+    config = configuration(dataclasses.replace(shape, layers=layers))
     with init_empty_weights(include_buffers=False):
         model = OlmoeForCausalLM(config)
     pool = (torch.randn(_POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)

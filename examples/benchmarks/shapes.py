@@ -16,7 +16,7 @@ class Shape:
     experts_per_token: int
     expert_size: int
     vocabulary: int
-    context: int = 4096
+    context: int = 8192
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
 
