@@ -90,7 +90,9 @@ def _interpolate(points: Sequence[DialPoint], activations: float) -> float:
             share = (above.activations - activations) / (above.activations - below.activations)
             if above.price == 0:  # it has no logarithm
                 return share * below.price
-            return above.price * math.pow(below.price / above.price, share)
+            # By logarithms: of a price that is almost zero the quotient would overflow.
+            price = math.exp((1 - share) * math.log(above.price) + share * math.log(below.price))
+            return min(max(price, above.price), below.price)
     return points[-1].price
 
 
