@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from alloc_moe.compiler.errors import CheckpointError
+from alloc_moe.compiler.skeleton import parameter_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -269,11 +270,8 @@ class CheckpointReader:
 
     def _add_tied_names(self) -> None:
         """Let every name of a shared parameter be read; checkpoints store only one of them."""
-        names: dict[int, list[str]] = {}
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
         self._tied: dict[str, str] = {}
-        for group in names.values():
+        for group in parameter_names(self._model):
             stored = [name for name in group if name in self._sources]
             for name in group if stored else ():
                 if name not in self._sources:

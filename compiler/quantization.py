@@ -22,6 +22,7 @@ import onnx_ir as ir
 import torch
 
 from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.skeleton import parameter_names
 from alloc_moe.passes.blockwise import BlockFormat, block_that_fits, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def _linear_formats(
     skeleton: PreTrainedModel, layers: Sequence[MoeLayer], bits: int, block: int
 ) -> Iterator[tuple[str, BlockFormat]]:
     routers = {(layer.name, layer.num_experts) for layer in layers}
-    shared = _shared_names(skeleton)
+    groups = [group for group in parameter_names(skeleton) if len(group) > 1]
+    shared = {name: group for group in groups for name in group}
     for name, module in skeleton.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, torch.nn.Linear | torch.nn.Embedding) or weight is None:
@@ -130,14 +132,6 @@ def _linear_formats(
         form = BlockFormat(_EMBEDDING_BITS if embeds else bits, fitting)
         for alias in shared.get(f"{name}.weight", (f"{name}.weight",)):
             yield alias, form
-
-
-def _shared_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Return the names of every parameter that has several, under each of them."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
 
 
 def rounded(moe: MoeModel, dtype: str, *, block: int = BLOCK) -> MoeModel:

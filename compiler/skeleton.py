@@ -50,6 +50,14 @@ def build_empty(
     return model
 
 
+def parameter_names(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """Return the names of each parameter: several where modules share it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [tuple(group) for group in names.values()]
+
+
 def experts_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """Return name -> module of everything that transformers runs as fused routed experts."""
     return {
