@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from alloc_moe.compiler.correction_sums import CorrectionSums
-from alloc_moe.compiler.divergence import next_token_losses
-from alloc_moe.compiler.policies import POLICIES, LayerParameters, adjust_weights, rank_candidates
-from alloc_moe.compiler.records import Correction, CorrectionMode, MoeModel, Redistribution, Weights
-from alloc_moe.compiler.reference import allocated, correct, replaced_experts, run_kept
+from alloc_moe.compiler.correction_trials import CorrectionTrials, Running
+from alloc_moe.compiler.policies import POLICIES, adjust_weights, rank_candidates
+from alloc_moe.compiler.records import Correction, CorrectionMode, MoeModel
+from alloc_moe.compiler.reference import correct, replaced_experts, run_kept
 from alloc_moe.compiler.replay import DecoderStack
 
 if TYPE_CHECKING:
@@ -57,15 +57,6 @@ class Corrections:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Running:
-    """How the plan runs: what it gives each layer, how that is shared out, which weights count."""
-
-    parameters: Sequence[LayerParameters]
-    redistribution: Redistribution
-    weights: Weights
-
-
 @torch.inference_mode()
 def fit_corrections(
     moe: MoeModel,
@@ -85,16 +76,18 @@ def fit_corrections(
         advance: Called with 1 after each of the two visits to a layer.
     """
     run = _Run(moe, ids, running)
+    trials = run.trials
     fitted: list[dict[CorrectionMode, Correction | None]] = []
     for layer in range(len(moe.layers)):
         fitted.append({"none": None, mode: run.fit(layer, mode)})
         advance(1)
-    without = run.losses([None] * len(fitted))
+    without = trials.losses([None] * len(fitted))
     kinds = [mode] * len(fitted)
-    best = run.losses([given[mode] for given in fitted])
+    best = trials.losses([given[mode] for given in fitted], keep=True)
     for layer in reversed(range(len(fitted))):
         tried = [*kinds[:layer], "none", *kinds[layer + 1 :]]
-        losses = run.losses([given[kind] for given, kind in zip(fitted, tried, strict=True)])
+        corrections = [given[kind] for given, kind in zip(fitted, tried, strict=True)]
+        losses = trials.losses(corrections, start=layer)
         if _is_more(best, losses):
             kinds, best = tried, losses
         advance(1)
@@ -102,7 +95,7 @@ def fit_corrections(
         kinds, best = ["none"] * len(fitted), without
     layers = tuple(given[kind] for given, kind in zip(fitted, kinds, strict=True))
     means = float(without.mean()), float(best.mean())
-    return Corrections(layers, tuple(kinds), *means, run.tried.numel())
+    return Corrections(layers, tuple(kinds), *means, run.tokens)
 
 
 def _is_more(losses: torch.Tensor, others: torch.Tensor) -> bool:
@@ -133,28 +126,9 @@ class _Run:
         self._skipped: Sequence[object] | None = None  # where the states of fitted layers are
         size = max(1, _TOKENS_PER_BATCH // ids.shape[1])
         self._streams = [_Stream(part) for part in torch.split(ids, size)]
-        self.tried = ids[: max(1, _TRIED_TOKENS // ids.shape[1])]
-
-    def losses(self, corrections: Sequence[Correction | None]) -> torch.Tensor:
-        """Return the plan's next-token losses [tokens] on the windows to try on."""
-        inputs = ("losses", self._moe.fingerprint, self.tried, self._running, list(corrections))
-        return self._moe.passes.recall(inputs, lambda: [self._losses(corrections)])[0]
-
-    def _losses(self, corrections: Sequence[Correction | None]) -> torch.Tensor:
-        parts = []
-        with allocated(
-            self._moe.model,
-            self._moe.layers,
-            self._running.parameters,
-            redistribution=self._running.redistribution,
-            weights=self._running.weights,
-            corrections=corrections,
-        ):
-            batches = torch.split(self.tried, max(1, _TOKENS_PER_BATCH // self.tried.shape[1]))
-            ends = self._stack.stream((ids, None) for ids in batches)
-            for ids, end in zip(batches, ends, strict=True):
-                parts.append(next_token_losses(self._stack.head, self._moe, ids, end))
-        return torch.cat(parts)
+        tried = ids[: max(1, _TRIED_TOKENS // ids.shape[1])]
+        self.tokens = tried.numel()
+        self.trials = CorrectionTrials(moe, tried, running, tokens_per_batch=_TOKENS_PER_BATCH)
 
     def fit(self, layer: int, mode: CorrectionMode) -> Correction:
         """Return the correction of the next layer, and move all hidden states past it."""

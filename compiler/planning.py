@@ -22,7 +22,8 @@ from alloc_moe.compiler.allocate import (
     profiled_costs,
     uniform_allocation,
 )
-from alloc_moe.compiler.correct import Corrections, Running, fit_corrections
+from alloc_moe.compiler.correct import Corrections, fit_corrections
+from alloc_moe.compiler.correction_trials import Running
 from alloc_moe.compiler.divergence import Divergence
 from alloc_moe.compiler.errors import ProfileError
 from alloc_moe.compiler.policies import SCORED, layer_parameters

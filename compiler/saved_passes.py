@@ -30,6 +30,11 @@ class SavedPasses:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept."""
+        return self._folder is not None
+
     def recall(
         self, inputs: Sequence[object], compute: Callable[[], Iterable[torch.Tensor]]
     ) -> list[torch.Tensor]:

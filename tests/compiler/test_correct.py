@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from alloc_moe.compiler import correct as correct_module
 from alloc_moe.compiler.calibration import CalibrationSet
-from alloc_moe.compiler.correct import Running, fit_corrections
+from alloc_moe.compiler.correct import fit_corrections
 from alloc_moe.compiler.correction_sums import _RIDGE_BIAS, _RIDGE_SCALE, CorrectionSums
+from alloc_moe.compiler.correction_trials import CorrectionTrials, Running
 from alloc_moe.compiler.policies import LayerParameters
 from alloc_moe.compiler.records import Correction, CorrectionMode, MoeModel, Redistribution
 from alloc_moe.compiler.reference import (
@@ -233,7 +234,7 @@ def test_a_fitted_layer_is_closer_to_the_full_model(
 ) -> None:
     moe = moe_model(family)
     # All are kept whatever the loss: they are fitted to the states, each after those before it.
-    monkeypatch.setattr(correct_module._Run, "losses", lambda *_: torch.zeros(2))
+    monkeypatch.setattr(CorrectionTrials, "losses", lambda *_, **__: torch.zeros(2))
     running = half(moe)
     full = Running([LayerParameters(la.experts_per_token) for la in moe.layers], "none", "keep")
     none = [None] * len(moe.layers)

@@ -1,0 +1,52 @@
+"""Trials that begin at a kept state give what whole runs give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alloc_moe.compiler.correct import fit_corrections
+from alloc_moe.compiler.correction_trials import CorrectionTrials, Running
+from alloc_moe.compiler.policies import LayerParameters
+from alloc_moe.compiler.records import MoeModel
+from alloc_moe.compiler.replay import DecoderStack
+from alloc_moe.compiler.saved_passes import SavedPasses
+
+Models = Callable[[str], MoeModel]
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
+def test_a_trial_from_a_kept_state_equals_a_whole_run(
+    moe_model: Models, tmp_path: Path, family: str, in_files: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = moe_model(family)
+    ids = torch.randint(0, 250, (4, 32), generator=torch.Generator().manual_seed(3))
+    half = [LayerParameters(max(1, layer.experts_per_token // 2)) for layer in moe.layers]
+    running = Running(half, "none", "keep")
+    fitted = fit_corrections(moe, ids, running, mode="affine").layers
+    whole = CorrectionTrials(moe, ids, running, tokens_per_batch=64)
+    if in_files:
+        moe = dataclasses.replace(moe, passes=SavedPasses(tmp_path / "passes"))
+    trials = CorrectionTrials(moe, ids, running, tokens_per_batch=64)
+    assert torch.equal(trials.losses(fitted, keep=True), whole.losses(fitted))
+    starts: list[int] = []
+    run = DecoderStack.run
+
+    def spy(self: DecoderStack, *args: Any, start: int, **kwargs: Any) -> torch.Tensor:
+        starts.append(start)
+        return run(self, *args, start=start, **kwargs)
+
+    for index, layer in enumerate(moe.layers):
+        tried = [*fitted[:index], None, *fitted[index + 1 :]]
+        with monkeypatch.context() as patch:
+            patch.setattr(DecoderStack, "run", spy)
+            losses = trials.losses(tried, start=index)
+        assert torch.equal(losses, whole.losses(tried))
+        assert set(starts) == {layer.decoder_layer if index else 0}
+        starts.clear()
