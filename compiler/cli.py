@@ -15,6 +15,7 @@ from alloc_moe.compiler.usage import (
     WITHOUT_ALLOCATION,
     block_option,
     check_mixed_bits,
+    need_compile_extra,
     price_needs_sizes,
 )
 from alloc_moe.runtime.command import Console, common_options, examples
@@ -313,12 +314,19 @@ def profile_command(
     from alloc_moe.compiler.pipeline import calibrate, load
     from alloc_moe.compiler.processes import joined_processes
     from alloc_moe.compiler.quantization import rounded
+    from alloc_moe.compiler.saved_passes import passes_path
     from alloc_moe.compiler.sensitivity import measure_sensitivity
 
     with joined_processes() as processes:
         if not processes.writes:
             console = Console(quiet=True)
-        moe = load(model, console, trust_remote_code=trust_remote_code, offload=offload)
+        moe = load(
+            model,
+            console,
+            trust_remote_code=trust_remote_code,
+            offload=offload,
+            passes=passes_path(output),
+        )
         moe = rounded(moe, dtype, block=int(block))
         profile = measure_sensitivity(
             moe,
@@ -331,37 +339,12 @@ def profile_command(
             processes=processes,
         )
         if processes.writes:
+            moe.passes.delete()
             console.result(
                 f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on "
                 f"{profile.tokens} tokens, {profile.seconds:.1f} s",
                 {"profile": str(output), "metric": profile.metric, "seconds": profile.seconds},
             )
-
-
-def need_compile_extra() -> None:
-    """Raise an AllocMoeError that names what the base install lacks for compiling."""
-    import importlib.util
-
-    missing = [
-        name
-        for name in (
-            "torch",
-            "transformers",
-            "onnx",
-            "onnx_ir",
-            "onnxscript",
-            "accelerate",
-            "scipy",
-        )
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        from alloc_moe.compiler.errors import AllocMoeError
-
-        raise AllocMoeError(
-            f"Compiling needs {', '.join(missing)}, which the base install leaves out. "
-            "Install alloc-moe[compile]."
-        )
 
 
 def _summary(compiled: Compiled) -> str:

@@ -167,7 +167,7 @@ def _evaluate_model(
     *,
     trust_remote_code: bool,
 ) -> tuple[Evaluation, AllocationPlan]:
-    from alloc_moe.compiler.cli import need_compile_extra
+    from alloc_moe.compiler.usage import need_compile_extra
 
     need_compile_extra()
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from alloc_moe.compiler.cli import need_compile_extra
+from alloc_moe.compiler.usage import need_compile_extra
 from alloc_moe.runtime.cli import threads_option
 from alloc_moe.runtime.command import Console, common_options, examples
 

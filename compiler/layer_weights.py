@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,18 @@ if TYPE_CHECKING:
 class WeightSource:
     """Where every weight of an offloaded model comes from.
 
-    ``transform``, if set, is given each weight that is read, with its name, and returns what the
+    ``transform``, if set, is given the name of each weight and what reads it, and returns what the
     model shall run with instead.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
-        self.transform: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+        self.transform: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight `name` as a new tensor of `dtype` on the CPU."""
-        weight = self._reader.read(name, dtype)
-        return weight if self.transform is None else self.transform(name, weight)
+        read = functools.partial(self._reader.read, name, dtype)
+        return read() if self.transform is None else self.transform(name, read)
 
 
 class LayerHook(ModelHook):  # type: ignore[misc]  # accelerate has no types

@@ -107,7 +107,7 @@ def open_model(
     Raises:
         AllocMoeError: The model can't be loaded, or the plan is not one of this model.
     """
-    from alloc_moe.compiler.cli import need_compile_extra
+    from alloc_moe.compiler.usage import need_compile_extra
 
     need_compile_extra()
     from alloc_moe.compiler.load import load_model

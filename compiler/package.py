@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from alloc_moe.compiler.errors import OutputError
+from alloc_moe.compiler.saved_passes import passes_path
 from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, PLAN_KEY, SHARED_CACHE_KEY
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Output:
     @property
     def passes_path(self) -> Path:
         """Where a compile keeps what its passes found, until there is the artifact."""
-        return self.path.absolute().with_name(f".{self.path.name}.passes")
+        return passes_path(self.path)
 
 
 def parse_output(text: str, *, force: bool) -> Output:

@@ -90,6 +90,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         console,
         trust_remote_code=options.trust_remote_code,
         offload=options.offload,
+        passes=output.passes_path,
     )
     package.check_space(output, needed_space(moe, options))
     formats: Sequence[Sequence[BlockFormat]] = ()
@@ -134,8 +135,6 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         profile, costs = mixed.profile, mixed.costs
         with _step(console, "Rounding experts"):
             moe = with_expert_formats(moe, formats_of_bits(formats, mixed.bits))
-    if moe.offloading is not None:
-        moe = dataclasses.replace(moe, passes=SavedPasses(output.passes_path))
     planned = make_planned(
         moe,
         calibration,
@@ -210,9 +209,14 @@ def _costs(
 
 
 def load(
-    source: str, console: Console, *, trust_remote_code: bool, offload: OffloadMode = "auto"
+    source: str,
+    console: Console,
+    *,
+    trust_remote_code: bool,
+    offload: OffloadMode = "auto",
+    passes: Path | None = None,
 ) -> MoeModel:
-    """Load a model and say what was found."""
+    """Load a model and say what was found; if it is offloaded, it keeps its passes at `passes`."""
     console.note(f"Loading {source}")
     moe = load_model(source, trust_remote_code=trust_remote_code, offload=offload)
     ks = sorted({layer.experts_per_token for layer in moe.layers})
@@ -223,6 +227,7 @@ def load(
     )
     if moe.offloading is not None:
         console.note(moe.offloading.describe())
+        moe = dataclasses.replace(moe, passes=SavedPasses(passes))
     return moe
 
 

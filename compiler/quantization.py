@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,17 +214,44 @@ def _round_weights(moe: MoeModel, *, rounded: Collection[str] = ()) -> None:
     """Round what `moe.quantization` names, except for those in memory that are `rounded`."""
     stored = _stored(moe)
     if moe.offloading is not None:
-        moe.offloading.source.transform = lambda name, weight: (
-            _rounded(weight, *stored[name]) if name in stored else weight
-        )
+        moe.offloading.source.transform = functools.partial(_read_rounded, moe, stored)
     for name, parameter in _resident(moe, stored):
         if name not in rounded:
             parameter.copy_(_rounded(parameter, *stored[name]))
 
 
+def _read_rounded(
+    moe: MoeModel,
+    stored: Mapping[str, tuple[BlockFormat, bool]],
+    name: str,
+    read: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Return a weight of an offloaded layer as `moe` computes with it.
+
+    Rounding takes many times as long as reading, so that what it gave is kept.
+    """
+    if name not in stored:
+        return read()
+    form, transposed = stored[name]
+    inputs = ("rounded", moe.checkpoint_fingerprint, name, form)
+    return _restored(
+        moe.passes.recall(inputs, lambda: _packed(read(), form, transposed)), form, transposed
+    )
+
+
 def _rounded(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> torch.Tensor:
+    return _restored(_packed(weight, form, transposed), form, transposed)
+
+
+def _packed(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> list[torch.Tensor]:
+    """Return values and scales."""
     rows = weight.mT if transposed else weight
-    rounded = torch.from_numpy(dequantize(*quantize(rows.numpy(), form), form))
+    return [torch.from_numpy(part) for part in quantize(rows.numpy(), form)]
+
+
+def _restored(packed: Sequence[torch.Tensor], form: BlockFormat, transposed: bool) -> torch.Tensor:
+    values, scales = (part.numpy() for part in packed)
+    rounded = torch.from_numpy(dequantize(values, scales, form))
     return rounded.mT.contiguous() if transposed else rounded
 
 

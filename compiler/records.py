@@ -87,7 +87,7 @@ class MoeModel:
     ``reader`` reads single weights from the files in ``folder``. With ``offloading`` the weights of
     ``model``'s decoder layers are in memory only while these run. With a ``quantization``, the
     weights of ``model`` are rounded as it says, those of ``reader`` are not. ``passes`` keeps what
-    passes over a text found.
+    passes over a text found, and the rounded weights of offloaded layers.
     """
 
     source: str
@@ -102,6 +102,11 @@ class MoeModel:
     quantization: Quantization | None = None
     offloading: Offloading | None = None
     passes: SavedPasses = field(default_factory=SavedPasses)
+
+    @property
+    def checkpoint_fingerprint(self) -> str:
+        """That of the weights as they are stored, whatever they are rounded to."""
+        return self.fingerprint.partition(":")[0]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""What passes over the calibration text found, kept in files: after a kill none is repeated.
+"""What took long to compute, kept in files while a compile lasts: after a kill none is repeated.
 
-With a model whose layers are read when they run, a pass takes minutes, and a plan takes dozens.
+With a model whose layers are read when they run, a pass over the calibration text takes minutes,
+and a plan takes dozens.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alloc_moe.compiler.errors import OutputError
+
+
+def passes_path(output: Path) -> Path:
+    """Return where what makes `output` keeps what it computed, until that is there."""
+    return output.absolute().with_name(f".{output.name}.passes")
 
 
 class SavedPasses:
@@ -59,7 +66,8 @@ class SavedPasses:
         if self._folder is None:
             return
         path = self._path(inputs)
-        partial = path.with_suffix(".partial")
+        # Processes that work together may keep the same.
+        partial = path.with_suffix(f".{os.environ.get('RANK', '0')}.partial")
         try:
             self._folder.mkdir(exist_ok=True)
             save_file({str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, partial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from alloc_moe.compiler.offload import weights_bytes
+from alloc_moe.compiler.quantization import BITS
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.records import CompileOptions, MoeModel
@@ -15,10 +16,15 @@ _SMALL_FILES = 64 << 20  # graph, tokenizer, profile
 
 
 def needed_space(moe: MoeModel, options: CompileOptions) -> int:
-    """Return the bytes of disk that a compile takes: weights, a little more, states it saves."""
+    """Return the bytes of disk that a compile takes: weights, a little more, states it saves.
+
+    Of an offloaded model the rounded weights are kept too, until the artifact is complete.
+    """
     # With mixed bits all experts of a layer may be stored in 8, however few of them run.
     dtype = "int8" if options.mixed_bits else options.dtype
     weights = weights_bytes(moe.skeleton) // 4 * _BYTES[dtype]
+    if moe.offloading is not None and dtype in BITS:
+        weights *= 2
     states = 0
     if moe.offloading is not None and options.allocation == "sensitivity":
         config = moe.config.get_text_config()

@@ -1,4 +1,4 @@
-"""Options that commands of the compiler share, and what they can't be combined with."""
+"""What commands of the compiler share: options, what excludes what, what must be installed."""
 
 from __future__ import annotations
 
@@ -62,3 +62,29 @@ def check_mixed_bits(
     ):
         if fault:
             raise click.UsageError(f"--mixed-bits {advice}.")
+
+
+def need_compile_extra() -> None:
+    """Raise an AllocMoeError that names what the base install lacks for compiling."""
+    import importlib.util
+
+    missing = [
+        name
+        for name in (
+            "torch",
+            "transformers",
+            "onnx",
+            "onnx_ir",
+            "onnxscript",
+            "accelerate",
+            "scipy",
+        )
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        from alloc_moe.compiler.errors import AllocMoeError
+
+        raise AllocMoeError(
+            f"Compiling needs {', '.join(missing)}, which the base install leaves out. "
+            "Install alloc-moe[compile]."
+        )

@@ -17,10 +17,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from alloc_moe.compiler import latency, pipeline
-from alloc_moe.compiler.cli import compile_command, need_compile_extra, profile_command
+from alloc_moe.compiler.cli import compile_command, profile_command
 from alloc_moe.compiler.cli_eval import eval_command
 from alloc_moe.compiler.costs import ExpertShape
 from alloc_moe.compiler.latency import LayerLatency
+from alloc_moe.compiler.usage import need_compile_extra
 from alloc_moe.runtime.artifact import PLAN_KEY
 from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.files import find_artifact

@@ -12,14 +12,16 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from alloc_moe.compiler import pipeline, sensitivity
+from alloc_moe.compiler import pipeline, quantization, sensitivity
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.checkpoint import CheckpointReader
 from alloc_moe.compiler.layer_states import LayerStates
 from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.quantization import rounded
 from alloc_moe.compiler.records import CompileOptions, Metric, MoeModel
 from alloc_moe.compiler.saved_passes import SavedPasses
 from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.runtime.command import Console
 
 CALIBRATION = CalibrationSet(
@@ -178,3 +180,49 @@ def test_a_stopped_compile_repeats_no_pass(
     assert dataclasses.replace(plan, verify={}) == dataclasses.replace(whole, verify={})
     files = {"out.onnx", "out.onnx.data", "out.onnx.profile.json"}
     assert {path.name for path in (tmp_path / "parts").iterdir()} == files
+
+
+@pytest.mark.parametrize("metric", ["fisher", "output"])
+def test_weights_of_an_offloaded_layer_are_rounded_once(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    metric: Metric,
+) -> None:
+    moe = load_model(str(checkpoint("olmoe")), offload="always")
+    moe = dataclasses.replace(moe, passes=SavedPasses(tmp_path / "passes"))
+    rounded_moe = rounded(moe, "int4")
+    packed: list[object] = []
+    pack = quantization.quantize
+
+    def counted(weights: np.ndarray, form: BlockFormat) -> tuple[np.ndarray, np.ndarray]:
+        packed.append(weights.shape)
+        return pack(weights, form)
+
+    monkeypatch.setattr(quantization, "quantize", counted)
+    first = measure_sensitivity(rounded_moe, CALIBRATION, metric=metric)
+    layers = len(moe.layers)
+    offloaded_weights = 6 * layers  # q, k, v, o and two tensors of experts
+    assert len(packed) == offloaded_weights
+    again = measure_sensitivity(rounded_moe, CALIBRATION, metric=metric)
+    assert len(packed) == offloaded_weights
+    resident = rounded(load_model(str(checkpoint("olmoe")), offload="never"), "int4")
+    expected = measure_sensitivity(resident, CALIBRATION, metric=metric)
+    for found in (first, again):
+        for row, wanted in zip(found.costs, expected.costs, strict=True):
+            assert row == pytest.approx(wanted, rel=1e-6)
+
+
+def test_each_of_several_processes_keeps_a_file_of_its_own_until_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = SavedPasses(tmp_path / "passes")
+    monkeypatch.setenv("RANK", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: None)  # killed just before
+        passes.keep(["a"], [torch.ones(2)])
+    monkeypatch.setenv("RANK", "0")
+    passes.keep(["a"], [torch.zeros(2)])
+    (found,) = passes.find(["a"]) or ()
+    assert torch.equal(found, torch.zeros(2))
+    assert len(list((tmp_path / "passes").glob("*.1.partial"))) == 1
