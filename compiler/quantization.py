@@ -217,7 +217,15 @@ def _round_weights(moe: MoeModel, *, rounded: Collection[str] = ()) -> None:
         moe.offloading.source.transform = functools.partial(_read_rounded, moe, stored)
     for name, parameter in _resident(moe, stored):
         if name not in rounded:
-            parameter.copy_(_rounded(parameter, *stored[name]))
+            _round_in_place(parameter, *stored[name])
+
+
+def _round_in_place(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> None:
+    if transposed or not weight.is_contiguous():
+        weight.copy_(_rounded(weight, form, transposed))
+        return
+    values = weight.numpy()  # fresh memory would take longer than the rounding
+    dequantize(*quantize(values, form), form, out=values)
 
 
 def _read_rounded(

@@ -2,20 +2,26 @@
 
 Along each row of a weight, ``block`` neighbours share a scale: w = scale * (q - 2^(bits - 1)), q
 being an unsigned number of ``bits`` bits, two to a byte (the lower half first) where bits is 4. The
-rounding is that of onnxruntime's own quantiser: the scale takes the block's largest value to the
-end of the range, so it may be negative.
+rounding is that of onnxruntime's own quantiser, bit for bit, which would hold the interpreter's
+lock: the scale takes the block's largest value to the end of the range, so it may be negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 
-_QUANTIZERS = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}
 _LEAST_BLOCK = 16  # of onnxruntime's kernels
+_PART = (
+    1 << 19
+)  # values that a thread takes at a time: a few MB with all temporaries, for the cache
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,35 +59,106 @@ def quantize(weights: np.ndarray, form: BlockFormat) -> tuple[np.ndarray, np.nda
     """Return packed values and scales.
 
     Args:
-        weights: [..., columns] float; ``form.block`` divides the columns.
+        weights: [..., rows, columns] float; ``form.block`` divides the columns.
         form: How to store them.
 
     Returns:
-        [..., columns * bits / 8] uint8 and [..., columns / block] float32.
+        [..., rows, columns * bits / 8] uint8 and [..., rows, columns / block] float32.
     """
-    *outer, columns = weights.shape
-    blocks, per_byte = columns // form.block, 8 // form.bits
-    packed = np.empty((*outer, form.packed_columns(columns)), np.uint8)
-    scales = np.empty((*outer, blocks), np.float32)
-    # One matrix at a time: the quantiser wants its transpose in float32.
-    matrices = weights.reshape(-1, *weights.shape[-2:])
-    rows = matrices.shape[1]
-    unused = np.zeros(rows * -(-blocks // per_byte), np.uint8)
-    targets = packed.reshape(len(matrices), rows, blocks, form.block // per_byte)
-    for matrix, values, factors in zip(
-        matrices, targets, scales.reshape(len(matrices), rows * blocks), strict=True
-    ):
-        transposed = np.ascontiguousarray(matrix.T, np.float32)
-        _QUANTIZERS[form.bits](values, transposed, factors, unused, form.block, rows, columns, True)
+    *outer, rows, columns = weights.shape
+    blocks = columns // form.block
+    packed = np.empty((*outer, rows, form.packed_columns(columns)), np.uint8)
+    scales = np.empty((*outer, rows, blocks), np.float32)
+    # Neither weights that are transposed nor those of a smaller type are copied as a whole.
+    matrices = weights.reshape(-1, rows, columns)
+    values = packed.reshape(-1, rows, packed.shape[-1])
+    factors = scales.reshape(-1, rows, blocks)
+    step = max(1, _PART // columns)
+
+    def quantize_part(part: tuple[int, slice]) -> None:
+        taken = np.ascontiguousarray(matrices[part], np.float32).reshape(-1, form.block)
+        _quantize_blocks(
+            taken,
+            values[part].reshape(len(taken), -1),
+            factors[part].reshape(-1),
+            form.bits,
+        )
+
+    parts = [
+        (matrix, slice(row, row + step))
+        for matrix in range(len(matrices))
+        for row in range(0, rows, step)
+    ]
+    _in_threads(quantize_part, parts)
     return packed, scales
 
 
-def dequantize(packed: np.ndarray, scales: np.ndarray, form: BlockFormat) -> np.ndarray:
-    """Return the float32 weights [..., columns] that the kernels compute with."""
-    values = packed
-    if form.bits == 4:
-        values = np.stack([packed & 15, packed >> 4], axis=-1)
-    centred = values.reshape(*scales.shape, form.block).astype(np.float32)
-    centred -= 1 << (form.bits - 1)
-    centred *= scales[..., None]
-    return centred.reshape(*scales.shape[:-1], -1)
+def _quantize_blocks(
+    weights: np.ndarray, packed: np.ndarray, scales: np.ndarray, bits: int
+) -> None:
+    """Quantise `weights` [blocks, block] float32 into `packed` and `scales` [blocks]."""
+    middle, largest = np.float32(1 << (bits - 1)), np.float32((1 << bits) - 1)
+    # Blocks below 1e-38 overflow the reciprocal; their values mean nothing.
+    with np.errstate(all="ignore"):
+        high, low = weights.max(-1), weights.min(-1)
+        np.divide(np.where(np.abs(high) > np.abs(low), high, low), -middle, out=scales)
+        reciprocals = np.where(scales, np.float32(1) / scales, np.float32(0))
+        steps = weights * reciprocals[:, None]
+        steps += middle
+        # Cutting off rounds then halves up, as C's roundf does here; numpy's goes to even.
+        steps += np.float32(0.5)
+        np.clip(steps, 0, largest + np.float32(0.5), out=steps)
+        numbers = steps.astype(np.uint8)
+    if bits == 4:
+        pairs = numbers.view("<u2")  # the second of each two is the higher byte
+        numbers = (pairs | pairs >> 4).astype(np.uint8)
+    packed[...] = numbers
+
+
+def dequantize(
+    packed: np.ndarray, scales: np.ndarray, form: BlockFormat, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the float32 weights [..., columns] that the kernels compute with.
+
+    Args:
+        packed: [..., columns * bits / 8] uint8.
+        scales: [..., columns / block] float32.
+        form: How they are stored.
+        out: Where to put the weights, float32 and contiguous; a new array by default.
+    """
+    *outer, blocks = scales.shape
+    if out is None:
+        out = np.empty((*outer, blocks * form.block), np.float32)
+    elif (
+        out.dtype != np.float32
+        or out.size != scales.size * form.block
+        or not out.flags.c_contiguous
+    ):
+        raise ValueError(f"Weights of {form} can't be put into {out.dtype} of {out.shape}.")
+    values = packed.reshape(scales.size, -1)
+    factors, weights = scales.reshape(-1, 1), out.reshape(scales.size, form.block)
+    step = max(1, _PART // form.block)
+
+    def dequantize_part(part: slice) -> None:
+        taken = values[part]
+        if form.bits == 4:
+            pairs = taken.astype("<u2")
+            pairs |= pairs << 4
+            pairs &= 0x0F0F
+            taken = pairs.view(np.uint8)
+        # Less than zero wraps round, which is what the signed view wants; floats take longer.
+        weights[part] = (taken - np.uint8(1 << (form.bits - 1))).view(np.int8)
+        weights[part] *= factors[part]
+
+    _in_threads(dequantize_part, [slice(i, i + step) for i in range(0, scales.size, step)])
+    return out
+
+
+def _in_threads(task: Callable[[T], None], parts: Sequence[T]) -> None:
+    """Run a task, whose numpy operations let other threads run, for all parts."""
+    if len(parts) == 1:
+        task(parts[0])
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(task, parts):
+            pass
