@@ -2,8 +2,8 @@
 
 Along each row of a weight, ``block`` neighbours share a scale: w = scale * (q - 2^(bits - 1)), q
 being an unsigned number of ``bits`` bits, two to a byte (the lower half first) where bits is 4. The
-rounding is that of onnxruntime's own quantiser, bit for bit, which would hold the interpreter's
-lock: the scale takes the block's largest value to the end of the range, so it may be negative.
+rounding is that of onnxruntime's own quantiser: the scale takes the block's largest value to the
+end of the range, so it may be negative.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 
+_QUANTIZERS = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}
 _LEAST_BLOCK = 16  # of onnxruntime's kernels
-_PART = (
-    1 << 19
-)  # values that a thread takes at a time: a few MB with all temporaries, for the cache
+_PART = 1 << 19  # values that a thread takes at a time: a few MB with temporaries, for the cache
 
 T = TypeVar("T")
 
@@ -66,53 +66,25 @@ def quantize(weights: np.ndarray, form: BlockFormat) -> tuple[np.ndarray, np.nda
         [..., rows, columns * bits / 8] uint8 and [..., rows, columns / block] float32.
     """
     *outer, rows, columns = weights.shape
-    blocks = columns // form.block
+    blocks, per_byte = columns // form.block, 8 // form.bits
     packed = np.empty((*outer, rows, form.packed_columns(columns)), np.uint8)
     scales = np.empty((*outer, rows, blocks), np.float32)
     # Neither weights that are transposed nor those of a smaller type are copied as a whole.
     matrices = weights.reshape(-1, rows, columns)
-    values = packed.reshape(-1, rows, packed.shape[-1])
-    factors = scales.reshape(-1, rows, blocks)
-    step = max(1, _PART // columns)
+    targets = packed.reshape(len(matrices), rows, blocks, form.block // per_byte)
+    factors = scales.reshape(len(matrices), rows * blocks)
+    unused = np.zeros(rows * -(-blocks // per_byte), np.uint8)
 
-    def quantize_part(part: tuple[int, slice]) -> None:
-        taken = np.ascontiguousarray(matrices[part], np.float32).reshape(-1, form.block)
-        _quantize_blocks(
-            taken,
-            values[part].reshape(len(taken), -1),
-            factors[part].reshape(-1),
-            form.bits,
+    def quantize_matrix(index: int) -> None:
+        # The quantiser wants the transpose in float32, and holds the interpreter's lock; other
+        # threads transpose meanwhile, which takes as long.
+        transposed = np.ascontiguousarray(matrices[index].T, np.float32)
+        _QUANTIZERS[form.bits](
+            targets[index], transposed, factors[index], unused, form.block, rows, columns, True
         )
 
-    parts = [
-        (matrix, slice(row, row + step))
-        for matrix in range(len(matrices))
-        for row in range(0, rows, step)
-    ]
-    _in_threads(quantize_part, parts)
+    _in_threads(quantize_matrix, range(len(matrices)))
     return packed, scales
-
-
-def _quantize_blocks(
-    weights: np.ndarray, packed: np.ndarray, scales: np.ndarray, bits: int
-) -> None:
-    """Quantise `weights` [blocks, block] float32 into `packed` and `scales` [blocks]."""
-    middle, largest = np.float32(1 << (bits - 1)), np.float32((1 << bits) - 1)
-    # Blocks below 1e-38 overflow the reciprocal; their values mean nothing.
-    with np.errstate(all="ignore"):
-        high, low = weights.max(-1), weights.min(-1)
-        np.divide(np.where(np.abs(high) > np.abs(low), high, low), -middle, out=scales)
-        reciprocals = np.where(scales, np.float32(1) / scales, np.float32(0))
-        steps = weights * reciprocals[:, None]
-        steps += middle
-        # Cutting off rounds then halves up, as C's roundf does here; numpy's goes to even.
-        steps += np.float32(0.5)
-        np.clip(steps, 0, largest + np.float32(0.5), out=steps)
-        numbers = steps.astype(np.uint8)
-    if bits == 4:
-        pairs = numbers.view("<u2")  # the second of each two is the higher byte
-        numbers = (pairs | pairs >> 4).astype(np.uint8)
-    packed[...] = numbers
 
 
 def dequantize(
