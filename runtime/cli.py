@@ -30,11 +30,27 @@ threads_option = click.option(
     type=click.IntRange(min=1),
     help="Threads that share the work; by default one per physical core.",
 )
+session_option = click.option(
+    "--session",
+    "session_entries",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=lambda _context, _option, entries: dict(map(_named_value, entries)),
+    help="What else to tell onnxruntime: an option of its sessions, as enable_cpu_mem_arena=0, or "
+    "an entry of their configuration, as session.intra_op.allow_spinning=0. Repeatable.",
+)
 budget_option = click.option(
     "--budget",
     help="Activations per token, for artifacts compiled with --redistribute price: a fraction of "
     "the full model's with a decimal point, or a whole number. Default: as compiled.",
 )
+
+
+def _named_value(entry: str) -> tuple[str, str]:
+    name, separator, value = entry.partition("=")
+    if not (name and separator):
+        raise click.BadParameter(f"{entry!r} is not NAME=VALUE.")
+    return name, value
 
 
 @click.command(epilog=examples("alloc-run out.onnx --prompt 'The committee' --max-new-tokens 64"))
@@ -62,6 +78,7 @@ budget_option = click.option(
 @budget_option
 @ep_option
 @threads_option
+@session_option
 @click.option(
     "--tokenizer", type=click.Path(), help="tokenizer.json, or its folder, if it isn't found."
 )
@@ -78,6 +95,7 @@ def run_command(
     budget: str | None,
     ep: Provider,
     threads: int | None,
+    session_entries: dict[str, str],
     tokenizer: str | None,
 ) -> None:
     """Continue texts with ARTIFACT, an .onnx file or a bundle folder.
@@ -93,7 +111,9 @@ def run_command(
         raise click.UsageError("Give a --prompt or a --prompt-file.")
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     start = time.perf_counter()
-    model = load(artifact, tokenizer=tokenizer, ep=ep, threads=threads)
+    model = load(
+        artifact, tokenizer=tokenizer, ep=ep, threads=threads, more_options=session_entries
+    )
     clock = _Clock(load=time.perf_counter() - start)
     alone = len(texts) == 1
 
@@ -146,6 +166,7 @@ def inspect_command(console: Console, artifact: str) -> None:
 )
 @ep_option
 @threads_option
+@session_option
 @common_options
 def bench_command(
     console: Console,
@@ -158,6 +179,7 @@ def bench_command(
     budgets: tuple[str, ...],
     ep: Provider,
     threads: int | None,
+    session_entries: dict[str, str],
 ) -> None:
     """Measure prefill and decode speed of ARTIFACTS in turns, and compare them with the first.
 
@@ -176,7 +198,14 @@ def bench_command(
     sessions = []
     with console.progress("Loading", len(artifacts), unit="artifacts") as progress:
         for artifact in artifacts:
-            sessions.append(open_session(artifact, ep=ep, threads=threads, stop_spinning=True))
+            session = open_session(
+                artifact,
+                ep=ep,
+                threads=threads,
+                stop_spinning=True,
+                more_options=session_entries,
+            )
+            sessions.append(session)
             ep = sessions[0].device  # all on the same, and the reason for it told once
             progress.advance()
     prices = [None] * len(sessions) + [price_of(sessions[0].plan, budget) for budget in budgets]
@@ -188,6 +217,7 @@ def bench_command(
         "machine": machine(),
         "device": sessions[0].device,
         "threads": threads or "default",
+        **session_entries,
         "onnxruntime": onnxruntime.__version__,
     }
     data = {

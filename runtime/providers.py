@@ -7,21 +7,25 @@ import ctypes
 import io
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from alloc_moe.runtime.errors import ArtifactError, DeviceError
+from alloc_moe.runtime.errors import ArtifactError, DeviceError, GenerationError
 
 logger = logging.getLogger(__name__)
 
 Provider = Literal["auto", "cpu", "cuda"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_FATAL, _WARNING = 4, 2  # onnxruntime's log severities; warning is its default
+_FATAL, _LOG_ERRORS_ONLY, _WARNING = (
+    4,
+    3,
+    2,
+)  # onnxruntime's log severities; the last is its default
 _ORT_ERRORS = (
     ort_errors.EPFail,
     ort_errors.Fail,
@@ -32,6 +36,55 @@ _ORT_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
+
+
+def session_options(
+    *,
+    threads: int | None = None,
+    stop_spinning: bool = False,
+    more: Mapping[str, str] | None = None,
+) -> onnxruntime.SessionOptions:
+    """Return the settings of a session.
+
+    Args:
+        threads: Threads that share the work of one operator; by default one per physical core.
+        stop_spinning: Let idle threads sleep between calls.
+        more: What else onnxruntime can be told, by name: a switch or number of its SessionOptions
+            (``enable_cpu_mem_arena``), or an entry of its session configuration, which has a dot
+            in its name (``session.intra_op.allow_spinning``). Goes before the other arguments.
+
+    Raises:
+        GenerationError: There are no threads, no such option, or it takes no such value.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    if threads is not None:
+        if threads < 1:
+            raise GenerationError(f"{threads} threads can't run a model. Give 1 or more.")
+        options.intra_op_num_threads = threads
+    if stop_spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    for name, value in (more or {}).items():
+        if "." in name:
+            options.add_session_config_entry(name, value)
+        else:
+            _set(options, name, value)
+    return options
+
+
+def _set(options: onnxruntime.SessionOptions, name: str, value: str) -> None:
+    old = getattr(options, name, None)
+    if name.startswith("_") or not isinstance(old, int):  # switches are integers too
+        raise GenerationError(
+            f"onnxruntime's SessionOptions have no switch or number {name!r}. Entries of the "
+            "session's configuration have a dot in their names, as session.intra_op.allow_spinning."
+        )
+    allowed = {"0": False, "1": True} if isinstance(old, bool) else None
+    try:
+        setattr(options, name, allowed[value] if allowed else int(value))
+    except (KeyError, ValueError) as error:
+        takes = "0 or 1" if allowed else "a whole number"
+        raise GenerationError(f"{name} is {value!r}. It takes {takes}.") from error
 
 
 def create_session(

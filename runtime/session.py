@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,10 +26,9 @@ from alloc_moe.runtime.cache import BFLOAT16, ELEMENT_TYPES, Cache, CacheSlot
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.onnx_file import with_outputs
-from alloc_moe.runtime.providers import CUDA, Provider, create_session
+from alloc_moe.runtime.providers import CUDA, Provider, create_session, session_options
 
 _PAST, _PRESENT = "past_key_values.", "present."
-_LOG_ERRORS_ONLY = 3
 
 
 @dataclass(frozen=True)
@@ -236,6 +235,7 @@ def open_session(
     threads: int | None = None,
     count_activations: bool = False,
     stop_spinning: bool = False,
+    more_options: Mapping[str, str] | None = None,
 ) -> ArtifactSession:
     """Load an artifact into onnxruntime.
 
@@ -246,21 +246,16 @@ def open_session(
         count_activations: Have every call say how many experts each layer executed.
         stop_spinning: Let idle threads sleep between calls. Slower by a few microseconds per
             call, but sessions in one process, or other work between calls, disturb each other less.
+        more_options: What else onnxruntime can be told, see `session_options`.
 
     Raises:
         ArtifactError: Something is missing, damaged, or was not compiled by alloc-moe.
         DeviceError: ``ep="cuda"``, but CUDA can't be used.
+        GenerationError: onnxruntime has no such option.
     """
     files = find_artifact(path)
     files.check_data()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_ERRORS_ONLY
-    if threads is not None:
-        if threads < 1:
-            raise GenerationError(f"{threads} threads can't run a model. Give 1 or more.")
-        options.intra_op_num_threads = threads
-    if stop_spinning:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = session_options(threads=threads, stop_spinning=stop_spinning, more=more_options)
     model: str | bytes = str(files.graph)
     if count_activations:
         model = _with_counts(files, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,6 +114,7 @@ def load(
     tokenizer: str | Path | None = None,
     ep: Provider = "auto",
     threads: int | None = None,
+    more_options: Mapping[str, str] | None = None,
 ) -> TextModel:
     """Load a compiled artifact, ready to complete texts.
 
@@ -123,12 +124,14 @@ def load(
             `load_tokenizer`.
         ep: Execution provider; ``auto`` is CUDA if it can be used, else the CPU.
         threads: Threads that share the work; by default one per physical core.
+        more_options: What else onnxruntime can be told, see `runtime.providers.session_options`.
 
     Raises:
         ArtifactError: Something is missing, damaged, or was not compiled by alloc-moe.
         DeviceError: ``ep="cuda"``, but CUDA can't be used.
+        GenerationError: onnxruntime has no such option.
     """
-    session = open_session(path, ep=ep, threads=threads)
+    session = open_session(path, ep=ep, threads=threads, more_options=more_options)
     model = TextModel(session, load_tokenizer(session.files, tokenizer))
     if not model.eos_ids:
         logger.warning(

@@ -252,3 +252,17 @@ def test_contender_that_fails_is_named(load: Callable[[str], ModuleType], toy: P
     outcome = CliRunner().invoke(peers.main, options)
     assert outcome.exit_code == 1
     assert "The process of llama.cpp ended; see its messages." in outcome.output
+
+
+def test_session_options_are_compared_with_the_defaults(
+    load: Callable[[str], ModuleType], toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("session_options")
+    monkeypatch.setattr(module, "DECODE", "decode 8 4")
+    monkeypatch.setattr(module, "PREFILL", "prefill 16")
+    options = [str(toy), "--rounds", "2", "--only", "no arena"]
+    outcome = CliRunner().invoke(module.main, options)
+    assert outcome.exit_code == 0, outcome.output
+    rows = [line for line in outcome.stdout.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| session", "| defaults", "| no arena"]
+    assert "1.00 (1.00-1.00) | 1.00 (1.00-1.00) | 1.00 (1.00-1.00)" in rows[1]

@@ -7,7 +7,7 @@ run counted, which is for a process of its own, as it may cost time.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import contender
@@ -25,8 +25,17 @@ _EXPERTS, _EMBEDDINGS = {"MoE", "QMoE"}, {"Gather", "GatherBlockQuantized"}
 class Artifact:
     """An artifact in onnxruntime."""
 
-    def __init__(self, path: str, *, threads: int, count: bool) -> None:
-        self._session = open_session(path, ep="cpu", threads=threads, count_activations=count)
+    def __init__(
+        self,
+        path: str,
+        *,
+        threads: int | None,
+        count: bool,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        self._session = open_session(
+            path, ep="cpu", threads=threads, count_activations=count, more_options=options
+        )
         self._price: float | None = None
         self._budget = float(self._session.plan.budget.activations / self.trained)
         self._cache: Cache = self._session.empty_cache(1, capacity=_CAPACITY)
@@ -101,11 +110,17 @@ def main() -> None:
     """Serve an artifact."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--session", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--count", action="store_true")
     options = parser.parse_args()
     contender.serve(
-        lambda: Artifact(options.artifact, threads=options.threads, count=options.count),
+        lambda: Artifact(
+            options.artifact,
+            threads=options.threads,
+            count=options.count,
+            options=dict(entry.split("=", 1) for entry in options.session),
+        ),
         f"alloc-moe, {Path(options.artifact).name}",
     )
 

@@ -158,6 +158,27 @@ def test_bench_compares_with_the_first_artifact(toy: Path, bundle: Path) -> None
         assert second[kind]["min"] <= second[kind]["median"] <= second[kind]["max"]
 
 
+def test_options_of_the_session_are_passed_on_and_printed(toy: Path) -> None:
+    spinning = "session.intra_op.allow_spinning"
+    options = ["--session", "enable_mem_pattern=0", "--session", f"{spinning}=0"]
+    outcome = CliRunner().invoke(bench_command, [str(toy), *SMALL, *options])
+    assert outcome.exit_code == 0, outcome.output
+    assert f"enable_mem_pattern 0, {spinning} 0" in " ".join(outcome.stdout.split())
+    assert run(toy, "--prompt", "a", "--max-new-tokens", 1, *options).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "code", "message"),
+    [("arena", 2, "'arena' is not NAME=VALUE"), ("arena=0", 1, "no switch or number 'arena'")],
+)
+def test_wrong_options_of_the_session_are_said(
+    toy: Path, entry: str, code: int, message: str
+) -> None:
+    outcome = run(toy, "--prompt", "a", "--session", entry)
+    assert outcome.exit_code == code
+    assert message in outcome.stderr
+
+
 def test_bench_prints_a_table_with_the_machine(toy: Path) -> None:
     outcome = CliRunner().invoke(bench_command, [str(toy), *SMALL])
     assert "1.00x" in outcome.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from alloc_moe.runtime import providers
 from alloc_moe.runtime.artifact import MODEL_FILE
 from alloc_moe.runtime.errors import ArtifactError, DeviceError, GenerationError
+from alloc_moe.runtime.providers import session_options
 from alloc_moe.runtime.session import open_session, to_numpy
 
 IDS = np.array([[72, 101, 108, 108, 111], [87, 111, 114, 108, 100]])
@@ -192,6 +194,38 @@ def test_what_onnxruntime_rejects_is_one_line_without_noise(
         open_session(edited(toy, tmp_path / "a.onnx", break_node), ep="cpu")
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_onnxruntime_is_told_what_is_asked() -> None:
+    options = session_options(
+        threads=3,
+        stop_spinning=True,
+        more={
+            "enable_cpu_mem_arena": "0",
+            "intra_op_num_threads": "2",
+            "session.intra_op.allow_spinning": "0",
+        },
+    )
+    assert options.enable_cpu_mem_arena is False
+    assert options.enable_mem_pattern is True
+    assert options.intra_op_num_threads == 2
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("enable_mem_arena", "0", "no switch or number 'enable_mem_arena'"),
+        ("_init_", "0", "no switch or number '_init_'"),
+        ("add_session_config_entry", "0", "no switch or number"),
+        ("enable_mem_pattern", "off", "enable_mem_pattern is 'off'. It takes 0 or 1."),
+        ("intra_op_num_threads", "two", "is 'two'. It takes a whole number."),
+    ],
+)
+def test_what_onnxruntime_cannot_be_told_is_rejected(name: str, value: str, message: str) -> None:
+    with pytest.raises(GenerationError, match=re.escape(message)):
+        session_options(more={name: value})
 
 
 def test_fewer_threads_than_one_are_rejected(toy: Path) -> None:
