@@ -158,13 +158,13 @@ def test_bench_compares_with_the_first_artifact(toy: Path, bundle: Path) -> None
         assert second[kind]["min"] <= second[kind]["median"] <= second[kind]["max"]
 
 
-def test_options_of_the_session_are_passed_on_and_printed(toy: Path) -> None:
+def test_options_of_the_session_are_passed_on_and_printed(bundle: Path) -> None:
     spinning = "session.intra_op.allow_spinning"
     options = ["--session", "enable_mem_pattern=0", "--session", f"{spinning}=0"]
-    outcome = CliRunner().invoke(bench_command, [str(toy), *SMALL, *options])
+    outcome = CliRunner().invoke(bench_command, [str(bundle), *SMALL, *options])
     assert outcome.exit_code == 0, outcome.output
     assert f"enable_mem_pattern 0, {spinning} 0" in " ".join(outcome.stdout.split())
-    assert run(toy, "--prompt", "a", "--max-new-tokens", 1, *options).exit_code == 0
+    assert run(bundle, "--prompt", "a", "--max-new-tokens", 1, *options).exit_code == 0
 
 
 @pytest.mark.parametrize(
