@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from alloc_moe.compiler.errors import OutputError
+from alloc_moe.compiler.errors import OutputError, VerificationError
+from alloc_moe.compiler.saved import sync
 from alloc_moe.compiler.saved_passes import passes_path
+from alloc_moe.compiler.weights_file import drop_journals, resumable_files, save_with_weights
 from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, PLAN_KEY, SHARED_CACHE_KEY
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def check_space(output: Output, needed: int) -> None:
     """Raise OutputError unless the disk has `needed` bytes for the artifact, old one included.
 
     The new artifact is written beside the old, which goes when the new one is complete. What a
-    killed compile left counts as free: it is removed first.
+    killed compile left counts as free: it is used or removed.
     """
     parent = output.path.absolute().parent
     left = [file.stat().st_size for file in _staging_path(output).rglob("*") if file.is_file()]
@@ -111,10 +113,16 @@ def _replaceable(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def staging(output: Output) -> Iterator[Path]:
-    """Yield an empty folder beside the output, on the same file system, that is gone afterwards.
+def staging(output: Output, *, note: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """Yield a folder beside the output, on the same file system, that is gone afterwards.
 
-    Its name is fixed, so that what a killed compile left there is removed by the next.
+    Its name is fixed: a compile that was killed, interrupted or failed leaves there what the next
+    can go on from, which is all that the folder holds at first. Only after a VerificationError
+    nothing is left, as the same weights would fail again.
+
+    Args:
+        output: Where the artifact goes.
+        note: Called with a line that says what is left.
 
     Raises:
         OutputError: Another compile is writing the same output.
@@ -125,8 +133,23 @@ def staging(output: Output) -> Iterator[Path]:
         _clear(folder)
         try:
             yield folder
+            drop_journals(folder)
+        except VerificationError:
+            drop_journals(folder)
+            raise
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _clear(folder)
+            _remove_or_tell(folder, note)
+
+
+def _remove_or_tell(folder: Path, note: Callable[[str], None] | None) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    elif note is not None:
+        note(
+            f"The weights written so far stay in {folder}: the same command goes on from there. "
+            "To give them up, delete the folder."
+        )
 
 
 @contextlib.contextmanager
@@ -151,7 +174,8 @@ def _locked(folder: Path, output: Output) -> Iterator[None]:
 
 
 def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
+    """Remove all that no compile can go on from."""
+    for entry in set(folder.iterdir()) - resumable_files(folder):
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
@@ -159,22 +183,14 @@ def _clear(folder: Path) -> None:
 
 
 def save_graph(
-    graph: ir.Model, path: Path, *, advance: Callable[[int], None] | None = None
+    graph: ir.Model,
+    path: Path,
+    *,
+    advance: Callable[[int], None] | None = None,
+    key: str | None = None,
 ) -> None:
-    """Write an .onnx file and its data, one lazy weight in memory at a time.
-
-    Args:
-        graph: The model; its weights may be lazy.
-        path: The .onnx file; the data go to the same name with .data.
-        advance: Called with the bytes of each weight when it is written.
-    """
-
-    def report(tensor: ir.TensorProtocol, _: Any) -> None:
-        if advance is not None:
-            advance(tensor.nbytes)
-
-    # A single worker: each worker would hold a weight of its own.
-    ir.save(graph, path, external_data=data_path(path).name, callback=report, max_workers=1)
+    """Write an .onnx file and its data, to the same name with .data; see `save_with_weights`."""
+    save_with_weights(graph, path, data_path(path), advance=advance, key=key)
 
 
 def stamp(path: Path, plan: AllocationPlan) -> None:
@@ -258,9 +274,10 @@ def publish(staged: Path, output: Output) -> None:
     Whenever the process is killed, the output is the old artifact, none, or the new one: never a
     graph with another's data.
     """
+    drop_journals(staged)  # no part of an artifact
     for file in staged.iterdir():
-        _sync(file)
-    _sync(staged)
+        sync(file)
+    sync(staged)
     if output.bundle:
         _replace_folder(staged, output.path)
     else:
@@ -270,7 +287,7 @@ def publish(staged: Path, output: Output) -> None:
             output.path.unlink(missing_ok=True)
             os.replace(staged / data.name, data)
         os.replace(staged / output.path.name, output.path)
-    _sync(output.path.absolute().parent)
+    sync(output.path.absolute().parent)
 
 
 def _replace_folder(staged: Path, target: Path) -> None:
@@ -289,13 +306,3 @@ def _replace_folder(staged: Path, target: Path) -> None:
     except OSError:
         os.replace(old, target)
         raise
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows can't open a folder to sync it
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

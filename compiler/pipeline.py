@@ -43,6 +43,7 @@ from alloc_moe.compiler.saved_passes import SavedPasses
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.compiler.space import needed_space
 from alloc_moe.compiler.verify import Verification, check_verifiable, verify_artifact
+from alloc_moe.compiler.weights_file import weights_key, written_bytes
 from alloc_moe.passes.correct_experts import ExpertCorrection
 from alloc_moe.passes.default import normalize_passes, specialize_passes
 from alloc_moe.passes.group_attention import group_attention
@@ -151,7 +152,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     plan = mixed.mark(planned.plan) if mixed else planned.plan
     plan = dataclasses.replace(plan, versions=versions(), quantization=described)
     planned = dataclasses.replace(planned, plan=plan)
-    with package.staging(output) as staged:
+    with package.staging(output, note=console.note) as staged:
         plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
     moe.passes.delete()
@@ -362,8 +363,10 @@ def _build(
     path = staged / output.graph_name
     weights = [value.const_value for value in model.graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
-    with console.progress("Writing weights", nbytes, unit="bytes") as progress:
-        package.save_graph(model, path, advance=progress.advance)
+    key = weights_key(model, moe, [corrections, sorted(scales.items())])
+    done = written_bytes(package.data_path(path), key)
+    with console.progress("Writing weights", nbytes, unit="bytes", done=done) as progress:
+        package.save_graph(model, path, advance=progress.advance, key=key)
     with _step(console, "Verifying against PyTorch"):
         verification = verify_artifact(
             path,

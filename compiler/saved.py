@@ -1,4 +1,4 @@
-"""Small files of results that are replaced in one step."""
+"""Files of results that survive an interruption; small ones are replaced in one step."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ def save_text(text: str, path: Path, *, what: str) -> None:
         raise OutputError(
             f"{what} can't be saved as {path}: {error.strerror}. Choose another path."
         ) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or which files a folder has, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows can't open a folder to sync it
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_format(data: Mapping[str, Any], supported: int) -> None:

@@ -90,9 +90,14 @@ class SavedPasses:
 
     def _path(self, inputs: Sequence[object]) -> Path:
         assert self._folder is not None
-        digest = hashlib.sha256()
-        _update(digest, inputs)
-        return self._folder / f"{digest.hexdigest()[:32]}.safetensors"
+        return self._folder / f"{digest_of(inputs)[:32]}.safetensors"
+
+
+def digest_of(inputs: Sequence[object]) -> str:
+    """Return a digest of tensors, arrays, records and what else has a telling `repr`."""
+    digest = hashlib.sha256()
+    _update(digest, inputs)
+    return digest.hexdigest()
 
 
 def _update(digest: hashlib._Hash, value: object) -> None:
