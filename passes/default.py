@@ -12,6 +12,8 @@ from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.passes.correct_experts import CorrectExpertsPass, ExpertCorrection
 from alloc_moe.passes.fix_dims import FixDimsPass
 from alloc_moe.passes.fold_transposes import FoldTransposesPass
+from alloc_moe.passes.fuse_norms import FuseNormsPass
+from alloc_moe.passes.fuse_projections import FuseProjectionsPass
 from alloc_moe.passes.group_attention import GroupAttentionPass
 from alloc_moe.passes.interleave_experts import InterleaveExpertsPass
 from alloc_moe.passes.keep_logits import KeepLogitsPass
@@ -20,6 +22,7 @@ from alloc_moe.passes.quantize_cache import CacheScales, QuantizeCachePass
 from alloc_moe.passes.quantize_experts import QuantizeExpertsPass
 from alloc_moe.passes.quantize_matmuls import QuantizeMatMulsPass
 from alloc_moe.passes.rename_cache import RenameCachePass
+from alloc_moe.passes.skip_reshapes import SkipReshapesPass
 
 
 def normalize_passes(
@@ -34,7 +37,9 @@ def normalize_passes(
         RenameCachePass(),
         FixDimsPass(),
         QuantizeMatMulsPass(formats),
+        FuseProjectionsPass(),
         FoldTransposesPass(),
+        FuseNormsPass(),
         InterleaveExpertsPass(),
         common.RemoveUnusedNodesPass(),
     )
@@ -65,6 +70,7 @@ def specialize_passes(
         QuantizeExpertsPass(formats),
         CorrectExpertsPass(corrections),
         LowerExpertsPass(allocation, pairs=pairs),
+        SkipReshapesPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),

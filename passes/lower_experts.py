@@ -23,6 +23,7 @@ from alloc_moe.passes.policies import POLICIES, SCORES, TOP_K
 from alloc_moe.passes.policies.scored import cap_call, keep_scored, score_overlapping
 from alloc_moe.passes.quantize_experts import DOWN_SCALES, GATE_UP_SCALES, expert_format
 from alloc_moe.passes.quantize_matmuls import INT8_ACTIVATIONS
+from alloc_moe.passes.router_order import is_ranked
 
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 ROUTER_WEIGHTS = "alloc_moe.router_weights.{layer}"
@@ -102,7 +103,7 @@ class LowerExpertsPass(ir.passes.InPlacePass):
         candidates = trained if pooled else k
         ranked, ids = _rank(builder, node, candidates)
         (keep,) = builder.call(policy.function, [ranked, ids, real], k=k, **policy.attributes)
-        return _Routing(ranked, ids, keep, candidates, layer, dropped=k < trained)
+        return _Routing(ranked, ids, keep, real, candidates, layer, dropped=k < trained)
 
     def _choose_by_score(self, builder: _Builder, node: ir.Node, real: ir.Value) -> _Routing:
         """Keep the candidates whose score reaches the threshold, if the cap has room."""
@@ -115,7 +116,8 @@ class LowerExpertsPass(ir.passes.InPlacePass):
             (scores,) = builder.call(score_overlapping, [ranked, ids, sizes, overlap])
         else:
             (scores,) = builder.call(SCORES[allocation.redistribution], [ranked, ids, sizes])
-        (keep,) = builder.call(keep_scored, [scores, real, self._threshold(builder, layer)])
+        threshold = self._threshold(builder, layer)
+        (keep,) = builder.call(keep_scored, [scores, real, threshold], others=[trained - 1])
         quota = trained - 1.0
         if allocation.cap is not None:
             quota = min(trained, allocation.cap * allocation.experts_per_token[layer]) - 1
@@ -123,7 +125,7 @@ class LowerExpertsPass(ir.passes.InPlacePass):
             # In double precision, as the reference computes it.
             limit = builder.constant(f"quota.{layer}", quota, np.float64)
             (keep,) = builder.call(cap_call, [scores, keep, real, limit])
-        return _Routing(ranked, ids, keep, trained, layer, dropped=True)
+        return _Routing(ranked, ids, keep, real, trained, layer, dropped=True)
 
     def _threshold(self, builder: _Builder, layer: int) -> ir.Value:
         threshold = self._allocation.thresholds[layer]
@@ -147,12 +149,13 @@ class LowerExpertsPass(ir.passes.InPlacePass):
 class _Routing:
     """A layer's ranked candidates [T, candidates] and which of them are kept.
 
-    ``dropped`` is whether some of the router's may be left out.
+    ``real`` [B, S] are the tokens that are no padding, ``dropped`` is whether some of the router's may be left out.
     """
 
     weights: ir.Value
     ids: ir.Value
     keep: ir.Value
+    real: ir.Value
     candidates: int
     layer: int
     dropped: bool
@@ -229,11 +232,17 @@ def _trained(node: ir.Node) -> int:
 
 def _rank(builder: _Builder, node: ir.Node, candidates: int) -> Sequence[ir.Value]:
     _, ids, weights = node.inputs[:3]
-    return builder.call(routing.rank_candidates, [weights, ids], candidates=candidates)
+    if not is_ranked(weights, ids):
+        return builder.call(routing.rank_candidates, [weights, ids], candidates=candidates)
+    assert weights is not None
+    assert ids is not None
+    if candidates == _trained(node) and weights.dtype == ir.DataType.FLOAT:
+        return weights, ids
+    return builder.call(routing.first_candidates, [weights, ids], candidates=candidates)
 
 
 def _lower_mask(builder: _Builder, node: ir.Node, routing_: _Routing) -> ir.Value:
-    candidates = [routing_.weights, routing_.ids, routing_.keep]
+    candidates = [routing_.weights, routing_.ids, routing_.keep, routing_.real]
     experts, k, layer = _num_experts(node), routing_.candidates, routing_.layer
     if expert_format(node) is not None:
         (weights,) = builder.call(routing.dense_weights, candidates, experts=experts)

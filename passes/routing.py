@@ -43,6 +43,18 @@ def rank_candidates(
 
 
 @script(OPSET, default_opset=op)
+def first_candidates(
+    expert_weights: FLOAT[...], expert_ids: INT64[...], candidates: int
+) -> tuple[FLOAT[...], INT64[...]]:
+    """Return the best `candidates` of each token if the router has sorted them."""
+    axis = op.Constant(value_ints=[1])
+    start = op.Constant(value_ints=[0])
+    end = op.Reshape(op.Constant(value_int=candidates), op.Constant(value_ints=[1]))
+    weights = op.Cast(op.Slice(expert_weights, start, end, axis), to=1)
+    return weights, op.Slice(expert_ids, start, end, axis)
+
+
+@script(OPSET, default_opset=op)
 def renormalize(expert_weights: FLOAT[...], weights: FLOAT[...], keep: BOOL[...]) -> FLOAT[...]:
     """Scale the kept `weights` to the sum that all of a token's candidates have."""
     axis = op.Constant(value_ints=[1])
@@ -55,7 +67,12 @@ def renormalize(expert_weights: FLOAT[...], weights: FLOAT[...], keep: BOOL[...]
 
 @script(OPSET, default_opset=op)
 def mask_lowering(
-    weights: FLOAT[...], ids: INT64[...], keep: BOOL[...], experts: int, dropped: float
+    weights: FLOAT[...],
+    ids: INT64[...],
+    keep: BOOL[...],
+    real: BOOL[...],
+    experts: int,
+    dropped: float,
 ) -> tuple[FLOAT[...], FLOAT[...]]:
     """Return router probabilities [T, E] and row sums [T, 1] for an MoE op with k = K.
 
@@ -76,15 +93,16 @@ def mask_lowering(
     # Every real token keeps its best candidate, so a first column at `dropped` is padding.
     padding = op.LessOrEqual(first, low)
     safe = op.Concat(op.Where(padding, op.Constant(value_float=0.0), first), others, axis=1)
-    rows = op.Shape(ids, start=0, end=1)
-    width = op.Reshape(op.Constant(value_int=experts), op.Constant(value_ints=[1]))
+    # Of `real`, not of `ids`, so that onnxruntime finds it the same in all layers.
+    one = op.Constant(value_ints=[1])
+    rows, width = op.Reshape(op.Size(real), one), op.Reshape(op.Constant(value_int=experts), one)
     empty = op.Expand(low, op.Concat(rows, width, axis=0))
     return op.ScatterElements(empty, ids, safe, axis=1), total
 
 
 @script(OPSET, default_opset=op)
 def dense_weights(
-    weights: FLOAT[...], ids: INT64[...], keep: BOOL[...], experts: int
+    weights: FLOAT[...], ids: INT64[...], keep: BOOL[...], real: BOOL[...], experts: int
 ) -> FLOAT[...]:
     """Return every token's weight of every expert [T, E], zero where dropped.
 
@@ -94,8 +112,10 @@ def dense_weights(
     """
     zero = op.Constant(value_float=0.0)
     seen = op.Max(weights, op.Constant(value_float=1e-30))
-    width = op.Reshape(op.Constant(value_int=experts), op.Constant(value_ints=[1]))
-    empty = op.Expand(zero, op.Concat(op.Shape(ids, start=0, end=1), width, axis=0))
+    # Of `real`, not of `ids`, so that onnxruntime finds it the same in all layers.
+    one = op.Constant(value_ints=[1])
+    rows, width = op.Reshape(op.Size(real), one), op.Reshape(op.Constant(value_int=experts), one)
+    empty = op.Expand(zero, op.Concat(rows, width, axis=0))
     return op.ScatterElements(empty, ids, op.Where(keep, seen, zero), axis=1)
 
 

@@ -9,6 +9,9 @@ limits what a whole call runs.
 # mypy: disable-error-code="arg-type, misc, return-value, type-arg, type-var"
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from onnxscript import BOOL, DOUBLE, FLOAT, INT64, script
 from onnxscript import opset23 as op
 
@@ -56,16 +59,22 @@ def score_overlapping(
 
 
 @script(OPSET, default_opset=op)
-def keep_scored(scores: FLOAT[...], real: BOOL[...], threshold: FLOAT[...]) -> BOOL[...]:
-    """Keep the first candidate of real tokens, and those whose score reaches the threshold."""
-    column = op.Reshape(real, op.Constant(value_ints=[-1, 1]))
-    rest = op.Slice(
-        scores,
-        op.Constant(value_ints=[1]),
-        op.Constant(value_ints=[2147483647]),
-        op.Constant(value_ints=[1]),
+def keep_scored(
+    scores: FLOAT[...], real: BOOL[...], threshold: FLOAT[...], others: Sequence[int]
+) -> BOOL[...]:
+    """Keep the first candidate of real tokens, and those whose score reaches the threshold.
+
+    ``others`` is [K - 1] as a shape. What candidates must reach [T, K] doesn't depend on the layer where the
+    threshold doesn't: onnxruntime computes it once.
+    """
+    row = op.Concat(
+        op.Constant(value_floats=[-math.inf]),
+        op.Expand(threshold, op.Constant(value_ints=others)),
+        axis=0,
     )
-    return op.Concat(column, op.And(op.GreaterOrEqual(rest, threshold), column), axis=1)
+    column = op.Reshape(real, op.Constant(value_ints=[-1, 1]))
+    bar = op.Where(column, row, op.Constant(value_float=math.inf))
+    return op.GreaterOrEqual(scores, bar)
 
 
 @script(OPSET, default_opset=op)

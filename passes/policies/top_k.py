@@ -14,5 +14,6 @@ from alloc_moe.passes.base import OPSET
 def keep_all(weights: FLOAT[...], ids: INT64[...], real: BOOL[...], k: int) -> BOOL[...]:
     """Keep every candidate of every real token."""
     column = op.Reshape(real, op.Constant(value_ints=[-1, 1]))
-    keep = op.Expand(column, op.Shape(weights))
+    width = op.Reshape(op.Constant(value_int=k), op.Constant(value_ints=[1]))
+    keep = op.Expand(column, op.Concat(op.Constant(value_ints=[1]), width, axis=0))
     return keep

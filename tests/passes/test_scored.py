@@ -44,7 +44,7 @@ def keep(session: Session) -> Callable[..., Array]:
     """Return a function from weights, ids, real tokens, threshold and quota to the keep mask."""
 
     @functools.cache
-    def load(redistribution: str, capped: bool) -> onnxruntime.InferenceSession:
+    def load(redistribution: str, capped: bool, candidates: int) -> onnxruntime.InferenceSession:
         inputs = [
             ir.val("weights", ir.DataType.FLOAT, ["t", "k"]),
             ir.val("ids", ir.DataType.INT64, ["t", "k"]),
@@ -55,7 +55,12 @@ def keep(session: Session) -> Callable[..., Array]:
         ]
         score = SCORES[redistribution]
         scored = ir.node(score.name, inputs[:3], domain=DOMAIN)
-        kept = ir.node(keep_scored.name, [scored.outputs[0], inputs[3], inputs[4]], domain=DOMAIN)
+        kept = ir.node(
+            keep_scored.name,
+            [scored.outputs[0], inputs[3], inputs[4]],
+            attributes={"others": [candidates - 1]},
+            domain=DOMAIN,
+        )
         last = ir.node(
             cap_call.name,
             [scored.outputs[0], kept.outputs[0], inputs[3], inputs[5]],
@@ -80,7 +85,7 @@ def keep(session: Session) -> Callable[..., Array]:
             "quota": np.array(quota, np.float64),
         }
         kept: Array
-        (kept,) = load(redistribution, bool(capped)).run(None, feeds)
+        (kept,) = load(redistribution, bool(capped), weights.shape[1]).run(None, feeds)
         return kept
 
     return run
