@@ -149,7 +149,8 @@ class LowerExpertsPass(ir.passes.InPlacePass):
 class _Routing:
     """A layer's ranked candidates [T, candidates] and which of them are kept.
 
-    ``real`` [B, S] are the tokens that are no padding, ``dropped`` is whether some of the router's may be left out.
+    ``real`` [B, S] are the tokens that are no padding, ``dropped`` is whether some of the router's
+    may be left out.
     """
 
     weights: ir.Value

@@ -64,8 +64,8 @@ def keep_scored(
 ) -> BOOL[...]:
     """Keep the first candidate of real tokens, and those whose score reaches the threshold.
 
-    ``others`` is [K - 1] as a shape. What candidates must reach [T, K] doesn't depend on the layer where the
-    threshold doesn't: onnxruntime computes it once.
+    ``others`` is the shape [K - 1]. What candidates must reach [T, K] doesn't depend on the layer
+    where the threshold doesn't: onnxruntime computes it once.
     """
     row = op.Concat(
         op.Constant(value_floats=[-math.inf]),
