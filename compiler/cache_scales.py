@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from alloc_moe.compiler.replay import DecoderStack
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from numpy.typing import NDArray
 
     from alloc_moe.compiler.records import MoeModel
@@ -19,6 +23,7 @@ _HEADROOM = 1.25  # other text has larger values; what lies beyond is clipped
 _MAX_WINDOWS = 16
 
 
+@torch.inference_mode()
 def measure_cache_scales(moe: MoeModel, token_ids: NDArray[np.int64]) -> CacheScales:
     """Return the scales of every layer's keys and values, from the largest of them in a text.
 
@@ -29,18 +34,37 @@ def measure_cache_scales(moe: MoeModel, token_ids: NDArray[np.int64]) -> CacheSc
         moe: The model, whose router is left as trained.
         token_ids: The text [windows, tokens].
     """
+    windows = [torch.from_numpy(window[None].copy()) for window in token_ids[:_MAX_WINDOWS]]
     largest: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for window in token_ids[:_MAX_WINDOWS]:
-        with torch.inference_mode():
-            output = moe.model(
-                input_ids=torch.from_numpy(window[None].copy()), use_cache=True, logits_to_keep=1
-            )
-        for slot, layer in enumerate(output.past_key_values.layers):
-            pairs = layer.keys.square() + layer.keys.roll(layer.keys.shape[-1] // 2, -1).square()
-            found = (pairs.amax((0, 2)).sqrt(), layer.values.abs().amax((0, 2)))
-            before = largest.get(slot, found)
-            largest[slot] = (before[0].maximum(found[0]), before[1].maximum(found[1]))
+    for slot, keys, values in _keys_and_values(moe, windows):
+        pairs = keys.square() + keys.roll(keys.shape[-1] // 2, -1).square()
+        found = (pairs.amax((0, 2)).sqrt(), values.abs().amax((0, 2)))
+        before = largest.get(slot, found)
+        largest[slot] = (before[0].maximum(found[0]), before[1].maximum(found[1]))
     return {slot: (_scale(keys), _scale(values)) for slot, (keys, values) in largest.items()}
+
+
+def _keys_and_values(
+    moe: MoeModel, windows: Sequence[torch.Tensor]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield index, keys and values [1, heads, tokens, size] of a layer for each window in turn.
+
+    All windows pass a layer before the next, so that layers on disk are read once.
+    """
+    stack = DecoderStack(moe.model, moe.layers[0])
+    hidden: list[torch.Tensor | None] = [None] * len(windows)
+    for layer in range(len(stack)):
+        with stack.resident(layer):
+            for index, ids in enumerate(windows):
+                cache = DynamicCache(config=moe.model.config)
+                hidden[index] = stack.run(
+                    ids,
+                    hidden[index],
+                    start=layer,
+                    stop=layer + 1,
+                    context={"past_key_values": cache, "use_cache": True},
+                )
+                yield layer, cache.layers[layer].keys, cache.layers[layer].values
 
 
 class RoundedCache(DynamicCache):  # type: ignore[misc]  # transformers has no types here

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler import offload, sensitivity, verify
 from alloc_moe.compiler.allocate import parse_budget
+from alloc_moe.compiler.cache_scales import measure_cache_scales
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.checkpoint import CheckpointReader
 from alloc_moe.compiler.load import load_model
@@ -201,6 +202,19 @@ def test_verification_reads_each_layer_once(
     assert len(layer_reads) == len(moe.layers)
 
 
+def test_scales_of_a_cache_are_the_same_and_read_each_layer_once(
+    moe_model: Models, offloaded: Models, token_ids: NDArray[np.int64], layer_reads: list[str]
+) -> None:
+    expected = measure_cache_scales(moe_model("qwen3_moe"), token_ids)
+    moe = offloaded("qwen3_moe")
+    layer_reads.clear()
+    actual = measure_cache_scales(moe, token_ids)
+    assert len(layer_reads) == len(moe.layers)
+    assert actual.keys() == expected.keys()
+    for slot, pair in expected.items():
+        np.testing.assert_array_equal(actual[slot], pair)
+
+
 @pytest.mark.parametrize(("metric", "reads"), [("output", 1), ("fisher", 2), ("data-free", 1)])
 def test_a_profile_in_one_pass_reads_each_layer_so_often(
     offloaded: Models, layer_reads: list[str], metric: Metric, reads: int
@@ -305,6 +319,7 @@ import sys
 from pathlib import Path
 import numpy as np
 import torch
+from alloc_moe.compiler.cache_scales import measure_cache_scales
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.load import load_model
 from alloc_moe.compiler.sensitivity import measure_sensitivity
