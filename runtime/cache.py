@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+
+from alloc_moe.runtime.errors import ArtifactError
 
 FLOAT, INT8, BFLOAT16 = 1, 3, 16
 ELEMENT_TYPES = {
@@ -17,6 +20,7 @@ ELEMENT_TYPES = {
     "tensor(float16)": 10,
     "tensor(bfloat16)": BFLOAT16,
 }
+_PAST, _PRESENT = "past_key_values.", "present."
 _SHARED_TYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), INT8: np.dtype(np.int8)}
 
 
@@ -41,6 +45,67 @@ class CacheSlot:
         """Return the shape of a batch with `length` columns."""
         sizes = {self.batch_axis: batch, self.past_axis: length}
         return tuple(sizes.get(axis, size) for axis, size in enumerate(self.empty_shape))
+
+
+def find_slots(
+    inputs: Iterable[onnxruntime.NodeArg], *, batch: str | int | None, shared: bool, path: Path
+) -> tuple[CacheSlot, ...]:
+    """Return the cache tensors among the inputs of a graph.
+
+    Args:
+        inputs: As a session gives them.
+        batch: What the graph calls the size of the batch.
+        shared: Whether the graph writes in place.
+        path: The graph's file, for messages.
+
+    Raises:
+        ArtifactError: The graph doesn't say enough of one of them.
+    """
+    return tuple(
+        _cache_slot(value, batch=batch, shared=shared, path=path)
+        for value in inputs
+        if is_past(value.name)
+    )
+
+
+def is_past(name: str) -> bool:
+    """Whether a graph's input of that name takes keys or values of the past."""
+    return name.startswith(_PAST)
+
+
+def present_name(past: str) -> str:
+    """Return the name of the output that goes with an input of the cache."""
+    return _PRESENT + past.removeprefix(_PAST)
+
+
+def _cache_slot(
+    value: onnxruntime.NodeArg, *, batch: str | int | None, shared: bool, path: Path
+) -> CacheSlot:
+    """Return what the graph says of one cache input.
+
+    Its past axis is the symbolic one whose name says so, else the one that isn't the batch's.
+    """
+    symbols = {
+        axis: str(size) for axis, size in enumerate(value.shape) if not isinstance(size, int)
+    }
+    past = [axis for axis, name in symbols.items() if "past" in name]
+    past = past or [axis for axis, name in symbols.items() if name != str(batch)]
+    rest = [axis for axis in symbols if axis not in past]
+    if len(past) != 1 or len(rest) != 1 or value.type not in ELEMENT_TYPES:
+        raise ArtifactError(
+            f"The cache {value.name} of {path} is {value.type} {value.shape}; expected floats with "
+            "two symbolic sizes, that of the batch and that of the past. Compile the model again."
+        )
+    sizes = {past[0]: 0, rest[0]: 1}
+    return CacheSlot(
+        past=value.name,
+        present=present_name(value.name),
+        empty_shape=tuple(sizes.get(axis, size) for axis, size in enumerate(value.shape)),
+        batch_axis=rest[0],
+        past_axis=past[0],
+        element_type=ELEMENT_TYPES[value.type],
+        shared=shared,
+    )
 
 
 class Cache:
@@ -141,6 +206,30 @@ class Cache:
         """Return the positions of new columns [batch, columns], counted over real tokens."""
         positions: NDArray[np.int64] = self._real[:, None] + new.cumsum(axis=1) - 1
         return positions.clip(min=0)
+
+    def token_inputs(
+        self, ids: NDArray[np.int64], new: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return what a graph takes of a call's tokens besides this cache, by the input's name.
+
+        Args:
+            ids: Token ids [batch, columns], for which there must be room.
+            new: Their mask, of the same shape.
+        """
+        return {
+            "input_ids": ids,
+            "attention_mask": self.extended_mask(new),
+            "position_ids": self.positions(new),
+        }
+
+    def bind(self, binding: onnxruntime.IOBinding) -> None:
+        """Have a call read this cache and write in place, or to new tensors for `append`."""
+        for slot, value in zip(self._slots, self.values, strict=True):
+            binding.bind_ortvalue_input(slot.past, value)
+            if slot.shared:
+                binding.bind_ortvalue_output(slot.present, value)
+            else:
+                binding.bind_output(slot.present, self._device)
 
     def append(
         self, new: NDArray[np.int64], values: Sequence[onnxruntime.OrtValue] | None = None

@@ -21,11 +21,7 @@ logger = logging.getLogger(__name__)
 Provider = Literal["auto", "cpu", "cuda"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_FATAL, _LOG_ERRORS_ONLY, _WARNING = (
-    4,
-    3,
-    2,
-)  # onnxruntime's log severities; the last is its default
+_FATAL, _ERROR, _WARNING = 4, 3, 2  # onnxruntime's log severities; warning is its default
 _ORT_ERRORS = (
     ort_errors.EPFail,
     ort_errors.Fail,
@@ -42,13 +38,15 @@ def session_options(
     *,
     threads: int | None = None,
     stop_spinning: bool = False,
+    data_folder: Path | None = None,
     more: Mapping[str, str] | None = None,
 ) -> onnxruntime.SessionOptions:
-    """Return the settings of a session.
+    """Return settings of a session that logs errors only.
 
     Args:
         threads: Threads that share the work of one operator; by default one per physical core.
         stop_spinning: Let idle threads sleep between calls.
+        data_folder: Where the external data are of a model that is given as its content.
         more: What else onnxruntime can be told, by name: a switch or number of its SessionOptions
             (``enable_cpu_mem_arena``), or an entry of its session configuration, which has a dot
             in its name (``session.intra_op.allow_spinning``). Goes before the other arguments.
@@ -57,13 +55,17 @@ def session_options(
         GenerationError: There are no threads, no such option, or it takes no such value.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.log_severity_level = _ERROR
     if threads is not None:
         if threads < 1:
             raise GenerationError(f"{threads} threads can't run a model. Give 1 or more.")
         options.intra_op_num_threads = threads
     if stop_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if data_folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(data_folder.resolve())
+        )
     for name, value in (more or {}).items():
         if "." in name:
             options.add_session_config_entry(name, value)

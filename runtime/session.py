@@ -14,21 +14,17 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.artifact import (
-    DROPPED,
     LOGITS_TO_KEEP_INPUT,
     PRICE_INPUT,
-    ROUTER_PROBS,
-    ROUTER_WEIGHTS,
     SHARED_CACHE_KEY,
     AllocationPlan,
 )
-from alloc_moe.runtime.cache import BFLOAT16, ELEMENT_TYPES, Cache, CacheSlot
+from alloc_moe.runtime.cache import BFLOAT16, Cache, find_slots, is_past, present_name
+from alloc_moe.runtime.counting import counted_values, executed
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.onnx_file import with_outputs
 from alloc_moe.runtime.providers import CUDA, Provider, create_session, session_options
-
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 @dataclass(frozen=True)
@@ -63,15 +59,11 @@ class ArtifactSession:
         self.files = files
         self.device: Literal["cpu", "cuda"] = "cuda" if CUDA in session.get_providers() else "cpu"
         self.shares_cache = SHARED_CACHE_KEY in files.onnx.metadata
-        self.slots = tuple(
-            _cache_slot(
-                value,
-                batch=inputs["input_ids"].shape[0],
-                shared=self.shares_cache,
-                path=files.graph,
-            )
-            for name, value in inputs.items()
-            if name.startswith(_PAST)
+        self.slots = find_slots(
+            inputs.values(),
+            batch=inputs["input_ids"].shape[0],
+            shared=self.shares_cache,
+            path=files.graph,
         )
         vocabulary = outputs["logits"].shape[-1]
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
@@ -79,8 +71,8 @@ class ArtifactSession:
         optional = {value.name for value in session.get_overridable_initializers()}
         self.has_dial = PRICE_INPUT in optional
         self._keeps_logits = LOGITS_TO_KEEP_INPUT in optional
-        self._has_positions = "position_ids" in inputs
-        self._counted = _counted_values(files) if counting else ()
+        self._inputs = frozenset(inputs)
+        self._counted = counted_values(files) if counting else ()
 
     @property
     def plan(self) -> AllocationPlan:
@@ -153,23 +145,21 @@ class ArtifactSession:
         optional: tuple[float | None, int | None],
     ) -> Output:
         binding = self._binding(cache, optional)
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", cache.extended_mask(new))
-        if self._has_positions:
-            binding.bind_cpu_input("position_ids", cache.positions(new))
+        for name, array in cache.token_inputs(ids, new).items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, array)
         for name in ("logits", *self._counted):
             binding.bind_output(name, "cpu")
         if not self.shares_cache:
-            for slot, value in zip(self.slots, cache.values, strict=True):
-                binding.bind_ortvalue_input(slot.past, value)
-                binding.bind_output(slot.present, self.device)
+            cache.bind(binding)
         self._session.run_with_iobinding(binding)
         logits, probs, present = _split(binding.get_outputs(), len(self._counted))
         cache.append(new, None if self.shares_cache else present)
         kept = to_numpy(logits)
         if optional[1] and not self._keeps_logits:
             kept = kept[:, -optional[1] :]
-        rows = tuple(map(_executed, self._counted, probs)) if self._counted else None
+        arrays = map(to_numpy, probs)
+        rows = tuple(map(executed, self._counted, arrays)) if self._counted else None
         return Output(kept, cache, rows)
 
     def _run_rows(
@@ -221,9 +211,7 @@ class ArtifactSession:
         for name in ("logits", *self._counted):  # first, so that they are the first outputs
             binding.bind_output(name, "cpu")
         if self.shares_cache:
-            for slot, value in zip(self.slots, cache.values, strict=True):
-                binding.bind_ortvalue_input(slot.past, value)
-                binding.bind_ortvalue_output(slot.present, value)
+            cache.bind(binding)
         cache.binding, cache.bound_inputs = binding, optional
         return binding
 
@@ -255,10 +243,14 @@ def open_session(
     """
     files = find_artifact(path)
     files.check_data()
-    options = session_options(threads=threads, stop_spinning=stop_spinning, more=more_options)
+    # A model given as its content must be told where its data are.
+    folder = files.graph.parent if count_activations else None
+    options = session_options(
+        threads=threads, stop_spinning=stop_spinning, data_folder=folder, more=more_options
+    )
     model: str | bytes = str(files.graph)
     if count_activations:
-        model = _with_counts(files, options)
+        model = with_outputs(files.graph.read_bytes(), counted_values(files))
     session = create_session(model, options, ep=ep, name=files.graph)
     return ArtifactSession(session, files, counting=count_activations)
 
@@ -287,36 +279,6 @@ def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
     return bits.view(np.float32).reshape(shape)
 
 
-def _with_counts(files: ArtifactFiles, options: onnxruntime.SessionOptions) -> bytes:
-    """Return the model with the router probabilities as outputs; set where its data are."""
-    names = _counted_values(files)
-    if missing := [name for name in names if name not in files.onnx.node_outputs]:
-        raise ArtifactError(
-            f"{files.graph} has no value {missing[0]}, so activations can't be counted. "
-            "Compile the model again with this version of alloc-moe."
-        )
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(files.graph.parent.resolve())
-    )
-    return with_outputs(files.graph.read_bytes(), names)
-
-
-def _counted_values(files: ArtifactFiles) -> tuple[str, ...]:
-    """Return the name of what says, per layer, which experts run for which row."""
-    names = (
-        [form.format(layer=layer) for form in (ROUTER_WEIGHTS, ROUTER_PROBS)]
-        for layer in range(len(files.plan.layers))
-    )
-    found = files.onnx.node_outputs
-    return tuple(weights if weights in found else probs for weights, probs in names)
-
-
-def _executed(name: str, value: onnxruntime.OrtValue) -> NDArray[np.int64]:
-    least = 0.0 if name.startswith(ROUTER_WEIGHTS.format(layer="")) else DROPPED / 2
-    executed: NDArray[np.int64] = np.count_nonzero(to_numpy(value) > least, axis=1)
-    return executed
-
-
 def _split(
     values: Sequence[onnxruntime.OrtValue], counted: int
 ) -> tuple[onnxruntime.OrtValue, Sequence[onnxruntime.OrtValue], Sequence[onnxruntime.OrtValue]]:
@@ -328,45 +290,11 @@ def _check_io(inputs: set[str], outputs: set[str], *, path: Path) -> None:
     """Raise ArtifactError unless the graph has the I/O of a causal language model."""
     known = {"input_ids", "attention_mask", "position_ids"}
     lacking = {"input_ids", "attention_mask", "logits"} - inputs - outputs
-    extra = {name for name in inputs if name not in known and not name.startswith(_PAST)}
-    unpaired = {name for name in inputs if name.startswith(_PAST) and _present(name) not in outputs}
+    extra = {name for name in inputs if name not in known and not is_past(name)}
+    unpaired = {name for name in inputs if is_past(name) and present_name(name) not in outputs}
     for problem, names in (("lacks", lacking), ("needs", extra), ("never updates", unpaired)):
         if names:
             raise ArtifactError(
                 f"{path} {problem} {', '.join(sorted(names))}, which this version can't handle. "
                 "Update alloc-moe, or compile the model again."
             )
-
-
-def _present(past: str) -> str:
-    return _PRESENT + past.removeprefix(_PAST)
-
-
-def _cache_slot(
-    value: onnxruntime.NodeArg, *, batch: str | int | None, shared: bool, path: Path
-) -> CacheSlot:
-    """Return what the graph says of one cache input.
-
-    Its past axis is the symbolic one whose name says so, else the one that isn't the batch's.
-    """
-    symbols = {
-        axis: str(size) for axis, size in enumerate(value.shape) if not isinstance(size, int)
-    }
-    past = [axis for axis, name in symbols.items() if "past" in name]
-    past = past or [axis for axis, name in symbols.items() if name != str(batch)]
-    rest = [axis for axis in symbols if axis not in past]
-    if len(past) != 1 or len(rest) != 1 or value.type not in ELEMENT_TYPES:
-        raise ArtifactError(
-            f"The cache {value.name} of {path} is {value.type} {value.shape}; expected floats with "
-            "two symbolic sizes, that of the batch and that of the past. Compile the model again."
-        )
-    sizes = {past[0]: 0, rest[0]: 1}
-    return CacheSlot(
-        past=value.name,
-        present=_present(value.name),
-        empty_shape=tuple(sizes.get(axis, size) for axis, size in enumerate(value.shape)),
-        batch_axis=rest[0],
-        past_axis=past[0],
-        element_type=ELEMENT_TYPES[value.type],
-        shared=shared,
-    )
