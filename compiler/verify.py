@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alloc_moe.compiler.cache_scales import RoundedCache
-from alloc_moe.compiler.cached_replay import CachedRun, run_by_layers
+from alloc_moe.compiler.artifact_run import ArtifactRun, run_by_segments, run_whole
 from alloc_moe.compiler.errors import VerificationError
-from alloc_moe.compiler.policies import SCORED, layer_parameters
+from alloc_moe.compiler.policies import SCORED
 from alloc_moe.compiler.quantization import exact_copy, float_weights
-from alloc_moe.compiler.reference import allocated
+from alloc_moe.compiler.verify_reference import Reference, clear_references
 from alloc_moe.runtime.providers import cuda_obstacle
-from alloc_moe.runtime.session import ArtifactSession, open_session
 
 if TYPE_CHECKING:
-    from alloc_moe.compiler.records import Correction, MoeModel, Redistribution, Weights
-    from alloc_moe.compiler.reference import Activations
+    from alloc_moe.compiler.records import Correction, MoeModel
     from alloc_moe.passes.quantize_cache import CacheScales
     from alloc_moe.runtime.artifact import AllocationPlan
-
-logger = logging.getLogger(__name__)
 
 MAX_LOGIT_ERROR = 1e-3
 """The greatest difference of any logit that a float32 artifact may show."""
@@ -45,12 +38,6 @@ MAX_KL = {"float16": 0.1, "bfloat16": 0.1, "int8": 0.1, "int4": 1.0}
 
 MAX_COUNT_ERROR = 0.02
 """The greatest share of decisions by score that rounding to 16 bits may turn in a layer."""
-
-_PROMPT_LENGTHS = (23, 14, 5)
-_DECODE_STEPS = 4
-# Router weights closer than this may be ranked differently by two correct float32 computations.
-_NEAR_TIE = 5e-6
-_ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,8 @@ def verify_artifact(
 
     A left-padded batch of three prompts is prefilled, then decoded token by token with the cache; a
     plan with a dial is run at another of its prices too. Text in which some decision of the router
-    hangs on a near-tie is passed over: there, two correct computations may choose differently.
+    hangs on a near-tie is passed over: there, two correct computations may choose differently. If
+    the model's layers are read when they run, the artifact is run segment by segment as well.
 
     Args:
         path: An .onnx file whose metadata hold a plan.
@@ -103,17 +91,18 @@ def verify_artifact(
     Raises:
         VerificationError: The logits differ by more, or the artifact executes other activations.
     """
-    given = (moe, plan, token_ids, corrections, cache_scales)
+    run_both = functools.partial(
+        _run_both, dtype=dtype, moe=moe, plan=plan, token_ids=token_ids, corrections=corrections
+    )
     if moe.quantization is None:
-        runs = _run_both(_open(path, dtype), *given)
+        runs = run_both(path, cache_scales=cache_scales)
         result = _compare_runs(runs)
     else:
         with exact_copy(path) as exact:
-            runs = _run_both(_open(exact, dtype), *given)
+            runs = run_both(exact, cache_scales=cache_scales)
         result = _compare_runs(runs)
-        session = _open(path, dtype)
         with float_weights(moe):
-            rounded = _compare_runs(_run_both(session, moe, plan, token_ids, corrections, {}))
+            rounded = _compare_runs(run_both(path, cache_scales={}))
         result = dataclasses.replace(result, kl=rounded.kl)
     activations = moe.quantization.activations if moe.quantization else dtype
     exactly = activations == "float32" and not cache_scales
@@ -124,15 +113,13 @@ def verify_artifact(
     return result
 
 
-_Runs = list[tuple["_Reference", NDArray[np.float32], list[int]]]
-
-
-def _open(path: Path, dtype: str) -> ArtifactSession:
-    return open_session(path, ep=_provider(dtype), count_activations=True, stop_spinning=True)
+_Runs = list[tuple[Reference, NDArray[np.float32], list[int]]]
 
 
 def _run_both(
-    session: ArtifactSession,
+    path: Path,
+    *,
+    dtype: str,
     moe: MoeModel,
     plan: AllocationPlan,
     token_ids: NDArray[np.int64],
@@ -141,10 +128,18 @@ def _run_both(
 ) -> _Runs:
     """Run the reference and the artifact at every price to check."""
     prices = _prices(plan)
-    references = _clear_references(moe, plan, token_ids, prices, corrections, cache_scales)
-    return [
-        (reference, *_artifact(session, reference.batch, price))
+    references = clear_references(moe, plan, token_ids, prices, corrections, cache_scales)
+    runs = [
+        ArtifactRun(reference.batch.steps(), price)
         for price, reference in zip(prices, references, strict=True)
+    ]
+    if moe.offloading is not None and _provider(dtype) == "cpu":
+        run_by_segments(path, runs)
+    else:
+        run_whole(path, runs, ep=_provider(dtype))
+    return [
+        (reference, reference.batch.real(run.logits), run.executed)
+        for reference, run in zip(references, runs, strict=True)
     ]
 
 
@@ -184,7 +179,7 @@ def _check_logits(result: Verification, dtype: str, limit: float) -> None:
 
 
 def _check_counts(
-    reference: _Reference, counted: list[int], plan: AllocationPlan, *, exact: bool
+    reference: Reference, counted: list[int], plan: AllocationPlan, *, exact: bool
 ) -> None:
     """Compare the experts that the artifact executed in each layer with those of the reference.
 
@@ -221,158 +216,6 @@ def check_verifiable(dtype: str) -> None:
 def _provider(dtype: str) -> Literal["cpu", "cuda"]:
     # onnxruntime's CPU provider computes float16 by way of float32; it has no bfloat16 at all.
     return "cuda" if dtype == "bfloat16" else "cpu"
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Left-padded prompts [3, longest], their mask, and the tokens to decode [3, steps]."""
-
-    prompts: NDArray[np.int64]
-    mask: NDArray[np.int64]
-    decoded: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, tokens: NDArray[np.int64]) -> _Batch:
-        longest = max(_PROMPT_LENGTHS)
-        prompts = np.zeros((len(_PROMPT_LENGTHS), longest), np.int64)
-        mask = np.zeros_like(prompts)
-        start = 0
-        for row, length in enumerate(_PROMPT_LENGTHS):
-            prompts[row, longest - length :] = tokens[start : start + length]
-            mask[row, longest - length :] = 1
-            start += length
-        return cls(prompts, mask, tokens[start:].reshape(len(_PROMPT_LENGTHS), _DECODE_STEPS))
-
-    def steps(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Return (input_ids, attention_mask) of each call."""
-        ones = np.ones_like(self.decoded)
-        calls = [(self.prompts, self.mask)]
-        for step in range(self.decoded.shape[1]):
-            mask = np.concatenate([self.mask, ones[:, : step + 1]], axis=1)
-            calls.append((self.decoded[:, step : step + 1], mask))
-        return calls
-
-    def inputs(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Return (input_ids, attention_mask, position_ids) of each call."""
-        calls = []
-        for ids, mask in self.steps():
-            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
-            arrays = (ids.copy(), mask, positions.copy())
-            calls.append(tuple(map(torch.from_numpy, arrays)))
-        return calls  # type: ignore[return-value]
-
-    def real(self, logits: Sequence[NDArray[np.floating]]) -> NDArray[np.float32]:
-        """Return the logits of real tokens of all calls [tokens, vocabulary]."""
-        first, *rest = logits
-        return np.concatenate(
-            [first[self.mask > 0], *(step[:, 0] for step in rest)], dtype=np.float32
-        )
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """What PyTorch gives for a batch: logits of real tokens, experts run by layer, least margin."""
-
-    batch: _Batch
-    logits: NDArray[np.float32]
-    executed: list[int]
-    margin: float
-
-
-def _clear_references(
-    moe: MoeModel,
-    plan: AllocationPlan,
-    token_ids: NDArray[np.int64],
-    prices: Sequence[float | None],
-    corrections: Sequence[Correction | None] | None,
-    cache_scales: CacheScales = MappingProxyType({}),
-) -> list[_Reference]:
-    """Run PyTorch, at each price, on a part of the text without near-ties or the clearest part."""
-    text = token_ids.reshape(-1)
-    needed = sum(_PROMPT_LENGTHS) + 3 * _DECODE_STEPS
-    text = np.resize(text, max(needed, text.size))
-    starts = [attempt * needed % (text.size - needed + 1) for attempt in range(_ATTEMPTS)]
-    batches = [_Batch.of(text[start : start + needed]) for start in starts]
-    plans = [
-        functools.partial(
-            allocated,
-            moe.model,
-            moe.layers,
-            layer_parameters(plan, price),
-            redistribution=cast("Redistribution", plan.redistribution),
-            weights=cast("Weights", plan.weights),
-            corrections=corrections,
-        )
-        for price in prices
-    ]
-    if moe.offloading is None:
-        return [
-            _clearest(_reference(moe, batch, run, cache_scales) for batch in batches)
-            for run in plans
-        ]
-    # All at once: reading the layers takes longer than running them.
-    runs = [[CachedRun(batch.inputs(), run, cache_scales) for batch in batches] for run in plans]
-    run_by_layers(moe, [run for row in runs for run in row])
-    return [
-        _clearest(
-            _Reference(
-                batch,
-                batch.real([logits.numpy() for logits in run.logits]),
-                run.executed,
-                run.margin,
-            )
-            for batch, run in zip(batches, row, strict=True)
-        )
-        for row in runs
-    ]
-
-
-def _clearest(references: Iterable[_Reference]) -> _Reference:
-    """Return the first without near-ties, else the clearest; those after it aren't asked for."""
-    best: _Reference | None = None
-    for attempt, reference in enumerate(references):
-        if best is None or reference.margin > best.margin:
-            best = reference
-        if best.margin >= _NEAR_TIE:
-            break
-        logger.debug("Verification text %d has a near-tie of %.1e.", attempt, reference.margin)
-    assert best is not None
-    return best
-
-
-def _reference(
-    moe: MoeModel,
-    batch: _Batch,
-    plan: Callable[[], AbstractContextManager[Activations]],
-    cache_scales: CacheScales,
-) -> _Reference:
-    logits = []
-    cache = RoundedCache(cache_scales) if cache_scales else None
-    with torch.inference_mode(), plan() as activations:
-        for ids, mask, positions in batch.inputs():
-            output = moe.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            logits.append(output.logits.float().numpy())
-    return _Reference(batch, batch.real(logits), activations.executed, activations.margin)
-
-
-def _artifact(
-    session: ArtifactSession, batch: _Batch, price: float | None
-) -> tuple[NDArray[np.float32], list[int]]:
-    logits = []
-    counts = []
-    cache = session.empty_cache(len(batch.prompts))
-    for ids, mask in batch.steps():
-        output = session.run(ids, attention_mask=mask, cache=cache, price=price)
-        logits.append(output.logits)
-        counts.append(output.activations)
-    return batch.real(logits), np.asarray(counts, np.int64).sum(0).tolist()
 
 
 def _compare(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> Verification:

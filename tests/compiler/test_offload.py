@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from alloc_moe.compiler import offload, sensitivity, verify
+from alloc_moe.compiler import offload, sensitivity
 from alloc_moe.compiler.allocate import parse_budget
 from alloc_moe.compiler.cache_scales import measure_cache_scales
 from alloc_moe.compiler.calibration import CalibrationSet
@@ -27,6 +27,7 @@ from alloc_moe.compiler.planning import PlanOptions, make_planned
 from alloc_moe.compiler.records import CorrectionMode, Metric, MoeModel, Redistribution
 from alloc_moe.compiler.replay import DecoderStack
 from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler.verify_reference import clear_references
 from alloc_moe.runtime.artifact import AllocationPlan
 from alloc_moe.runtime.command import Console
 
@@ -181,7 +182,7 @@ def test_the_reference_of_verification_is_the_same(
     for moe in (moe_model(family), offloaded(family)):
         ks = [2] * len(moe.layers)
         plan = plan_for(moe, ks, redistribution=redistribution)
-        references += verify._clear_references(moe, plan, token_ids, [None], None)
+        references += clear_references(moe, plan, token_ids, [None], None)
     expected, actual = references
     np.testing.assert_allclose(actual.logits, expected.logits, atol=2e-6, rtol=1e-6)
     assert actual.executed == expected.executed
@@ -198,7 +199,7 @@ def test_verification_reads_each_layer_once(
     moe = offloaded("olmoe")
     plan = score_plan(moe, "price")
     layer_reads.clear()
-    assert len(verify._clear_references(moe, plan, token_ids, [None, 0.5], None)) == 2
+    assert len(clear_references(moe, plan, token_ids, [None, 0.5], None)) == 2
     assert len(layer_reads) == len(moe.layers)
 
 
