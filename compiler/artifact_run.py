@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
     _Arrays = dict[str, NDArray[np.generic]]
 
-SEGMENT_BYTES = 1 << 30
-"""The most weights of an artifact that are loaded at a time, unless one operator has more."""
-
 
 @dataclass
 class ArtifactRun:
@@ -67,7 +64,7 @@ def run_whole(path: Path, runs: Sequence[ArtifactRun], *, ep: Literal["cpu", "cu
         run.executed = np.asarray(counts, np.int64).sum(0).tolist()
 
 
-def run_by_segments(path: Path, runs: Sequence[ArtifactRun], *, limit: int = SEGMENT_BYTES) -> None:
+def run_by_segments(path: Path, runs: Sequence[ArtifactRun], *, limit: int) -> None:
     """Run all calls on the CPU, segment by segment, and fill in what `runs` lack.
 
     They get what `run_whole` gives, bit for bit.
@@ -75,7 +72,7 @@ def run_by_segments(path: Path, runs: Sequence[ArtifactRun], *, limit: int = SEG
     Args:
         path: The artifact.
         runs: What to run.
-        limit: Bytes of weights that a segment may need.
+        limit: Bytes of weights that a segment may need, unless one operator needs more.
 
     Raises:
         ArtifactError: The artifact is incomplete, or onnxruntime can't load a segment of it.

@@ -36,6 +36,10 @@ MAX_ROUNDED_LOGIT_ERROR = 0.05
 MAX_KL = {"float16": 0.1, "bfloat16": 0.1, "int8": 0.1, "int4": 1.0}
 """The greatest mean divergence, in nats per token, that rounding to a type may explain."""
 
+SEGMENT_BYTES = 1 << 30
+"""The most weights that are loaded at a time of an offloaded model's artifact, unless one operator
+has more."""
+
 MAX_COUNT_ERROR = 0.02
 """The greatest share of decisions by score that rounding to 16 bits may turn in a layer."""
 
@@ -134,7 +138,7 @@ def _run_both(
         for price, reference in zip(prices, references, strict=True)
     ]
     if moe.offloading is not None and _provider(dtype) == "cpu":
-        run_by_segments(path, runs)
+        run_by_segments(path, runs, limit=SEGMENT_BYTES)
     else:
         run_whole(path, runs, ep=_provider(dtype))
     return [
