@@ -138,14 +138,15 @@ def staging(output: Output, *, note: Callable[[str], None] | None = None) -> Ite
             drop_journals(folder)
             raise
         finally:
-            _clear(folder)
             _remove_or_tell(folder, note)
 
 
 def _remove_or_tell(folder: Path, note: Callable[[str], None] | None) -> None:
-    if not any(folder.iterdir()):
-        folder.rmdir()
-    elif note is not None:
+    if not resumable_files(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    _clear(folder)
+    if note is not None:
         note(
             f"The weights written so far stay in {folder}: the same command goes on from there. "
             "To give them up, delete the folder."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import onnx_ir as ir
 import pytest
 
 from alloc_moe.compiler import package, pipeline
-from alloc_moe.compiler.errors import VerificationError
+from alloc_moe.compiler.errors import OutputError, VerificationError
+from alloc_moe.compiler.package import Output, staging
 from alloc_moe.compiler.records import CompileOptions
 from alloc_moe.runtime.command import Console
 
@@ -138,3 +140,28 @@ def test_weights_that_fail_verification_are_not_kept(
     with pytest.raises(VerificationError, match="differs"):
         pipeline.compile_model(options, Console(quiet=True))
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx.profile.json"]
+
+
+def test_weights_with_a_journal_outlast_an_error(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out.onnx", bundle=False)
+    notes: list[str] = []
+    weights = ("out.onnx.data", "out.onnx.data.journal")
+
+    def run(error: BaseException | None) -> set[str]:
+        with contextlib.suppress(BaseException), staging(output, note=notes.append) as folder:
+            found = {path.name for path in folder.iterdir()}
+            for name in (*weights, "out.onnx"):
+                (folder / name).write_text("new")
+            if error is not None:
+                raise error
+        return found
+
+    assert run(KeyboardInterrupt()) == set()
+    [note] = notes
+    assert f"stay in {tmp_path}/.out.onnx.partial: the same command goes on" in note
+    assert run(OutputError("full")) == set(weights)
+    assert run(VerificationError("wrong")) == set(weights)
+    assert run(MemoryError()) == set()
+    assert run(None) == set(weights)
+    assert len(notes) == 3
+    assert list(tmp_path.iterdir()) == []
