@@ -71,19 +71,13 @@ def quantize(weights: np.ndarray, form: BlockFormat) -> tuple[np.ndarray, np.nda
     scales = np.empty((*outer, rows, blocks), np.float32)
     # Neither weights that are transposed nor those of a smaller type are copied as a whole.
     matrices = weights.reshape(-1, rows, columns)
-    targets = packed.reshape(len(matrices), rows, blocks, form.block // per_byte)
+    targets = packed.reshape(len(matrices), 1, rows * blocks, form.block // per_byte)
     factors = scales.reshape(len(matrices), rows * blocks)
     unused = np.zeros(rows * -(-blocks // per_byte), np.uint8)
-
-    def quantize_matrix(index: int) -> None:
-        # The quantiser wants the transpose in float32, and holds the interpreter's lock; other
-        # threads transpose meanwhile, which takes as long.
-        transposed = np.ascontiguousarray(matrices[index].T, np.float32)
-        _QUANTIZERS[form.bits](
-            targets[index], transposed, factors[index], unused, form.block, rows, columns, True
-        )
-
-    _in_threads(quantize_matrix, range(len(matrices)))
+    for matrix, values, steps in zip(matrices, targets, factors, strict=True):
+        # As one column, in which its blocks follow each other: the quantiser wants a transpose.
+        column = np.ascontiguousarray(matrix, np.float32).reshape(-1, 1)
+        _QUANTIZERS[form.bits](values, column, steps, unused, form.block, 1, column.size, True)
     return packed, scales
 
 
