@@ -12,7 +12,6 @@ from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.passes.correct_experts import CorrectExpertsPass, ExpertCorrection
 from alloc_moe.passes.fix_dims import FixDimsPass
 from alloc_moe.passes.fold_transposes import FoldTransposesPass
-from alloc_moe.passes.fuse_norms import FuseNormsPass
 from alloc_moe.passes.fuse_projections import FuseProjectionsPass
 from alloc_moe.passes.group_attention import GroupAttentionPass
 from alloc_moe.passes.interleave_experts import InterleaveExpertsPass
@@ -39,7 +38,6 @@ def normalize_passes(
         QuantizeMatMulsPass(formats),
         FuseProjectionsPass(),
         FoldTransposesPass(),
-        FuseNormsPass(),
         InterleaveExpertsPass(),
         common.RemoveUnusedNodesPass(),
     )
