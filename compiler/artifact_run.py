@@ -67,7 +67,8 @@ def run_whole(path: Path, runs: Sequence[ArtifactRun], *, ep: Literal["cpu", "cu
 def run_by_segments(path: Path, runs: Sequence[ArtifactRun], *, limit: int) -> None:
     """Run all calls on the CPU, segment by segment, and fill in what `runs` lack.
 
-    They get what `run_whole` gives, bit for bit.
+    They get what `run_whole` gives on the CPU, bit for bit if activations are float32. Those of
+    float16 are rounded at each cut: elsewhere onnxruntime keeps them in float32 from node to node.
 
     Args:
         path: The artifact.

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +29,6 @@ from alloc_moe.runtime.artifact import AllocationPlan
 from alloc_moe.runtime.command import Console
 
 FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2"]
-EXAMPLES = Path(__file__).parents[2] / "examples"
 CALIBRATION = CalibrationSet(
     ids=np.random.default_rng(0).integers(0, 256, (5, 24)),
     sha256="0123456789abcdef",
@@ -312,59 +308,3 @@ def test_what_a_profile_computes_is_that_of_its_active_weights(offloaded: Models
     # router of 8 by 64 and norms.
     layer = 4 * 3 * 32 * 64 + 4 * 64 * 64 + 8 * 64 + 4 * 64
     assert forward_gflop(offloaded("olmoe"), 1000) == pytest.approx(2e-9 * 3 * layer * 1000)
-
-
-# Prints by how much the resident memory of a process grows at most while it profiles.
-PEAK = """
-import sys
-from pathlib import Path
-import numpy as np
-import torch
-from alloc_moe.compiler.cache_scales import measure_cache_scales
-from alloc_moe.compiler.calibration import CalibrationSet
-from alloc_moe.compiler.load import load_model
-from alloc_moe.compiler.sensitivity import measure_sensitivity
-from alloc_moe.compiler.planning import PlanOptions, make_planned
-
-def status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-torch.set_num_threads(1)
-folder, warm = sys.argv[1:]
-ids = np.random.default_rng(0).integers(0, 256, (2, 64))
-text = CalibrationSet(ids, "", 0, 128, 64, "random")
-measure_sensitivity(load_model(warm, offload="always"), text, metric="fisher")
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-before = status("VmRSS")
-measure_sensitivity(load_model(folder, offload="always"), text, metric="fisher")
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_grows_with_a_layer_and_not_with_their_number(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import full_size_checkpoint
-
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_experts": 48, "vocab_size": 512}
-    layer = 48 * 3 * 256 * 256 * 4  # bytes of its experts: 36 MiB
-    peaks = {}
-    for layers in (4, 16):
-        settings = full_size_checkpoint.MODELS["OLMoE-1B-7B"] | sizes
-        folder = tmp_path / str(layers)
-        full_size_checkpoint.write_checkpoint(folder, settings | {"num_hidden_layers": layers})
-        result = subprocess.run(
-            [sys.executable, "-c", PEAK, str(folder), str(checkpoint("olmoe"))],
-            check=True,
-            capture_output=True,
-            text=True,
-            # Else glibc keeps some of what was freed, at times twice a layer.
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"},
-        )
-        peaks[layers] = int(result.stdout)
-    assert peaks[16] < 5 * layer  # of 16
-    assert peaks[16] - peaks[4] < 2 * layer
