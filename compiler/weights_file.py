@@ -66,7 +66,7 @@ def _code() -> str:
     """Return a digest of the code that makes weights: a clone changes under one version."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
-    for path in sorted(file for name in _SOURCES for file in (package / name).glob("*.py")):
+    for path in sorted(file for name in _SOURCES for file in (package / name).rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
