@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from alloc_moe.compiler import correct
 from alloc_moe.compiler.allocate import parse_budget
 from alloc_moe.compiler.calibration import CalibrationSet
+from alloc_moe.compiler.correction_trials import CorrectionTrials
 from alloc_moe.compiler.divergence import Divergence
 from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
@@ -34,7 +34,7 @@ REDISTRIBUTIONS: tuple[Redistribution, ...] = get_args(Redistribution)
 @pytest.fixture(autouse=True)
 def every_correction_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """On so little text it is chance which corrections lower the loss."""
-    monkeypatch.setattr(correct._Run, "losses", lambda *_: torch.zeros(2))
+    monkeypatch.setattr(CorrectionTrials, "losses", lambda *_, **__: torch.zeros(2))
 
 
 @pytest.fixture
