@@ -338,8 +338,8 @@ def profile_command(
             console=console,
             processes=processes,
         )
+        moe.passes.delete()  # by every process: machines have disks of their own
         if processes.writes:
-            moe.passes.delete()
             console.result(
                 f"Wrote {output}: {profile.metric} of {len(profile.costs)} MoE layers on "
                 f"{profile.tokens} tokens, {profile.seconds:.1f} s",

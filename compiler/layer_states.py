@@ -105,9 +105,9 @@ class LayerStates:
             self._path(name).unlink(missing_ok=True)
 
     def delete(self) -> None:
-        """Forget everything."""
+        """Forget everything; each process does, as machines have disks of their own."""
         self._memory.clear()
-        if self._folder is not None and self._processes.writes:
+        if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
