@@ -18,12 +18,13 @@ class WeightSource:
     """Where every weight of an offloaded model comes from.
 
     ``transform``, if set, is given the name of each weight and what reads it, and returns what the
-    model shall run with instead.
+    model shall run with instead. ``on_layer`` is called with 1 after each decoder layer that ran.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
         self.transform: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None
+        self.on_layer: Callable[[int], None] = lambda _: None
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight `name` as a new tensor of `dtype` on the CPU."""
@@ -84,6 +85,7 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # accelerate has no types
         for name, absent in self._absent.items():
             self._set(name, absent)
         self._loaded = False
+        self._source.on_layer(1)
 
     def _set(self, name: str, parameter: torch.nn.Parameter) -> None:
         owner, _, leaf = name.rpartition(".")

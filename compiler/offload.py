@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from alloc_moe.compiler.skeleton import build_empty
 from alloc_moe.runtime.command import duration
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from alloc_moe.compiler.checkpoint import CheckpointReader
     from alloc_moe.compiler.records import MoeLayer, MoeModel, OffloadMode
+    from alloc_moe.runtime.command import Console
 
 # The model, and as much again: onnxruntime loads the artifact that is verified against it.
 _NEEDED = 2.0
@@ -63,6 +65,33 @@ def expected_time(moe: MoeModel, *, passes: float, gflop: float) -> str:
         f"about {duration(reading + computing)} (reading all layers {passes:.3g} times: "
         f"{duration(reading)}, computing: {duration(computing)} at best)"
     )
+
+
+@contextlib.contextmanager
+def layers_progress(
+    console: Console, description: str, moe: MoeModel, *, passes: int
+) -> Iterator[None]:
+    """Report each decoder layer that an offloaded model has run, while the block lasts.
+
+    Args:
+        console: Where to.
+        description: What is being done.
+        moe: The model; one in memory counts as a single step.
+        passes: How often all its layers will run.
+    """
+    if moe.offloading is None:
+        with console.progress(description, 1, unit="step") as progress:
+            yield
+            progress.advance(1)
+        return
+    layers = len(find_decoder_layers(moe.skeleton, moe.layers[0]))
+    source = moe.offloading.source
+    with console.progress(description, passes * layers, unit="layers") as progress:
+        source.on_layer = progress.advance
+        try:
+            yield
+        finally:
+            source.on_layer = lambda _: None
 
 
 def forward_gflop(moe: MoeModel, tokens: int) -> float:

@@ -27,6 +27,7 @@ from alloc_moe.compiler.export import export_graph
 from alloc_moe.compiler.latency import latency_path
 from alloc_moe.compiler.load import load_model
 from alloc_moe.compiler.mixed_bits import allocate_mixed
+from alloc_moe.compiler.offload import layers_progress
 from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
 from alloc_moe.compiler.policies import layer_parameters
 from alloc_moe.compiler.quantization import (
@@ -348,7 +349,7 @@ def _build(
         graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     scales: CacheScales = {}
     if options.cache == "int8":
-        with _step(console, "Scaling the cache"):
+        with layers_progress(console, "Scaling the cache", moe, passes=1):
             scales = measure_cache_scales(moe, token_ids)
     model = specialize(
         graph,
@@ -367,7 +368,8 @@ def _build(
     done = written_bytes(package.data_path(path), key)
     with console.progress("Writing weights", nbytes, unit="bytes", done=done) as progress:
         package.save_graph(model, path, advance=progress.advance, key=key)
-    with _step(console, "Verifying against PyTorch"):
+    readings = 2 if moe.quantization else 1  # with rounded weights, and with floats
+    with layers_progress(console, "Verifying against PyTorch", moe, passes=readings):
         verification = verify_artifact(
             path,
             moe,

@@ -24,7 +24,7 @@ import torch
 
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.layer_states import LayerStates
-from alloc_moe.compiler.offload import expected_time, forward_gflop
+from alloc_moe.compiler.offload import expected_time, forward_gflop, layers_progress
 from alloc_moe.compiler.policies import SCORED
 from alloc_moe.compiler.processes import Processes
 from alloc_moe.compiler.records import (
@@ -142,8 +142,7 @@ class _Job:
         """Say what a profile will take, if layers are read each time that they run."""
         if self.console is None or self.moe_model.offloading is None:
             return
-        passes += profile.redistribution in SCORED
-        passes += (profile.correction != "none") * profile.widths
+        passes += _passes_before(profile)
         share = gflop / self.processes.size
         time_needed = expected_time(self.moe_model, passes=passes, gflop=share)
         self.console.note(f"Profiling by {profile.metric} will take {time_needed}")
@@ -165,9 +164,24 @@ class _Job:
         return self.moe_model, batches, profile.redistribution, profile.correction
 
     def reduced(self, profile: SensitivityProfile) -> Reduced | Rounded:
-        if self.formats:
-            return make_rounded(*self.setting(profile), self.formats, self.processes)
-        return make_reduced(*self.setting(profile), self.processes)
+        with self.deciding(profile):
+            if self.formats:
+                return make_rounded(*self.setting(profile), self.formats, self.processes)
+            return make_reduced(*self.setting(profile), self.processes)
+
+    def deciding(self, profile: SensitivityProfile) -> contextlib.AbstractContextManager[None]:
+        """Report the passes that come before the profile, if they take long."""
+        passes, moe_model = _passes_before(profile), self.moe_model
+        if not passes or self.console is None or moe_model.offloading is None:
+            return contextlib.nullcontext()
+        described = "Deciding what runs at each k"
+        return layers_progress(self.console, described, moe_model, passes=passes)
+
+
+def _passes_before(profile: SensitivityProfile) -> int:
+    """Passes over the text that thresholds and corrections of each k take."""
+    scored = profile.redistribution in SCORED
+    return scored + (profile.correction != "none") * profile.widths
 
 
 def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
@@ -177,7 +191,8 @@ def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfil
     todo = [layer for layer, row in enumerate(profile.costs) if row is None]
     reduced = None
     if (profile.redistribution, profile.correction) != ("none", "none"):
-        reduced = make_reduced(*job.setting(profile), job.processes)
+        with job.deciding(profile):
+            reduced = make_reduced(*job.setting(profile), job.processes)
     run = ReplayRun(
         moe_model,
         job.calibration,

@@ -19,7 +19,7 @@ from alloc_moe.compiler.cache_scales import measure_cache_scales
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.checkpoint import CheckpointReader
 from alloc_moe.compiler.load import load_model
-from alloc_moe.compiler.offload import forward_gflop, wants_offloading
+from alloc_moe.compiler.offload import forward_gflop, layers_progress, wants_offloading
 from alloc_moe.compiler.planning import PlanOptions, make_planned
 from alloc_moe.compiler.records import CorrectionMode, Metric, MoeModel, Redistribution
 from alloc_moe.compiler.replay import DecoderStack
@@ -308,3 +308,25 @@ def test_what_a_profile_computes_is_that_of_its_active_weights(offloaded: Models
     # router of 8 by 64 and norms.
     layer = 4 * 3 * 32 * 64 + 4 * 64 * 64 + 8 * 64 + 4 * 64
     assert forward_gflop(offloaded("olmoe"), 1000) == pytest.approx(2e-9 * 3 * layer * 1000)
+
+
+def test_each_layer_that_ran_is_reported(
+    checkpoint: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    moe = load_model(str(checkpoint("olmoe")), offload="always")
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    stack = DecoderStack(moe.model, moe.layers[0])
+    with layers_progress(Console(), "Trying", moe, passes=2):
+        stack.run(ids, None, start=0, stop=len(stack))
+        with stack.resident(0):
+            stack.run(ids, None, start=0, stop=2)
+    stack.run(ids, None, start=0, stop=1)  # no longer counted
+    assert f"Trying: {len(stack) + 2} layers in" in capfd.readouterr().err
+
+
+def test_a_model_in_memory_is_one_step(
+    moe_model: Models, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with layers_progress(Console(), "Trying", moe_model("olmoe"), passes=2):
+        pass
+    assert "Trying: 1 step in" in capfd.readouterr().err
