@@ -80,9 +80,8 @@ def layers_progress(
         passes: How often all its layers will run.
     """
     if moe.offloading is None:
-        with console.progress(description, 1, unit="step") as progress:
+        with console.step(description):
             yield
-            progress.advance(1)
         return
     layers = len(find_decoder_layers(moe.skeleton, moe.layers[0]))
     source = moe.offloading.source

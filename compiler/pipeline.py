@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -97,7 +96,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     package.check_space(output, needed_space(moe, options))
     formats: Sequence[Sequence[BlockFormat]] = ()
     if options.dtype in BITS:
-        with _step(console, f"Rounding weights to {options.dtype}"):
+        with console.step(f"Rounding weights to {options.dtype}"):
             chosen = choose_formats(
                 moe.skeleton,
                 moe.layers,
@@ -135,7 +134,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         assert costs is not None
         mixed = allocate_mixed(profile, moe.layers, budget, costs)
         profile, costs = mixed.profile, mixed.costs
-        with _step(console, "Rounding experts"):
+        with console.step("Rounding experts"):
             moe = with_expert_formats(moe, formats_of_bits(formats, mixed.bits))
     planned = make_planned(
         moe,
@@ -345,7 +344,7 @@ def _build(
 ) -> tuple[AllocationPlan, Verification]:
     """Export, rewrite, write into `staged`, and verify what was written."""
     plan, corrections = planned.plan, planned.corrections
-    with _step(console, "Exporting the graph"):
+    with console.step("Exporting the graph"):
         graph = export(moe, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     scales: CacheScales = {}
     if options.cache == "int8":
@@ -384,13 +383,6 @@ def _build(
     if output.bundle:
         package.write_bundle_files(staged, moe, model, plan)
     return plan, verification
-
-
-@contextlib.contextmanager
-def _step(console: Console, description: str) -> Iterator[None]:
-    with console.progress(description, 1, unit="step") as progress:
-        yield
-        progress.advance(1)
 
 
 def versions() -> dict[str, str]:

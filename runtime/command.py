@@ -98,6 +98,13 @@ class Console:
             self._write(progress.summary())
 
     @contextmanager
+    def step(self, description: str) -> Iterator[None]:
+        """Report work that can't be counted while the block runs."""
+        with self.progress(description, 1, unit="step") as progress:
+            yield
+            progress.advance(1)
+
+    @contextmanager
     def _bar(
         self, description: str, total: int | None, *, unit: str, done: int
     ) -> Iterator[Progress]:
