@@ -69,9 +69,9 @@ class CorrectionTrials:
     ) -> torch.Tensor:
         states: Sequence[torch.Tensor | None] = [None] * len(self._batches)
         at = 0
-        if start:
+        if start and (found := self._recall(corrections, start)) is not None:
             at = self._moe.layers[start].decoder_layer
-            states = self._recall(corrections, start)
+            states = found
         with allocated(
             self._moe.model,
             self._moe.layers,
@@ -108,6 +108,10 @@ class CorrectionTrials:
         else:
             self._entering[layer] = states
 
-    def _recall(self, corrections: Sequence[Correction | None], layer: int) -> list[torch.Tensor]:
-        found = self._moe.passes.find(self._inputs(corrections, layer))
-        return self._entering[layer] if found is None else found
+    def _recall(
+        self, corrections: Sequence[Correction | None], layer: int
+    ) -> list[torch.Tensor] | None:
+        """Return what was kept; None if its file is damaged, after a kill."""
+        if self._moe.passes.keeps:
+            return self._moe.passes.find(self._inputs(corrections, layer))
+        return self._entering[layer]

@@ -20,15 +20,31 @@ from alloc_moe.compiler.saved_passes import SavedPasses
 Models = Callable[[str], MoeModel]
 
 
+def half_of(moe: MoeModel) -> tuple[torch.Tensor, Running]:
+    ids = torch.randint(0, 250, (4, 32), generator=torch.Generator().manual_seed(3))
+    half = [LayerParameters(max(1, layer.experts_per_token // 2)) for layer in moe.layers]
+    return ids, Running(half, "none", "keep")
+
+
+def test_a_damaged_state_is_computed_again(moe_model: Models, tmp_path: Path) -> None:
+    moe = moe_model("olmoe")
+    ids, running = half_of(moe)
+    moe = dataclasses.replace(moe, passes=SavedPasses(tmp_path / "passes"))
+    trials = CorrectionTrials(moe, ids, running, tokens_per_batch=64)
+    none = [None] * len(moe.layers)
+    whole = trials.losses(none, keep=True)
+    for file in (tmp_path / "passes").iterdir():
+        file.write_bytes(b"")
+    assert torch.equal(trials.losses(none, start=2), whole)
+
+
 @pytest.mark.parametrize("in_files", [False, True])
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
 def test_a_trial_from_a_kept_state_equals_a_whole_run(
     moe_model: Models, tmp_path: Path, family: str, in_files: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moe = moe_model(family)
-    ids = torch.randint(0, 250, (4, 32), generator=torch.Generator().manual_seed(3))
-    half = [LayerParameters(max(1, layer.experts_per_token // 2)) for layer in moe.layers]
-    running = Running(half, "none", "keep")
+    ids, running = half_of(moe)
     fitted = fit_corrections(moe, ids, running, mode="affine").layers
     whole = CorrectionTrials(moe, ids, running, tokens_per_batch=64)
     if in_files:
