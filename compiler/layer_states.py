@@ -17,11 +17,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from alloc_moe.compiler.errors import OutputError
 from alloc_moe.compiler.processes import Processes
-from alloc_moe.compiler.saved import save_text
+from alloc_moe.compiler.saved import load_tensors, save_tensors, save_text
 
 _PROGRESS = "progress.json"
 
@@ -79,24 +78,14 @@ class LayerStates:
         if self._folder is None:
             self._memory[name] = list(tensors)
             return
-        path = self._path(name)
-        partial = path.with_suffix(".partial")
-        named = {str(index): tensor.contiguous() for index, tensor in enumerate(tensors)}
-        try:
-            save_file(named, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"The states of the profile can't be saved as {path}: {error}. Free some space, or "
-                "choose another path for the profile."
-            ) from error
+        then = "choose another path for the profile"
+        save_tensors(tensors, self._path(name), what="The states of the profile", then=then)
 
     def load(self, name: str) -> list[torch.Tensor]:
         """Return the tensors that were saved under a name."""
         if self._folder is None:
             return self._memory[name]
-        named = load_file(self._path(name))
-        return [named[str(index)] for index in range(len(named))]
+        return load_tensors(self._path(name))
 
     def drop(self, name: str) -> None:
         """Forget the tensors of a name, if there are any."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from alloc_moe.compiler.errors import OutputError
 
@@ -32,6 +36,36 @@ def save_text(text: str, path: Path, *, what: str) -> None:
         raise OutputError(
             f"{what} can't be saved as {path}: {error.strerror}. Choose another path."
         ) from error
+
+
+def save_tensors(tensors: Sequence[torch.Tensor], path: Path, *, what: str, then: str) -> None:
+    """Replace a file of tensors in one step.
+
+    Args:
+        tensors: In their order.
+        path: Where to; its folder is made.
+        what: What they are, for the message.
+        then: What helps if there is no space, for the message: ``choose another path``.
+
+    Raises:
+        OutputError: They can't be written there.
+    """
+    # Processes that work together may save the same.
+    partial = path.with_suffix(f".{os.environ.get('RANK', '0')}.partial")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_file({str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{what} can't be saved as {path}: {error}. Free some space, or {then}."
+        ) from error
+
+
+def load_tensors(path: Path) -> list[torch.Tensor]:
+    """Return what `save_tensors` was given."""
+    named = load_file(path)
+    return [named[str(index)] for index in range(len(named))]
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from alloc_moe.compiler.errors import OutputError
+from alloc_moe.compiler.saved import load_tensors, save_tensors
 
 
 def passes_path(output: Path) -> Path:
@@ -57,8 +55,7 @@ class SavedPasses:
         if self._folder is None:
             return None
         with contextlib.suppress(OSError, SafetensorError):
-            named = load_file(self._path(inputs))
-            return [named[str(index)] for index in range(len(named))]
+            return load_tensors(self._path(inputs))
         return None
 
     def keep(self, inputs: Sequence[object], tensors: Sequence[torch.Tensor]) -> None:
@@ -66,17 +63,8 @@ class SavedPasses:
         if self._folder is None:
             return
         path = self._path(inputs)
-        # Processes that work together may keep the same.
-        partial = path.with_suffix(f".{os.environ.get('RANK', '0')}.partial")
-        try:
-            self._folder.mkdir(exist_ok=True)
-            save_file({str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"What was measured can't be saved as {path}: {error}. Free some space, or choose "
-                "an output on another disk."
-            ) from error
+        then = "choose an output on another disk"
+        save_tensors(tensors, path, what="What was measured", then=then)
 
     def forget(self, inputs: Sequence[object]) -> None:
         """Drop what was kept for `inputs`."""
