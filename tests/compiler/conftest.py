@@ -85,6 +85,27 @@ def plan_for() -> Callable[..., AllocationPlan]:
     return make
 
 
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a graph specialised for a plan, and returns its path."""
+    from alloc_moe.compiler import package
+    from alloc_moe.compiler.pipeline import specialize
+
+    def write(
+        graph: ir.Model,
+        plan: AllocationPlan,
+        folder: Path = tmp_path,
+        *,
+        device: str = "cpu",
+        **options: Any,
+    ) -> Path:
+        path = folder / "out.onnx"
+        package.save_graph(specialize(graph, plan, device=device, **options), path)
+        return path
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def token_ids() -> NDArray[np.int64]:
     """Return text of random bytes [windows, tokens]."""

@@ -27,6 +27,7 @@ from alloc_moe.runtime.errors import ArtifactError
 Models = Callable[[str], MoeModel]
 Graphs = Callable[[str], ir.Model]
 Plans = Callable[..., AllocationPlan]
+Written = Callable[..., Path]
 
 EXPERTS = 8 * 3 * 32 * 64 * 4  # bytes of a layer's in the small models
 
@@ -73,14 +74,15 @@ def test_logits_and_counts_are_those_of_the_whole_artifact(
     score_plan: Plans,
     token_ids: NDArray[np.int64],
     tmp_path: Path,
+    written: Written,
     sessions: list[bytes],
     family: str,
     limit: int,
 ) -> None:
     plan = score_plan(moe_model(family), "price")
-    package.save_graph(specialize(exported(family), plan, device="cpu"), tmp_path / "out.onnx")
+    path = written(exported(family), plan)
     assert plan.price is not None
-    assert_same(tmp_path / "out.onnx", token_ids, [None, 2 * plan.price], limit)
+    assert_same(path, token_ids, [None, 2 * plan.price], limit)
     layers = moe_model(family).config.num_hidden_layers
     if limit > EXPERTS:
         assert len(sessions) == (1 if limit == 1 << 30 else (layers + 1) // 2)
@@ -95,12 +97,12 @@ def test_tokens_that_compete_do_so_in_segments_as_well(
     exported: Graphs,
     plan_for: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
     device: str,
 ) -> None:
     plan = plan_for(moe_model("olmoe"), [2, 3, 1])
-    package.save_graph(specialize(exported("olmoe"), plan, device=device), tmp_path / "out.onnx")
-    assert_same(tmp_path / "out.onnx", token_ids, [None], EXPERTS)
+    path = written(exported("olmoe"), plan, device=device)
+    assert_same(path, token_ids, [None], EXPERTS)
 
 
 def test_half_precision_is_rounded_at_cuts_and_no_further(
@@ -108,13 +110,13 @@ def test_half_precision_is_rounded_at_cuts_and_no_further(
     half_graph: ir.Model,
     plan_for: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
 ) -> None:
     plan = plan_for(moe_model("olmoe"), [2, 3, 1])
-    package.save_graph(specialize(half_graph, plan, device="cuda"), tmp_path / "out.onnx")
+    path = written(half_graph, plan, device="cuda")
     expected, actual = runs(token_ids, [None]), runs(token_ids, [None])
-    run_whole(tmp_path / "out.onnx", expected, ep="cpu")
-    run_by_segments(tmp_path / "out.onnx", actual, limit=1)
+    run_whole(path, expected, ep="cpu")
+    run_by_segments(path, actual, limit=1)
     assert actual[0].executed == expected[0].executed
     for logits, wanted in zip(actual[0].logits, expected[0].logits, strict=True):
         assert logits.dtype == wanted.dtype == np.float16
@@ -126,13 +128,12 @@ def test_an_int8_cache_stays_within_its_segment(
     exported: Graphs,
     plan_for: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
 ) -> None:
     moe = moe_model("qwen3_moe")
     plan, scales = plan_for(moe, [2, 1, 3]), measure_cache_scales(moe, token_ids)
-    graph = specialize(exported("qwen3_moe"), plan, device="cpu", cache_scales=scales)
-    package.save_graph(graph, tmp_path / "out.onnx")
-    assert_same(tmp_path / "out.onnx", token_ids, [None], 1)
+    path = written(exported("qwen3_moe"), plan, cache_scales=scales)
+    assert_same(path, token_ids, [None], 1)
 
 
 def test_an_artifact_without_its_data_is_refused(
@@ -140,13 +141,13 @@ def test_an_artifact_without_its_data_is_refused(
     exported: Graphs,
     plan_for: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
 ) -> None:
     plan = plan_for(moe_model("olmoe"), [2, 3, 1])
-    package.save_graph(specialize(exported("olmoe"), plan, device="cpu"), tmp_path / "out.onnx")
-    (tmp_path / "out.onnx.data").unlink()
+    path = written(exported("olmoe"), plan)
+    path.with_name("out.onnx.data").unlink()
     with pytest.raises(ArtifactError, match="which is missing"):
-        run_by_segments(tmp_path / "out.onnx", runs(token_ids, [None]), limit=1)
+        run_by_segments(path, runs(token_ids, [None]), limit=1)
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,9 @@ from alloc_moe.runtime.session import ArtifactSession, open_session
 Models = Callable[[str], MoeModel]
 Graphs = Callable[[str], ir.Model]
 Plans = Callable[..., AllocationPlan]
+Written = Callable[..., Path]
 
 FAMILIES = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2"]
-
-
-def written(graph: ir.Model, plan: AllocationPlan, folder: Path, device: str = "cpu") -> Path:
-    path = folder / "out.onnx"
-    package.save_graph(specialize(graph, plan, device=device), path)
-    return path
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -49,14 +44,14 @@ def test_artifacts_execute_what_the_reference_does(
     exported: Graphs,
     score_plan: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
     family: str,
     redistribution: str,
     device: str,
 ) -> None:
     moe = moe_model(family)
     plan = score_plan(moe, redistribution, weights="renorm" if family == "olmoe" else "keep")
-    path = written(exported(family), plan, tmp_path, device)
+    path = written(exported(family), plan, device=device)
     result = verify_artifact(path, moe, plan, token_ids, dtype="float32")
     assert result.max_abs_logit_error < 1e-4
     assert result.tokens == (108 if redistribution == "price" else 54)
@@ -69,14 +64,14 @@ def test_overlapping_experts_are_priced_as_in_the_reference(
     exported: Graphs,
     score_plan: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
     family: str,
     device: str,
 ) -> None:
     moe = moe_model(family)
     plan = score_plan(moe, "price", overlap=0.5)
     assert AllocationPlan.from_json(plan.to_json()).overlap == 0.5
-    path = written(exported(family), plan, tmp_path, device)
+    path = written(exported(family), plan, device=device)
     assert verify_artifact(path, moe, plan, token_ids, dtype="float32").tokens == 108
     # Without the overlap other experts run.
     other = dataclasses.replace(plan, overlap=None)
@@ -90,12 +85,12 @@ def test_capped_artifacts_execute_what_the_reference_does(
     exported: Graphs,
     score_plan: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
     redistribution: str,
 ) -> None:
     moe = moe_model("olmoe")
     plan = score_plan(moe, redistribution, cap=1.0)
-    path = written(exported("olmoe"), plan, tmp_path)
+    path = written(exported("olmoe"), plan)
     verify_artifact(path, moe, plan, token_ids, dtype="float32")
     session = open_session(path, ep="cpu", count_activations=True)
     assert not session.has_dial
@@ -133,12 +128,12 @@ def test_half_precision_is_verified(
     half_graph: ir.Model,
     score_plan: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
     redistribution: str,
 ) -> None:
     moe = moe_model("olmoe")
     plan = score_plan(moe, redistribution)
-    path = written(half_graph, plan, tmp_path)
+    path = written(half_graph, plan)
     result = verify_artifact(path, moe, plan, token_ids, dtype="float16")
     assert result.kl < verify.MAX_KL["float16"]
 
@@ -150,12 +145,13 @@ def test_a_threshold_below_all_scores_gives_the_full_model(
     plan_for: Plans,
     token_ids: NDArray[np.int64],
     tmp_path: Path,
+    written: Written,
 ) -> None:
     moe = moe_model("olmoe")
     full = plan_for(moe, [layer.experts_per_token for layer in moe.layers], redistribution="none")
     (tmp_path / "full").mkdir()
     expected = open_session(written(exported("olmoe"), full, tmp_path / "full"), ep="cpu")
-    free = open_session(written(exported("olmoe"), score_plan(moe, "price"), tmp_path), ep="cpu")
+    free = open_session(written(exported("olmoe"), score_plan(moe, "price")), ep="cpu")
     np.testing.assert_array_equal(
         free.run(token_ids[:3], price=0.0).logits, expected.run(token_ids[:3]).logits
     )
@@ -174,10 +170,11 @@ def test_one_artifact_equals_those_compiled_at_every_price(
     score_plan: Plans,
     token_ids: NDArray[np.int64],
     tmp_path: Path,
+    written: Written,
 ) -> None:
     plan = score_plan(moe_model("qwen2_moe"), "price")
     assert plan.price is not None
-    dial = open_session(written(exported("qwen2_moe"), plan, tmp_path), ep="cpu")
+    dial = open_session(written(exported("qwen2_moe"), plan), ep="cpu")
     assert dial.has_dial
     seen = []
     for number, price in enumerate((0.0, plan.price, 2 * plan.price, 1e9)):
@@ -202,7 +199,7 @@ def test_a_request_gets_the_same_tokens_alone_and_among_others(
     score_plan: Plans,
     plan_for: Plans,
     token_ids: NDArray[np.int64],
-    tmp_path: Path,
+    written: Written,
     redistribution: str,
     device: str,
 ) -> None:
@@ -213,7 +210,7 @@ def test_a_request_gets_the_same_tokens_alone_and_among_others(
         else score_plan(moe, redistribution)
     )
     session = open_session(
-        written(exported("olmoe"), plan, tmp_path, device), ep="cpu", count_activations=True
+        written(exported("olmoe"), plan, device=device), ep="cpu", count_activations=True
     )
     lengths = (17, 3, 30, 9, 24)
     prompts = [row[:n].tolist() for row, n in zip(token_ids, lengths, strict=False)]
