@@ -164,12 +164,12 @@ class _Job:
         return self.moe_model, batches, profile.redistribution, profile.correction
 
     def reduced(self, profile: SensitivityProfile) -> Reduced | Rounded:
-        with self.deciding(profile):
+        with self._deciding(profile):
             if self.formats:
                 return make_rounded(*self.setting(profile), self.formats, self.processes)
             return make_reduced(*self.setting(profile), self.processes)
 
-    def deciding(self, profile: SensitivityProfile) -> contextlib.AbstractContextManager[None]:
+    def _deciding(self, profile: SensitivityProfile) -> contextlib.AbstractContextManager[None]:
         """Report the passes that come before the profile, if they take long."""
         passes, moe_model = _passes_before(profile), self.moe_model
         if not passes or self.console is None or moe_model.offloading is None:
@@ -189,10 +189,11 @@ def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfil
     moe_model = job.moe_model
     start = time.monotonic()
     todo = [layer for layer, row in enumerate(profile.costs) if row is None]
-    reduced = None
+    reduced: Reduced | None = None
     if (profile.redistribution, profile.correction) != ("none", "none"):
-        with job.deciding(profile):
-            reduced = make_reduced(*job.setting(profile), job.processes)
+        found = job.reduced(profile)
+        assert isinstance(found, Reduced)  # these metrics measure no widths
+        reduced = found
     run = ReplayRun(
         moe_model,
         job.calibration,

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
@@ -20,8 +19,6 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmu
 _QUANTIZERS = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}
 _LEAST_BLOCK = 16  # of onnxruntime's kernels
 _PART = 1 << 19  # values that a thread takes at a time: a few MB with temporaries, for the cache
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def dequantize(
     return out
 
 
-def _in_threads(task: Callable[[T], None], parts: Sequence[T]) -> None:
+def _in_threads(task: Callable[[slice], None], parts: Sequence[slice]) -> None:
     """Run a task, whose numpy operations let other threads run, for all parts."""
     if len(parts) == 1:
         task(parts[0])

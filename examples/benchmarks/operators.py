@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 import numpy as np
-import onnxruntime
 
 from alloc_moe.runtime.dial import price_of
 from alloc_moe.runtime.files import find_artifact
+from alloc_moe.runtime.providers import create_session, session_options
 from alloc_moe.runtime.session import ArtifactSession
 
 
@@ -28,14 +28,10 @@ def profile(
 ) -> tuple[float, dict[str, tuple[float, int]]]:
     """Return milliseconds per call, and per operator with how often it runs in a call."""
     files = find_artifact(artifact)
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling = True
-    options.log_severity_level = 3
+    options = session_options(more={"enable_profiling": "1"})
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        loaded = onnxruntime.InferenceSession(
-            str(files.graph), options, providers=["CPUExecutionProvider"]
-        )
+        loaded = create_session(str(files.graph), options, ep="cpu", name=files.graph)
         session = ArtifactSession(loaded, files, counting=False)
         asked: dict[str, Any] = {"logits_to_keep": 1}
         if budget is not None:
