@@ -37,10 +37,11 @@ BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 """The quantised types and the bits of their experts."""
 
 BLOCK = 128
-"""The most weights of an expert that share a scale: decode reads fewer bytes than with 64."""
+"""The most weights that share a scale: fewer bytes and faster products than with 64."""
 
-LINEAR_BLOCK = 64
-"""The most in other layers, whose rounding costs more and whose bytes matter less."""
+HEAD_BLOCK = 64
+"""The most in embeddings and the head: 128 in both attention and head costs too much quality, and
+prompts, which are bound by arithmetic, hardly need these."""
 
 MIXED_BITS = (4, 8)
 """What the experts of a layer may take where a plan chooses, the fewest first."""
@@ -89,8 +90,8 @@ def choose_formats(
         skeleton: The model; its weights are not used.
         layers: Its MoE layers.
         dtype: A key of `BITS`.
-        block: The most weights that share a scale, in linear layers `LINEAR_BLOCK` at most; fewer
-            where they don't divide a row.
+        block: The most weights that share a scale, `HEAD_BLOCK` at most in the head and in
+            embeddings; fewer where they don't divide a row.
         device: Where the artifact will run: activations are float32 on the CPU, float16 on CUDA.
 
     Raises:
@@ -109,7 +110,7 @@ def choose_formats(
                 "Use --dtype float32."
             )
         experts.append(BlockFormat(BITS[dtype], fitting))
-    weights = dict(_linear_formats(skeleton, layers, BITS[dtype], min(block, LINEAR_BLOCK)))
+    weights = dict(_linear_formats(skeleton, layers, BITS[dtype], block))
     activations = "float32" if device == "cpu" else "float16"
     return Quantization(dtype, activations, weights, tuple(experts))
 
@@ -120,12 +121,14 @@ def _linear_formats(
     routers = {(layer.name, layer.num_experts) for layer in layers}
     groups = [group for group in parameter_names(skeleton) if len(group) > 1]
     shared = {name: group for group in groups for name in group}
+    ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
     for name, module in skeleton.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, torch.nn.Linear | torch.nn.Embedding) or weight is None:
             continue
         rows, columns = weight.shape
-        fitting = block_that_fits(block, [columns])
+        most = min(block, HEAD_BLOCK) if module in ends else block
+        fitting = block_that_fits(most, [columns])
         if fitting is None or rows < _FEW_OUTPUTS or (name.rpartition(".")[0], rows) in routers:
             continue
         # A tied head reads what embeds: the finer of the two.
@@ -151,7 +154,7 @@ def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool 
     Its weights are changed in place; those of offloaded layers whenever they are read. Without
     ``round_experts`` those of experts stay as they are, for `with_expert_formats` to round.
     """
-    blocks = {form.block for form in quantization.experts}
+    blocks = {form.block for form in (*quantization.experts, *quantization.weights.values())}
     mark = f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
     if not round_experts:
         quantization = dataclasses.replace(quantization, experts=())

@@ -15,6 +15,8 @@ DOMAIN = "alloc_moe"
 MICROSOFT = "com.microsoft"
 OPSET = Opset(DOMAIN, 1)
 ROUTED_EXPERTS = "RoutedExperts"
+GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS = 3, 4, 5, 6
+"""Inputs of a RoutedExperts node: what comes before are hidden states, ids and weights."""
 
 
 def routed_experts(model: ir.Model) -> Iterator[ir.Node]:

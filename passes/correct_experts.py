@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from alloc_moe.passes.base import add_initializer, lazy_tensor, routed_experts
+from alloc_moe.passes.base import DOWN, DOWN_BIAS, add_initializer, lazy_tensor, routed_experts
 from alloc_moe.passes.quantize_experts import DOWN_SCALES, expert_format
-
-_DOWN, _DOWN_BIAS = 5, 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ class CorrectExpertsPass(ir.passes.InPlacePass):
 
 def _correct(model: ir.Model, node: ir.Node, correction: ExpertCorrection) -> None:
     # Quantised weights keep their values: the scales of a row take its factor.
-    index = _DOWN if expert_format(node) is None else DOWN_SCALES
+    index = DOWN if expert_format(node) is None else DOWN_SCALES
     down = node.inputs[index]
     assert down is not None
     tensor = down.const_value
@@ -66,14 +64,14 @@ def _correct(model: ir.Model, node: ir.Node, correction: ExpertCorrection) -> No
     if bias is None:
         return
     made = ir.Tensor(bias.astype(tensor.dtype.numpy()), name=f"{down.name}.bias.corrected")
-    if len(node.inputs) <= _DOWN_BIAS:
-        node.resize_inputs(_DOWN_BIAS + 1)
-    node.replace_input_with(_DOWN_BIAS, add_initializer(model, made))
+    if len(node.inputs) <= DOWN_BIAS:
+        node.resize_inputs(DOWN_BIAS + 1)
+    node.replace_input_with(DOWN_BIAS, add_initializer(model, made))
 
 
 def _corrected_bias(node: ir.Node, correction: ExpertCorrection) -> np.ndarray | None:
     """Return the bias [experts, hidden] that the corrected experts have, if any."""
-    given = node.inputs[_DOWN_BIAS] if len(node.inputs) > _DOWN_BIAS else None
+    given = node.inputs[DOWN_BIAS] if len(node.inputs) > DOWN_BIAS else None
     if given is None:
         return correction.bias
     assert given.const_value is not None

@@ -5,9 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from alloc_moe.passes.base import add_initializer, lazy_tensor, routed_experts
-
-_GATE_UP, _GATE_UP_BIAS, _DOWN = 3, 4, 5
+from alloc_moe.passes.base import (
+    DOWN,
+    GATE_UP,
+    GATE_UP_BIAS,
+    add_initializer,
+    lazy_tensor,
+    routed_experts,
+)
 
 
 class InterleaveExpertsPass(ir.passes.InPlacePass):
@@ -25,11 +30,11 @@ class InterleaveExpertsPass(ir.passes.InPlacePass):
             interleaved = bool(node.attributes["interleaved"].as_int())
             if interleaved and not transposed:
                 continue
-            _rewrite(model, node, _GATE_UP, transposed=transposed, interleave=not interleaved)
-            if node.inputs[_GATE_UP_BIAS] is not None:
-                _rewrite(model, node, _GATE_UP_BIAS, transposed=False, interleave=not interleaved)
+            _rewrite(model, node, GATE_UP, transposed=transposed, interleave=not interleaved)
+            if node.inputs[GATE_UP_BIAS] is not None:
+                _rewrite(model, node, GATE_UP_BIAS, transposed=False, interleave=not interleaved)
             if transposed:
-                _rewrite(model, node, _DOWN, transposed=True, interleave=False)
+                _rewrite(model, node, DOWN, transposed=True, interleave=False)
             node.attributes["transposed"] = ir.AttrInt64("transposed", 0)
             node.attributes["interleaved"] = ir.AttrInt64("interleaved", 1)
             modified = True

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from alloc_moe.passes.base import add_initializer, lazy_parts, routed_experts
+from alloc_moe.passes.base import DOWN, GATE_UP, add_initializer, lazy_parts, routed_experts
 from alloc_moe.passes.blockwise import BlockFormat, quantize
 
-GATE_UP, DOWN = 3, 5
 GATE_UP_SCALES, DOWN_SCALES = 7, 8
 """Inputs that a RoutedExperts node has in addition once its weights are quantised."""
 

@@ -126,7 +126,7 @@ def make_plan(layers: Sequence[MoeLayer], policy: str, form: Quantization | None
 def _with_dial(path: Path, plan: AllocationPlan, vocabulary: int) -> AllocationPlan:
     """Return the plan with the prices at which random tokens run each fraction of the experts."""
     session = open_session(path, ep="cpu", count_activations=True)
-    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, 128))
+    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, 512))
 
     def mean(price: float) -> float:
         return sum(session.run(tokens, price=price).activations or ()) / tokens.size
@@ -134,7 +134,7 @@ def _with_dial(path: Path, plan: AllocationPlan, vocabulary: int) -> AllocationP
     points = []
     for fraction in FRACTIONS:
         wanted, low, high = fraction * plan.budget.original, 0.0, 1.0
-        for _ in range(8):
+        for _ in range(10):
             middle = (low + high) / 2
             low, high = (low, middle) if mean(middle) <= wanted else (middle, high)
         points.append(DialPoint(wanted, high))

@@ -81,7 +81,7 @@ def test_weights_are_rounded_and_given_back(fresh: MoeModel) -> None:
     with float_weights(moe):
         assert changed() == set()
     assert changed() == set(chosen.weights) | experts
-    assert moe.fingerprint == f"{fresh.fingerprint}:int4/32"
+    assert moe.fingerprint == f"{fresh.fingerprint}:int4/32/64"
 
 
 _EXPERTS = ("gate_up_proj", "down_proj")
