@@ -22,7 +22,6 @@ from alloc_moe.passes.quantize_experts import QuantizeExpertsPass
 from alloc_moe.passes.quantize_matmuls import QuantizeMatMulsPass
 from alloc_moe.passes.rename_cache import RenameCachePass
 from alloc_moe.passes.skip_reshapes import SkipReshapesPass
-from alloc_moe.passes.split_experts import SplitExpertsPass
 
 
 def normalize_passes(
@@ -63,13 +62,11 @@ def specialize_passes(
         cache_scales: Of an int8 cache.
     """
     attention = () if pairs else (GroupAttentionPass(), QuantizeCachePass(cache_scales))
-    layout = () if pairs else (SplitExpertsPass(),)
     return ir.passes.Sequential(
         *attention,
         KeepLogitsPass(),
         QuantizeExpertsPass(formats),
         CorrectExpertsPass(corrections),
-        *layout,
         LowerExpertsPass(allocation, pairs=pairs),
         SkipReshapesPass(),
         common.RemoveUnusedNodesPass(),

@@ -24,7 +24,6 @@ from alloc_moe.passes.policies.scored import cap_call, keep_scored, score_overla
 from alloc_moe.passes.quantize_experts import DOWN_SCALES, GATE_UP_SCALES, expert_format
 from alloc_moe.passes.quantize_matmuls import INT8_ACTIVATIONS
 from alloc_moe.passes.router_order import is_ranked
-from alloc_moe.passes.split_experts import expert_parts
 
 ROUTER_PROBS = "alloc_moe.router_probs.{layer}"
 ROUTER_WEIGHTS = "alloc_moe.router_weights.{layer}"
@@ -250,10 +249,7 @@ def _lower_mask(builder: _Builder, node: ir.Node, routing_: _Routing) -> ir.Valu
         (weights,) = builder.call(routing.dense_weights, candidates, experts=experts)
         weights.name = ROUTER_WEIGHTS.format(layer=layer)
         weights = _cast(builder, weights, node.inputs[0])
-        parts = expert_parts(node)
-        if parts > 1:  # an expert runs if its parts do
-            (weights,) = builder.op("Concat", [weights] * parts, attributes={"axis": 1})
-        return _qmoe(builder, node, node.inputs[0], weights, k * parts, weights=weights)
+        return _qmoe(builder, node, node.inputs[0], weights, k, weights=weights)
     probabilities, total = builder.call(
         routing.mask_lowering, candidates, experts=experts, dropped=DROPPED
     )
@@ -264,10 +260,6 @@ def _lower_mask(builder: _Builder, node: ir.Node, routing_: _Routing) -> ir.Valu
 
 
 def _lower_pairs(builder: _Builder, node: ir.Node, routing_: _Routing) -> ir.Value:
-    if expert_parts(node) > 1:
-        raise ir.passes.PreconditionError(
-            f"The experts of {node.name} are divided, and pairs run whole ones."
-        )
     token, probabilities, weights, slots = builder.call(
         routing.pairs_lowering,
         [routing_.weights, routing_.ids, routing_.keep],
@@ -289,7 +281,7 @@ def _num_experts(node: ir.Node) -> int:
     gate_up = node.inputs[3]
     assert gate_up is not None
     assert gate_up.shape is not None
-    return int(gate_up.shape[0]) // expert_parts(node)  # type: ignore[arg-type]
+    return int(gate_up.shape[0])  # type: ignore[arg-type]
 
 
 def _cast(builder: _Builder, value: ir.Value, like: ir.Value | None) -> ir.Value:

@@ -27,7 +27,7 @@ from typing import Protocol, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-_SEED = 0
+SEED = 0
 
 
 class Contender(Protocol):
@@ -79,7 +79,7 @@ def answer(contender: Contender, command: str) -> float:
     if what == "activations":
         return contender.activations()
     past, new = (0, int(sizes[0])) if what == "prefill" else map(int, sizes)
-    random = np.random.default_rng(_SEED)
+    random = np.random.default_rng(SEED)
     ids = random.integers(0, contender.vocabulary, past + new)
     calls = [ids] if what == "prefill" else np.split(ids[past:], new)
 

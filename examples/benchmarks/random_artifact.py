@@ -4,7 +4,8 @@
 
 What it says means nothing, but it reads, computes and routes as the real one does: no weights are
 downloaded, and never more than one is in memory. Its plan keeps the mean activations of the budgets
-in its dial, which were measured on random tokens.
+in its dial, which were measured on the random tokens that contenders run: with random weights, what
+a price keeps differs from text to text.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from contender import SEED
 from random_olmoe import configuration
 from shapes import SHAPES
 from transformers import PreTrainedConfig
@@ -124,9 +126,9 @@ def make_plan(layers: Sequence[MoeLayer], policy: str, form: Quantization | None
 
 
 def _with_dial(path: Path, plan: AllocationPlan, vocabulary: int) -> AllocationPlan:
-    """Return the plan with the prices at which random tokens run each fraction of the experts."""
+    """Return the plan with the prices at which contenders run each fraction of the experts."""
     session = open_session(path, ep="cpu", count_activations=True)
-    tokens = np.random.default_rng(1).integers(0, vocabulary, (1, 512))
+    tokens = np.random.default_rng(SEED).integers(0, vocabulary, (1, 512))
 
     def mean(price: float) -> float:
         return sum(session.run(tokens, price=price).activations or ()) / tokens.size

@@ -12,18 +12,12 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from alloc_moe.passes.base import DOMAIN, GATE_UP_BIAS, ROUTED_EXPERTS, add_initializer
+from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS, add_initializer
 from alloc_moe.passes.blockwise import BlockFormat, dequantize, quantize
-from alloc_moe.passes.correct_experts import CorrectExpertsPass, ExpertCorrection
+from alloc_moe.passes.correct_experts import ExpertCorrection
 from alloc_moe.passes.default import specialize_passes
-from alloc_moe.passes.lower_experts import (
-    ROUTER_PROBS,
-    ROUTER_WEIGHTS,
-    Allocation,
-    LowerExpertsPass,
-)
+from alloc_moe.passes.lower_experts import ROUTER_PROBS, ROUTER_WEIGHTS, Allocation
 from alloc_moe.passes.quantize_experts import QuantizeExpertsPass, expert_format
-from alloc_moe.passes.split_experts import LEAST_WIDTH, SplitExpertsPass, expert_parts
 from alloc_moe.runtime import artifact
 
 EXPERTS, CANDIDATES, HIDDEN, INTERMEDIATE = 8, 4, 64, 32
@@ -48,9 +42,9 @@ class Experts:
     down: Array  # [E, H, I]
 
     @classmethod
-    def random(cls, intermediate: int = INTERMEDIATE) -> Experts:
+    def random(cls) -> Experts:
         random = np.random.default_rng(5)
-        shapes = (EXPERTS, 2 * intermediate, HIDDEN), (EXPERTS, HIDDEN, intermediate)
+        shapes = (EXPERTS, 2 * INTERMEDIATE, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE)
         return cls(*(random.normal(scale=0.2, size=s).astype(np.float32) for s in shapes))
 
     def rounded(self, form: BlockFormat) -> Experts:
@@ -251,101 +245,3 @@ def test_weights_are_rounded_once_per_pair(monkeypatch: pytest.MonkeyPatch) -> N
         assert tensor is not None
         tensor.numpy()
     assert len(calls) == 2
-
-
-def split(model: ir.Model, form: BlockFormat, *, correct: bool = False) -> bool:
-    """Quantise and divide the experts of a layer; return whether they were."""
-    QuantizeExpertsPass({0: form})(model)
-    CorrectExpertsPass({0: CORRECTION} if correct else {})(model)
-    return SplitExpertsPass(least_width=16)(model).modified
-
-
-def sizes(model: ir.Model) -> set[tuple[int, ...]]:
-    """Return the shapes of what the layer's QMoE node reads."""
-    [node] = [n for n in model.graph if n.op_type == "QMoE"]
-    values = [value for value in node.inputs if value is not None and value.is_initializer()]
-    return {tuple(value.shape.numpy()) for value in values if value.shape is not None}
-
-
-@pytest.mark.parametrize("correct", [False, True], ids=["plain", "corrected"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_halves_add_up_to_their_experts(session: Session, bits: int, correct: bool) -> None:
-    form = BlockFormat(bits, 16)
-    random = np.random.default_rng(7)
-    gate_up_bias = random.normal(size=(EXPERTS, 2 * INTERMEDIATE)).astype(np.float32)
-    outputs: dict[bool, list[Array]] = {}
-    for divided in (False, True):
-        model = layer(Experts.random())
-        [node] = [n for n in model.graph if n.op_type == ROUTED_EXPERTS]
-        bias = add_initializer(model, ir.tensor(gate_up_bias, name="gate_up_bias"))
-        node.replace_input_with(GATE_UP_BIAS, bias)
-        if divided:
-            assert split(model, form, correct=correct)
-            assert expert_parts(node) == 2
-        specialize_passes(
-            Allocation([3], "none"),
-            pairs=False,
-            formats={} if divided else {0: form},
-            corrections={0: CORRECTION} if correct and not divided else {},
-        )(model)
-        assert ((2 * EXPERTS, INTERMEDIATE, HIDDEN * bits // 8) in sizes(model)) == divided
-        outputs[divided] = [
-            session(model).run(None, given)[0]
-            for given in (inputs(1), inputs(9), inputs(7, padding=3))
-        ]
-    for whole, halves in zip(outputs[False], outputs[True], strict=True):
-        assert np.abs(whole).max() > 0.5
-        np.testing.assert_allclose(halves, whole, rtol=1e-5, atol=2e-5)
-
-
-def test_wide_experts_are_halved_when_lowered(session: Session) -> None:
-    experts, form = Experts.random(2 * LEAST_WIDTH), BlockFormat(4, 64)
-    model = layer(experts)
-    specialize_passes(Allocation([2], "none"), pairs=False, formats={0: form})(model)
-    assert sizes(model) == {
-        (2 * EXPERTS, 2 * LEAST_WIDTH, HIDDEN // 2),
-        (2 * EXPERTS, 2 * LEAST_WIDTH, HIDDEN // 64),
-        (2 * EXPERTS, HIDDEN, LEAST_WIDTH // 2),
-        (2 * EXPERTS, HIDDEN, LEAST_WIDTH // 64),
-    }
-    given = inputs(5)
-    (output,) = session(model).run(None, given)
-    wanted = expected(experts.rounded(form), given, 2)
-    np.testing.assert_allclose(output, wanted, rtol=1e-5, atol=2e-4)
-
-
-def test_halved_experts_are_counted_once(session: Session) -> None:
-    model = layer(Experts.random())
-    assert split(model, BlockFormat(4, 16))
-    LowerExpertsPass(Allocation([2], "none"), pairs=False)(model)
-    name = ROUTER_WEIGHTS.format(layer=0)
-    [value] = [v for n in model.graph for v in n.outputs if v.name == name]
-    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["t", EXPERTS])
-    model.graph.outputs.append(value)
-    _, weights = session(model).run(None, inputs(6))
-    assert weights.shape == (6, EXPERTS)
-    assert np.count_nonzero(weights) == 2 * 6
-
-
-@pytest.mark.parametrize(
-    ("form", "least"),
-    [(BlockFormat(4, 32), 16), (BlockFormat(4, 16), 17), (None, 16)],
-    ids=["blocks", "narrow", "floats"],
-)
-def test_what_gives_no_good_halves_stays_whole(form: BlockFormat | None, least: int) -> None:
-    model = layer(Experts.random())
-    QuantizeExpertsPass({} if form is None else {0: form})(model)
-    assert not SplitExpertsPass(least_width=least)(model).modified
-
-
-def test_halves_are_not_halved_again() -> None:
-    model = layer(Experts.random())
-    assert split(model, BlockFormat(4, 16))
-    assert not SplitExpertsPass(least_width=1)(model).modified
-
-
-def test_pairs_refuse_halves() -> None:
-    model = layer(Experts.random())
-    assert split(model, BlockFormat(4, 16))
-    with pytest.raises(ir.passes.PreconditionError, match="divided"):
-        LowerExpertsPass(Allocation([2], "none"), pairs=True)(model)
