@@ -28,8 +28,8 @@ _UNITS: dict[CostKind, str] = {
     "bytes": "bytes",
     "latency": "ms",
 }
-# Quantised types with their scales, float32 per block of 64.
-_BITS_PER_WEIGHT = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0, "int8": 8.5, "int4": 4.5}
+# Quantised types with their scales, float32 per block of 128, the default.
+_BITS_PER_WEIGHT = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.25}
 
 
 @dataclass(frozen=True)
