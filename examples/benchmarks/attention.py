@@ -40,23 +40,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to attend; ``quantization`` is the operator's name of the scales' granularity."""
+    """One way to attend.
+
+    ``quantization`` is the operator's name of the scales' granularity, ``padded`` is whether it
+    adds a bias to the scores, which hides padding.
+    """
 
     operator: str
     quantization: str = "NONE"
     shared: bool = True
+    padded: bool = True
 
     @property
     def label(self) -> str:
         """What the table says."""
         cache = "float32" if self.quantization == "NONE" else f"int8 {self.quantization.lower()}"
-        return f"{self.operator}, {cache}, {'shared' if self.shared else 'copied'}"
+        words = [self.operator, cache, "shared" if self.shared else "copied"]
+        return ", ".join(words if self.padded else [*words, "no bias"])
 
 
 WAYS = (
     Way("Attention", shared=False),
     Way("GroupQueryAttention", shared=False),
     Way("GroupQueryAttention"),
+    Way("GroupQueryAttention", padded=False),
     Way("GroupQueryAttention", "PER_TENSOR"),
     Way("GroupQueryAttention", "PER_CHANNEL"),
 )
@@ -73,7 +80,8 @@ def stack(shape: Shape, way: Way) -> ir.Model:
     )
     bias = ir.val("bias", floats, ["batch", 1, "sequence", "total"])
     lengths = [ir.val("last", ir.DataType.INT32, ["batch"]), ir.val("total", ir.DataType.INT32, [])]
-    inputs, outputs, nodes = [query, *new, bias, *(lengths if grouped else [])], [], []
+    masks = [bias] if way.padded else []
+    inputs, outputs, nodes = [query, *new, *masks, *(lengths if grouped else [])], [], []
     sizes = [1, shape.kv_heads, 1, shape.head_size] if way.quantization == "PER_CHANNEL" else [1]
     tensor = ir.tensor(np.full(sizes, 4 / 127, np.float32), name="scale")
     scale = ir.val("scale", floats, sizes, const_value=tensor)
@@ -81,7 +89,7 @@ def stack(shape: Shape, way: Way) -> ir.Model:
         past = [ir.val(f"past.{layer}.{s}", cache, shape.cache("batch", "past")) for s in SLOTS]
         inputs += past
         if grouped:
-            given = [query, *new, *past, *lengths, None, None, None, bias]
+            given = [query, *new, *past, *lengths, None, None, None, *(masks or [None])]
             given += [None, scale, scale] if quantized else []
             attributes = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
             kinds = {"k_quant_type": way.quantization, "v_quant_type": way.quantization}

@@ -23,12 +23,14 @@ import onnxruntime
 from bandwidth import Reader
 from shapes import SHAPES, Shape
 
+from alloc_moe.compiler.quantization import BLOCK
+from alloc_moe.passes.blockwise import block_that_fits
+
 Key = TypeVar("Key", bound=Hashable)
 
 BITS = 4
 BLOCKS = (32, 64, 128, 256)
 PARTS = {"whole": 1, "halves": 2}
-_EXPERT_BLOCK = 128
 _COPIES = 8  # of a layer: more bytes than caches hold
 _MICROSOFT = "com.microsoft"
 _SEED = 0
@@ -56,6 +58,8 @@ def experts(shape: Shape, parts: int) -> Callable[[int, int], Callable[[], objec
     number, width, hidden = shape.experts * parts, shape.expert_size // parts, shape.hidden
     tokens = ir.val("tokens", ir.DataType.FLOAT, ["t", hidden])
     chosen = ir.val("chosen", ir.DataType.FLOAT, ["t", number])
+    block = block_that_fits(BLOCK, [hidden, shape.expert_size // max(PARTS.values())])
+    assert block is not None
     attributes = {
         "k": shape.experts_per_token * parts,
         "activation_type": "swiglu",
@@ -64,11 +68,11 @@ def experts(shape: Shape, parts: int) -> Callable[[int, int], Callable[[], objec
         "activation_beta": 0.0,
         "normalize_routing_weights": 0,
         "expert_weight_bits": BITS,
-        "block_size": _EXPERT_BLOCK,
+        "block_size": block,
         "accuracy_level": 4,
     }
-    up = _weights("up", (number, 2 * width, hidden // _EXPERT_BLOCK), _EXPERT_BLOCK // 2, flat=True)
-    down = _weights("down", (number, hidden, width // _EXPERT_BLOCK), _EXPERT_BLOCK // 2, flat=True)
+    up = _weights("up", (number, 2 * width, hidden // block), block // 2, flat=True)
+    down = _weights("down", (number, hidden, width // block), block // 2, flat=True)
     given = [tokens, chosen, *up, None, *down, *[None] * 7, chosen]
     node = ir.node("QMoE", given, attributes, domain=_MICROSOFT)
     run = _session(_model([tokens, chosen], [node], [*up, *down]))
@@ -143,16 +147,16 @@ def in_turns(calls: Mapping[Key, Callable[[], object]], runs: int) -> dict[Key, 
 
 def blocks_table(shape: Shape, *, tokens: int, runs: int, bandwidth: float) -> list[str]:
     """Return a row per block size of how fast weights are read and multiplied."""
-    made = {block: linear(shape, block) for block in BLOCKS}
-    decode = in_turns({block: made[block](1) for block in BLOCKS}, 8 * runs)
-    prefill = in_turns({block: made[block](tokens) for block in BLOCKS}, runs)
+    made = {block: linear(shape, block) for block in BLOCKS if shape.hidden % block == 0}
+    decode = in_turns({block: make(1) for block, make in made.items()}, 8 * runs)
+    prefill = in_turns({block: make(tokens) for block, make in made.items()}, runs)
     count = 3 * shape.hidden**2 * _COPIES
     share = f"of {bandwidth / 1e9:.0f}"
     lines = [
         f"| block | one token: us | GB/s | {share} | {tokens} tokens: ms | TFLOP/s |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
-    for block in BLOCKS:
+    for block in made:
         speed = count * (BITS / 8 + 4 / block) / decode[block]
         lines.append(
             f"| {block} | {1e6 * decode[block] / _COPIES:.0f} | {speed / 1e9:.1f} "
