@@ -54,6 +54,17 @@ def exported(moe_model: Callable[[str], MoeModel]) -> Callable[[str], ir.Model]:
     return functools.cache(lambda family: export(moe_model(family), dtype="float32"))
 
 
+@pytest.fixture
+def model(
+    checkpoint: Callable[[str], Path],
+    exported: Callable[[str], ir.Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """Return a checkpoint whose export was done before."""
+    monkeypatch.setattr("alloc_moe.compiler.pipeline.export", lambda *_, **__: exported("olmoe"))
+    return str(checkpoint("olmoe"))
+
+
 @pytest.fixture(scope="session")
 def half_graph(moe_model: Callable[[str], MoeModel]) -> ir.Model:
     """Return a normalised graph in float16."""

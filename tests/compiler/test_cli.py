@@ -1,4 +1,4 @@
-"""alloc-compile, alloc-profile and alloc-eval on a small model."""
+"""alloc-compile and alloc-profile on a small model."""
 
 from __future__ import annotations
 
@@ -29,39 +29,9 @@ from alloc_moe.runtime.files import find_artifact
 SHELL = "from alloc_moe.compiler.cli import compile_command; compile_command()"
 
 
-@pytest.fixture
-def model(
-    checkpoint: Callable[[str], Path],
-    exported: Callable[[str], ir.Model],
-    monkeypatch: pytest.MonkeyPatch,
-) -> str:
-    """A checkpoint whose export was done before."""
-    monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported("olmoe"))
-    return str(checkpoint("olmoe"))
-
-
-@pytest.fixture
-def artifact(model: str, tmp_path: Path) -> Path:
-    """An artifact of the model at half its budget, uniformly, whose plan holds on any text."""
-    options = ("--allocation", "uniform", "--redistribute", "batch", "--correct", "none")
-    outcome = compiled(model, tmp_path / "out.onnx", *options)
-    assert outcome.exit_code == 0
-    return tmp_path / "out.onnx"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text("Few experts are enough for most of the tokens. " * 6)
-    return tmp_path / "text.txt"
-
-
 def compiled(model: str, output: Path, *options: str | Path) -> Result:
     arguments = [model, "--budget", "0.5", "--tokens", "256", "-o", str(output)]
     return CliRunner().invoke(compile_command, [*arguments, *map(str, options)])
-
-
-def evaluated(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(eval_command, list(map(str, arguments)))
 
 
 def test_a_compile_says_what_it_wrote(model: str, tmp_path: Path) -> None:
@@ -218,9 +188,11 @@ def test_debug_keeps_the_traceback(model: str, tmp_path: Path) -> None:
     assert isinstance(outcome.exception, AllocMoeError)
 
 
-def test_force_replaces(model: str, artifact: Path) -> None:
-    assert compiled(model, artifact, "--allocation", "uniform").exit_code == 1
-    assert compiled(model, artifact, "--allocation", "uniform", "--force").exit_code == 0
+def test_force_replaces(model: str, tmp_path: Path) -> None:
+    path, options = tmp_path / "out.onnx", ("--allocation", "uniform")
+    assert compiled(model, path, *options).exit_code == 0
+    assert compiled(model, path, *options).exit_code == 1
+    assert compiled(model, path, *options, "--force").exit_code == 0
 
 
 def test_a_profile_made_before_is_taken(model: str, tmp_path: Path) -> None:
@@ -300,73 +272,6 @@ def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         AllocMoeError, match=r"needs torch, onnx, which .* Install alloc-moe\[compile\]"
     ):
         need_compile_extra()
-
-
-@pytest.mark.parametrize("redistribution", ["batch", "price"])
-def test_artifact_and_model_are_evaluated_alike(
-    model: str, tmp_path: Path, text: Path, redistribution: str
-) -> None:
-    artifact = tmp_path / "out.onnx"
-    options = ("--redistribute", redistribution, "--correct", "none")
-    assert compiled(model, artifact, *options).exit_code == 0
-    options = ("--text", text, "--window", "64", "--json", "-q")
-    of_artifact = json.loads(evaluated(artifact, *options, "--ep", "cpu").stdout)
-    of_model = json.loads(evaluated(model, *options, "--plan", artifact).stdout)
-    assert of_artifact["loss"] == pytest.approx(of_model["loss"], rel=1e-5)
-    for key in ("tokens_scored", "tokens_run", "activations", "window", "stride"):
-        assert of_artifact[key] == of_model[key], key
-    assert of_artifact["plan"] == of_model["plan"]
-    full = json.loads(evaluated(model, *options).stdout)
-    assert full["activations_per_token"] == [4, 4, 4]
-
-
-def test_a_plan_with_a_correction_needs_its_artifact(
-    model: str, tmp_path: Path, text: Path
-) -> None:
-    artifact = tmp_path / "out.onnx"
-    assert compiled(model, artifact).exit_code == 0
-    outcome = evaluated(model, "--text", text, "--plan", artifact)
-    assert (outcome.exit_code, outcome.stdout) == (1, "")
-    assert f"The plan in {artifact} has a correction" in outcome.stderr
-    assert "Evaluate the artifact." in outcome.stderr
-    assert evaluated(artifact, "--text", text, "--ep", "cpu").exit_code == 0
-
-
-def test_an_evaluation_shows_plan_and_executed_experts(artifact: Path, text: Path) -> None:
-    outcome = evaluated(artifact, "--text", text, "--ep", "cpu")
-    lines = outcome.stdout.splitlines()
-    assert lines[0].startswith("Perplexity ")
-    assert lines[1:] == [
-        "Experts executed per token: 6.0000 of 12 (plan: 6)",
-        "By layer: 2.0000 2.0000 2.0000",
-        "Plan:     2      2      2",
-    ]
-
-
-def test_options_of_the_other_kind_of_target_are_wrong_usage(
-    model: str, artifact: Path, text: Path
-) -> None:
-    outcome = evaluated(artifact, "--text", text, "--plan", artifact)
-    assert outcome.exit_code == 2
-    assert "--plan is for original models" in outcome.stderr
-    outcome = evaluated(model, "--text", text, "--decode")
-    assert outcome.exit_code == 2
-    assert "--decode is for artifacts" in outcome.stderr
-
-
-def test_a_plan_of_another_model_is_refused(
-    checkpoint: Callable[[str], Path], artifact: Path, text: Path
-) -> None:
-    outcome = evaluated(checkpoint("mixtral"), "--text", text, "--plan", artifact)
-    assert outcome.exit_code == 1
-    assert "is for 3 MoE layers" in outcome.stderr
-    assert "has 2" in outcome.stderr
-
-
-def test_a_text_that_cant_be_read_is_reported(artifact: Path) -> None:
-    outcome = evaluated(artifact, "--text", "gone.txt")
-    assert outcome.exit_code == 1
-    assert "gone.txt can't be read" in outcome.stderr
 
 
 @pytest.mark.parametrize(("cost", "unit"), [("bytes", "bytes"), ("latency", "ms")])
