@@ -75,7 +75,7 @@ def test_the_table_of_precisions_has_a_row_per_type(
 
 def test_kernels_are_timed_whole_and_in_halves(load: Callable[[str], ModuleType]) -> None:
     options = ["--shape", "tiny", "--tokens", "4", "--runs", "1"]
-    outcome = CliRunner().invoke(load("kernels").main, options)
+    outcome = CliRunner().invoke(load("quantized_kernels").main, options)
     assert outcome.exit_code == 0, outcome.output
     rows = [line.split("|")[1].strip() for line in outcome.stdout.splitlines() if "|" in line]
     assert rows == ["block", "---:", "32", "64", "experts", "---:", "1", "2", "3", "4"]

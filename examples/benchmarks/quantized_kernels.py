@@ -4,7 +4,7 @@ Graphs of nothing but MatMulNBits, or nothing but QMoE, with random weights that
 processor's caches, all run in turns. The first table shows the block sizes of linear layers, the
 second how long experts take that are stored whole or as halves, by how many of them a token runs.
 
-    python examples/benchmarks/kernels.py
+    python examples/benchmarks/quantized_kernels.py
 """
 
 from __future__ import annotations
