@@ -17,6 +17,8 @@ from pathlib import Path
 
 import click
 
+from alloc_moe.runtime.files import find_artifact
+
 
 def first_token(artifact: str) -> dict[str, float]:
     """Load an artifact and make one token; return seconds and bytes."""
@@ -55,7 +57,8 @@ def main(artifact: str, runs: int, *, child: bool) -> None:
         found.append(json.loads(answer.stdout))
     median = {key: statistics.median(run[key] for run in found) for key in found[0]}
     seconds = [run["first_token"] for run in found]
-    size = Path(artifact).stat().st_size + Path(f"{artifact}.data").stat().st_size
+    files = find_artifact(artifact)
+    size = files.graph.stat().st_size + sum(files.onnx.data_files.values())
     print(
         f"{artifact}, {size / 1e9:.2f} GB: loaded in {median['load']:.1f} s, first token after "
         f"{median['first_token']:.1f} s ({min(seconds):.1f}-{max(seconds):.1f}, {runs} processes), "
