@@ -51,9 +51,9 @@ def linear(shape: Shape, block: int) -> Callable[[int], Callable[[], object]]:
 
 
 def experts(shape: Shape, parts: int) -> Callable[[int, int], Callable[[], object]]:
-    """Return what makes a call of some tokens that run some of the trained experts each.
+    """Return what makes a call of some tokens that run so many of the trained experts each.
 
-    All of them run different ones, as far as there are enough.
+    Which ones, differs from token to token and from call to call.
     """
     number, width, hidden = shape.experts * parts, shape.expert_size // parts, shape.hidden
     tokens = ir.val("tokens", ir.DataType.FLOAT, ["t", hidden])

@@ -11,15 +11,18 @@ import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoConfig
 
 from alloc_moe.compiler.cli import compile_command
 from alloc_moe.compiler.errors import UnsupportedModelError
-from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.load import find_moe_layers, load_model
 from alloc_moe.compiler.quantization import choose_formats, exact_copy, float_weights, quantized
 from alloc_moe.compiler.records import MoeModel
+from alloc_moe.compiler.skeleton import build_skeleton
 from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.runtime.session import open_session
 
+TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny-moe"
 FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2"]
 
 
@@ -39,6 +42,16 @@ def test_embeddings_take_eight_bits_and_the_head_those_of_the_type(
     weights = choose_formats(moe.skeleton, moe.layers, "int4").weights
     assert weights["model.embed_tokens.weight"] == BlockFormat(8, 64)
     assert weights["lm_head.weight"] == BlockFormat(4, 64)
+
+
+def test_wide_rows_have_fewer_scales_but_in_embeddings_and_head() -> None:
+    config = AutoConfig.from_pretrained(TINY_MOE)  # hidden size 128
+    skeleton = build_skeleton(config, torch.float32)
+    chosen = choose_formats(skeleton, find_moe_layers(skeleton), "int4")
+    blocks = {name.split(".")[-2]: form.block for name, form in chosen.weights.items()}
+    attention = dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj"], 128)
+    assert blocks == attention | {"embed_tokens": 64, "lm_head": 64}
+    assert {form.block for form in chosen.experts} == {64}  # their intermediate size
 
 
 def test_a_tied_head_is_as_fine_as_the_embedding(moe_model: Callable[[str], MoeModel]) -> None:
