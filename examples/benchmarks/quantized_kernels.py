@@ -9,6 +9,7 @@ second how long experts take that are stored whole or as halves, by how many of 
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -32,6 +33,7 @@ BITS = 4
 BLOCKS = (32, 64, 128, 256)
 PARTS = {"whole": 1, "halves": 2}
 _COPIES = 8  # of a layer: more bytes than caches hold
+_CHOICES = 16  # of experts, in turns
 _MICROSOFT = "com.microsoft"
 _SEED = 0
 
@@ -76,18 +78,17 @@ def experts(shape: Shape, parts: int) -> Callable[[int, int], Callable[[], objec
     given = [tokens, chosen, *up, None, *down, *[None] * 7, chosen]
     node = ir.node("QMoE", given, attributes, domain=_MICROSOFT)
     run = _session(_model([tokens, chosen], [node], [*up, *down]))
-    order = np.random.default_rng(_SEED)
 
     def call(count: int, active: int) -> Callable[[], object]:
-        feeds = {"tokens": _random(count, hidden)}
-
-        def once() -> object:
-            picked = order.permuted(np.tile(np.arange(shape.experts), (count, 1)), axis=1)
+        order, every = np.random.default_rng(_SEED), np.tile(np.arange(shape.experts), (count, 1))
+        feeds = []
+        for _ in range(_CHOICES):
+            picked = order.permuted(every, axis=1)[:, :active]
             weights = np.zeros((count, shape.experts), np.float32)
-            np.put_along_axis(weights, picked[:, :active], np.float32(1 / active), axis=1)
-            return run(feeds | {"chosen": np.tile(weights, parts)})
-
-        return once
+            np.put_along_axis(weights, picked, np.float32(1 / active), axis=1)
+            feeds.append({"tokens": _random(count, hidden), "chosen": np.tile(weights, parts)})
+        turns = itertools.cycle(feeds)
+        return lambda: run(next(turns))
 
     return call
 
