@@ -24,8 +24,8 @@ def block_option(function: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Choice(["16", "32", "64", "128"]),
         default="128",
         show_default=True,
-        help="For int8 and int4: how many weights of an expert share a scale at most; in other "
-        "layers 64 at most. More is faster, less is more exact.",
+        help="For int8 and int4: how many weights share a scale at most; in embeddings and head "
+        "64 at most. More is faster, less is more exact.",
     )(function)
 
 
