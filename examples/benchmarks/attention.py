@@ -14,12 +14,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from onnxruntime import OrtValue
+
+from alloc_moe.runtime.providers import create_session, session_options
 
 SLOTS = ("key", "value")
 
@@ -116,11 +118,9 @@ def stack(shape: Shape, way: Way) -> ir.Model:
 
 def step(shape: Shape, way: Way, *, past: int, sequence: int, threads: int) -> Callable[[], None]:
     """Return a function that runs one call with this past."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = session_options(threads=threads, stop_spinning=True)
     content = ir.to_proto(stack(shape, way)).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = create_session(content, options, ep="cpu", name=Path("attention"))
     random, binding = np.random.default_rng(0), session.io_binding()
     kinds = {"tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(float)": np.float32}
     total = past + sequence

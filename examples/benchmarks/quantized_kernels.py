@@ -15,17 +15,18 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import click
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from bandwidth import Reader
 from shapes import SHAPES, Shape
 
 from alloc_moe.compiler.quantization import BLOCK
 from alloc_moe.passes.blockwise import block_that_fits
+from alloc_moe.runtime.providers import create_session, session_options
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -122,11 +123,9 @@ def _model(
 
 
 def _session(model: ir.Model) -> Callable[[Mapping[str, np.ndarray]], object]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = os.cpu_count() or 1, 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = session_options(threads=os.cpu_count(), stop_spinning=True)
     content = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = create_session(content, options, ep="cpu", name=Path("kernels"))
     return lambda feeds: session.run(None, feeds)
 
 
