@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alloc_moe.compiler.errors import CostError
+from alloc_moe.compiler.quantization import BITS, BLOCK
 from alloc_moe.compiler.records import CostKind, Device
 from alloc_moe.passes.blockwise import BlockFormat
 
@@ -28,8 +29,9 @@ _UNITS: dict[CostKind, str] = {
     "bytes": "bytes",
     "latency": "ms",
 }
-# Quantised types with their scales, float32 per block of 128, the default.
-_BITS_PER_WEIGHT = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.25}
+_BITS_PER_WEIGHT = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0} | {
+    dtype: BlockFormat(bits, BLOCK).bits_per_weight for dtype, bits in BITS.items()
+}
 
 
 @dataclass(frozen=True)
