@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from alloc_moe.compiler.calibration import CalibrationSet
+    from alloc_moe.compiler.pipeline import Compiled
     from alloc_moe.compiler.records import Metric, MoeModel, Redistribution, SensitivityProfile
     from alloc_moe.runtime.artifact import AllocationPlan
 
@@ -63,6 +65,22 @@ def model(
     """Return a checkpoint whose export was done before."""
     monkeypatch.setattr("alloc_moe.compiler.pipeline.export", lambda *_, **__: exported("olmoe"))
     return str(checkpoint("olmoe"))
+
+
+@pytest.fixture
+def compile_to(model: str) -> Callable[..., Compiled]:
+    """Return a function from an output and options to what a compile of the model made."""
+    from alloc_moe.compiler.pipeline import compile_model
+    from alloc_moe.compiler.records import CompileOptions
+    from alloc_moe.runtime.command import Console
+
+    defaults = CompileOptions(model, "", "0.5", tokens=256)
+
+    def run(output: Path | str, *, console: Console | None = None, **options: object) -> Compiled:
+        changed = dataclasses.replace(defaults, output=str(output), **options)  # type: ignore[arg-type]
+        return compile_model(changed, console or Console(quiet=True))
+
+    return run
 
 
 @pytest.fixture(scope="session")

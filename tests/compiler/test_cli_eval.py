@@ -9,28 +9,20 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from alloc_moe.compiler.cli import compile_command
 from alloc_moe.compiler.cli_eval import eval_command
+from alloc_moe.compiler.pipeline import Compiled
 
 
 @pytest.fixture
-def compiled(model: str, tmp_path: Path) -> Callable[..., Path]:
-    """Return what compiles the model at half its budget with some options."""
-
-    def compile_with(*options: str) -> Path:
-        path = tmp_path / "out.onnx"
-        arguments = [model, "--budget", "0.5", "--tokens", "256", "-o", str(path), *options]
-        outcome = CliRunner().invoke(compile_command, arguments)
-        assert outcome.exit_code == 0, outcome.output
-        return path
-
-    return compile_with
+def compiled(compile_to: Callable[..., Compiled], tmp_path: Path) -> Callable[..., Path]:
+    """Return what compiles the model with some options."""
+    return lambda **options: compile_to(tmp_path / "out.onnx", **options).path
 
 
 @pytest.fixture
 def artifact(compiled: Callable[..., Path]) -> Path:
     """An artifact with a uniform plan, which holds on any text."""
-    return compiled("--allocation", "uniform", "--redistribute", "batch", "--correct", "none")
+    return compiled(allocation="uniform", redistribution="batch", correction="none")
 
 
 @pytest.fixture
@@ -47,7 +39,7 @@ def evaluated(*arguments: str | Path) -> Result:
 def test_artifact_and_model_are_evaluated_alike(
     model: str, compiled: Callable[..., Path], text: Path, redistribution: str
 ) -> None:
-    artifact = compiled("--redistribute", redistribution, "--correct", "none")
+    artifact = compiled(redistribution=redistribution, correction="none")
     options = ("--text", text, "--window", "64", "--json", "-q")
     of_artifact = json.loads(evaluated(artifact, *options, "--ep", "cpu").stdout)
     of_model = json.loads(evaluated(model, *options, "--plan", artifact).stdout)

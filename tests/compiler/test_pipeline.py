@@ -24,8 +24,8 @@ from alloc_moe.compiler.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from alloc_moe.compiler.pipeline import Compiled, compile_model
-from alloc_moe.compiler.records import CompileOptions, MoeModel
+from alloc_moe.compiler.pipeline import Compiled
+from alloc_moe.compiler.records import MoeModel
 from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, SHARED_CACHE_KEY
 from alloc_moe.runtime.cache import FLOAT, INT8
 from alloc_moe.runtime.command import Console
@@ -65,23 +65,6 @@ by_layer = {"sensitivity": "kl", "redistribution": "batch"}  # BY_LAYER
 options = CompileOptions(model, output, "0.5", tokens=256, force=True, **by_layer)
 pipeline.compile_model(options, Console(quiet=True))
 """
-
-
-@pytest.fixture
-def compile_to(
-    checkpoint: Callable[[str], Path],
-    exported: Callable[[str], ir.Model],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Compile:
-    """Return a function from an output and options to what a compile of a small model made."""
-    monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported("olmoe"))
-    defaults = CompileOptions(str(checkpoint("olmoe")), "", "0.5", tokens=256)
-
-    def run(output: Path | str, *, console: Console | None = None, **options: object) -> Compiled:
-        changed = dataclasses.replace(defaults, output=str(output), **options)  # type: ignore[arg-type]
-        return compile_model(changed, console or Console(quiet=True))
-
-    return run
 
 
 @pytest.fixture

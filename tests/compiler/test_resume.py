@@ -8,21 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 
-from alloc_moe.compiler import pipeline, quantization, sensitivity
+from alloc_moe.compiler import quantization, sensitivity
 from alloc_moe.compiler.calibration import CalibrationSet
 from alloc_moe.compiler.checkpoint import CheckpointReader
 from alloc_moe.compiler.layer_states import LayerStates
 from alloc_moe.compiler.load import load_model
+from alloc_moe.compiler.pipeline import Compiled
 from alloc_moe.compiler.quantization import rounded
-from alloc_moe.compiler.records import CompileOptions, Metric, MoeModel
+from alloc_moe.compiler.records import Metric, MoeModel
 from alloc_moe.compiler.saved_passes import SavedPasses
 from alloc_moe.compiler.sensitivity import measure_sensitivity
 from alloc_moe.passes.blockwise import BlockFormat
-from alloc_moe.runtime.command import Console
+from alloc_moe.runtime.artifact import AllocationPlan
 
 CALIBRATION = CalibrationSet(
     ids=np.random.default_rng(0).integers(0, 256, (5, 24)),
@@ -148,31 +148,23 @@ def test_damaged_states_are_measured_again(
 
 
 def test_a_stopped_compile_repeats_no_pass(
-    checkpoint: Callable[[str], Path],
-    exported: Callable[[str], ir.Model],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    compile_to: Callable[..., Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported("olmoe"))
-
-    def compile_to(folder: str) -> pipeline.Compiled:
+    def plan_in(folder: str) -> AllocationPlan:
         (tmp_path / folder).mkdir(exist_ok=True)
-        output = str(tmp_path / folder / "out.onnx")
-        options = CompileOptions(
-            str(checkpoint("olmoe")), output, "0.5", tokens=256, offload="always", force=True
-        )
-        return pipeline.compile_model(options, Console(quiet=True))
+        output = tmp_path / folder / "out.onnx"
+        return compile_to(output, offload="always", force=True).plan
 
     with monkeypatch.context() as patch:
         kept = stopping(SavedPasses, "keep", -1, patch)
-        whole = compile_to("whole").plan
+        whole = plan_in("whole")
     assert len(kept) > 20
     done = 0
     while done < len(kept):
         with monkeypatch.context() as patch:
             calls = stopping(SavedPasses, "keep", 7, patch)
             try:
-                plan = compile_to("parts").plan
+                plan = plan_in("parts")
             except _StopError:
                 assert (tmp_path / "parts" / ".out.onnx.passes").is_dir()
             done += len(calls)
