@@ -3,6 +3,10 @@
 from alloc_moe.runtime.errors import AllocMoeError
 
 
+class OptionsError(AllocMoeError):
+    """Options exclude each other, or one has a value that it can't have."""
+
+
 class CheckpointError(AllocMoeError):
     """A checkpoint folder is missing files, or a file can't be read."""
 
@@ -49,6 +53,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "CostError",
+    "OptionsError",
     "OutputError",
     "ProcessError",
     "ProfileError",

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alloc_moe.compiler.errors import ProfileError
-from alloc_moe.compiler.saved_passes import SavedPasses
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from alloc_moe.compiler.checkpoint import CheckpointReader
-    from alloc_moe.compiler.offload import Offloading
-    from alloc_moe.compiler.quantization import Quantization
+    from alloc_moe.passes.blockwise import BlockFormat
+    from alloc_moe.runtime.artifact.plan import AllocationPlan
 
 Allocation = Literal["sensitivity", "uniform"]
 Metric = Literal["kl", "ppl-suffix", "output", "fisher", "data-free"]
@@ -34,34 +31,77 @@ OffloadMode = Literal["auto", "never", "always"]
 
 
 @dataclass(frozen=True)
+class CalibrationOptions:
+    """The text that is measured on: ``text`` is a file or a dataset, None the default one."""
+
+    text: str | None = None
+    tokens: int = 8192
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How a budget is spent.
+
+    ``overlaps`` are tried for ``price``; the plan takes that of the least divergence. ``refine`` is
+    the number of plans to measure as a whole, for ``refine_seconds`` at most.
+    """
+
+    redistribution: Redistribution = "price"
+    weights: Weights = "keep"
+    correction: CorrectionMode = "affine"
+    allocation: Allocation = "sensitivity"
+    cost: CostKind = "activations"
+    cost_batch: int = 1
+    cap: float | None = None
+    dial: bool = True
+    overlaps: tuple[float, ...] = (0.0, 0.5)
+    refine: int = 0
+    refine_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What the artifact is made of, and where it will run."""
+
+    dtype: DType = "float32"
+    block: int = 128
+    mixed_bits: bool = False
+    cache: CacheType = "float32"
+    device: Device = "cpu"
+
+
+@dataclass(frozen=True)
 class CompileOptions:
     """What the user asked `alloc-compile` for; paths and text as typed."""
 
     model: str
     output: str
     budget: str
-    calibration: str | None = None
-    tokens: int = 8192
-    seed: int = 0
-    allocation: Allocation = "sensitivity"
+    calibration: CalibrationOptions = CalibrationOptions()
     sensitivity: Metric = "fisher"
     profile: Path | None = None
-    cost: CostKind = "activations"
-    cost_batch: int = 1
+    plan: PlanOptions = PlanOptions()
+    target: TargetOptions = TargetOptions()
+    offload: OffloadMode = "auto"
+    trust_remote_code: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What the user asked `alloc-profile` for; without a ``path`` the profile isn't saved."""
+
+    model: str
+    path: Path | None = None
+    calibration: CalibrationOptions = CalibrationOptions()
+    sensitivity: Metric = "fisher"
     redistribution: Redistribution = "price"
-    weights: Weights = "keep"
     correction: CorrectionMode = "affine"
-    cap: float | None = None
-    mixed_bits: bool = False
-    refine: int = 0
-    refine_seconds: float = 600.0
     dtype: DType = "float32"
     block: int = 128
-    cache: CacheType = "float32"
-    device: Device = "cpu"
-    force: bool = False
-    trust_remote_code: bool = False
     offload: OffloadMode = "auto"
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,33 +120,66 @@ class MoeLayer:
 
 
 @dataclass(frozen=True)
-class MoeModel:
-    """A loaded checkpoint.
+class Quantization:
+    """How an artifact stores its weights.
 
-    ``model`` is in eval mode, float32 on the CPU; ``skeleton`` is the same without weights;
-    ``reader`` reads single weights from the files in ``folder``. With ``offloading`` the weights of
-    ``model``'s decoder layers are in memory only while these run. With a ``quantization``, the
-    weights of ``model`` are rounded as it says, those of ``reader`` are not. ``passes`` keeps what
-    passes over a text found, and the rounded weights of offloaded layers.
+    ``weights`` has a format by parameter name for linear layers and embeddings, ``experts`` one per
+    MoE layer, none while they are not chosen; ``activations`` is the type of everything else.
+    ``marks`` tell a model so rounded from others of the same checkpoint.
     """
 
-    source: str
-    folder: Path
-    fingerprint: str
-    config: PreTrainedConfig
-    model: PreTrainedModel
-    skeleton: PreTrainedModel
-    reader: CheckpointReader
-    tokenizer: PreTrainedTokenizerBase
-    layers: tuple[MoeLayer, ...]
-    quantization: Quantization | None = None
-    offloading: Offloading | None = None
-    passes: SavedPasses = field(default_factory=SavedPasses)
+    dtype: str
+    activations: str
+    weights: Mapping[str, BlockFormat]
+    experts: tuple[BlockFormat, ...]
+    marks: tuple[str, ...] = ()
 
-    @property
-    def checkpoint_fingerprint(self) -> str:
-        """That of the weights as they are stored, whatever they are rounded to."""
-        return self.fingerprint.partition(":")[0]
+    def to_plan(self) -> dict[str, Any]:
+        """Return the plan's ``quantization`` entry."""
+        return {
+            "dtype": self.dtype,
+            "activations": self.activations,
+            "expert_bits": [form.bits for form in self.experts],
+            "expert_block": [form.block for form in self.experts],
+            "blocks": sorted({form.block for form in self.weights.values()}),
+        }
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what its experts are changed by per MoE layer."""
+
+    plan: AllocationPlan
+    corrections: tuple[Correction | None, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far artifact and reference are apart.
+
+    ``kl`` is the mean over tokens of KL(reference || artifact) in nats, ``tokens`` their number. Of
+    a quantised artifact ``max_abs_logit_error`` is that against PyTorch with the same rounded
+    weights, activations unrounded in both; ``kl`` is that of the artifact as it is against PyTorch
+    in float32 under the same plan.
+    """
+
+    max_abs_logit_error: float
+    kl: float
+    tokens: int
+
+    def to_plan(self) -> dict[str, Any]:
+        """Return the plan's ``verify`` entry."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compile made: the artifact's path, its plan, its profile if one was needed."""
+
+    path: Path
+    plan: AllocationPlan
+    profile: Path | None
+    verification: Verification
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from alloc_moe import runtime
 from alloc_moe.compiler.pipeline import compile_model
 from alloc_moe.compiler.records import CompileOptions
-from alloc_moe.runtime.command import Console
+from alloc_moe.runtime.console import Console
 
 
 def main(model: str, output: str, *, tokens: int = 8192, new_tokens: int = 40) -> None:

@@ -10,13 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-from alloc_moe.compiler import package, pipeline
-from alloc_moe.compiler.allocate import parse_budget
-from alloc_moe.compiler.planning import PlanOptions, make_planned
-from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler import pipeline
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.planning.allocation import parse_budget
+from alloc_moe.compiler.planning.plan import PlanOptions, make_planned
+from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.runtime import open_session, price_of
-from alloc_moe.runtime.command import Console
-from alloc_moe.runtime.evaluate import evaluate_artifact
+from alloc_moe.runtime.console import Console
+from alloc_moe.runtime.measure.evaluate import evaluate_artifact
 
 BUDGETS = ("0.25", "0.5", "0.75")
 
@@ -29,20 +30,18 @@ def main(model: str, folder: str, text: str, *, tokens: int = 8192) -> None:
     calibration = pipeline.calibrate(moe, None, console, tokens=tokens, seed=0)
     setting = {"metric": "fisher", "redistribution": "price", "path": target / "profile.json"}
     profile = measure_sensitivity(moe, calibration, console=console, **setting)
-    graph = pipeline.export(moe, dtype="float32")
+    graph = export_model(moe, dtype="float32")
     for budget in BUDGETS:
         start = time.perf_counter()
         wanted = parse_budget(budget, [layer.experts_per_token for layer in moe.layers])
         options = PlanOptions(dial=budget == "0.5")
         made = (moe, calibration, wanted, options)
         planned = make_planned(*made, source=model, profile=profile, console=Console(quiet=True))
-        artifact = pipeline.specialize(
-            graph, planned.plan, device="cpu", corrections=planned.corrections
-        )
+        artifact = specialize(graph, planned.plan, device="cpu", corrections=planned.corrections)
         package.save_graph(artifact, target / f"budget-{budget}.onnx")
         print(f"budget-{budget}.onnx made in {time.perf_counter() - start:.0f} s")
 
-    ids = moe.tokenizer(Path(text).read_text("utf-8"), verbose=False)["input_ids"][:4096]
+    ids = moe.checkpoint.tokenizer(Path(text).read_text("utf-8"), verbose=False)["input_ids"][:4096]
     for budget in BUDGETS:
         for compiled in dict.fromkeys(("0.5", budget)):
             path = target / f"budget-{compiled}.onnx"

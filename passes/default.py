@@ -8,20 +8,20 @@ from types import MappingProxyType
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from alloc_moe.passes.attention.group_query import GroupAttentionPass
+from alloc_moe.passes.attention.quantize_cache import CacheScales, QuantizeCachePass
 from alloc_moe.passes.blockwise import BlockFormat
-from alloc_moe.passes.correct_experts import CorrectExpertsPass, ExpertCorrection
-from alloc_moe.passes.fix_dims import FixDimsPass
-from alloc_moe.passes.fold_transposes import FoldTransposesPass
-from alloc_moe.passes.fuse_projections import FuseProjectionsPass
-from alloc_moe.passes.group_attention import GroupAttentionPass
-from alloc_moe.passes.interleave_experts import InterleaveExpertsPass
-from alloc_moe.passes.keep_logits import KeepLogitsPass
-from alloc_moe.passes.lower_experts import Allocation, LowerExpertsPass
-from alloc_moe.passes.quantize_cache import CacheScales, QuantizeCachePass
-from alloc_moe.passes.quantize_experts import QuantizeExpertsPass
-from alloc_moe.passes.quantize_matmuls import QuantizeMatMulsPass
-from alloc_moe.passes.rename_cache import RenameCachePass
-from alloc_moe.passes.skip_reshapes import SkipReshapesPass
+from alloc_moe.passes.experts.correct import CorrectExpertsPass, ExpertCorrection
+from alloc_moe.passes.experts.interleave import InterleaveExpertsPass
+from alloc_moe.passes.experts.lower import Allocation, LowerExpertsPass
+from alloc_moe.passes.experts.quantize import QuantizeExpertsPass
+from alloc_moe.passes.experts.skip_reshapes import SkipReshapesPass
+from alloc_moe.passes.interface.fix_dims import FixDimsPass
+from alloc_moe.passes.interface.keep_logits import KeepLogitsPass
+from alloc_moe.passes.interface.rename_cache import RenameCachePass
+from alloc_moe.passes.linear.fold_transposes import FoldTransposesPass
+from alloc_moe.passes.linear.fuse_projections import FuseProjectionsPass
+from alloc_moe.passes.linear.quantize import QuantizeMatMulsPass
 
 
 def normalize_passes(

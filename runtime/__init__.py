@@ -6,7 +6,7 @@
     print(model.generate(["The committee"], max_new_tokens=32)[0].text)
 
 Names are loaded when first used, so importing the package costs nothing. Functions on token ids are
-in `alloc_moe.runtime.generate` and `alloc_moe.runtime.evaluate`.
+in `alloc_moe.runtime.text.generation` and `alloc_moe.runtime.measure.evaluate`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alloc_moe.runtime.artifact import AllocationPlan
-    from alloc_moe.runtime.dial import price_of
+    from alloc_moe.runtime.artifact.dial import price_of
+    from alloc_moe.runtime.artifact.plan import AllocationPlan
     from alloc_moe.runtime.errors import AllocMoeError, ArtifactError, DeviceError, GenerationError
-    from alloc_moe.runtime.sampling import Sampling
-    from alloc_moe.runtime.session import ArtifactSession, open_session
-    from alloc_moe.runtime.text_model import Completion, TextModel, load
+    from alloc_moe.runtime.execution.session import ArtifactSession, open_session
+    from alloc_moe.runtime.text.model import Completion, TextModel, load
+    from alloc_moe.runtime.text.sampling import Sampling
 
 _MODULES = {
     "AllocMoeError": "errors",
-    "AllocationPlan": "artifact",
+    "AllocationPlan": "artifact.plan",
     "ArtifactError": "errors",
-    "ArtifactSession": "session",
-    "Completion": "text_model",
+    "ArtifactSession": "execution.session",
+    "Completion": "text.model",
     "DeviceError": "errors",
     "GenerationError": "errors",
-    "Sampling": "sampling",
-    "TextModel": "text_model",
-    "load": "text_model",
-    "open_session": "session",
-    "price_of": "dial",
+    "Sampling": "text.sampling",
+    "TextModel": "text.model",
+    "load": "text.model",
+    "open_session": "execution.session",
+    "price_of": "artifact.dial",
 }
 
 __all__ = [

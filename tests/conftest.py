@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def synthetic_sweep() -> ModuleType:
     """Return the module that makes up results of sweeps."""
-    return _load_file(Path(__file__).parent / "compiler" / "synthetic_sweep.py")
+    return _load_file(Path(__file__).parent / "compiler" / "sweep" / "synthetic_sweep.py")
 
 
 @pytest.fixture(scope="session")

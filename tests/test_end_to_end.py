@@ -15,8 +15,9 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from alloc_moe.compiler.records import Correction, MoeModel
-    from alloc_moe.runtime.artifact import AllocationPlan
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.records import Correction
+    from alloc_moe.runtime.artifact.plan import AllocationPlan
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "tiny-moe"
@@ -57,13 +58,13 @@ class Reference(NamedTuple):
 @pytest.fixture(scope="module")
 def reference(bundle: Path) -> Reference:
     """The artifact's plan, and the corrections that the same options give again."""
-    from alloc_moe.compiler.allocate import parse_budget
-    from alloc_moe.compiler.load import load_model
+    from alloc_moe.compiler.model.loading import load_model
     from alloc_moe.compiler.pipeline import calibrate
-    from alloc_moe.compiler.planning import PlanOptions, make_planned
+    from alloc_moe.compiler.planning.allocation import parse_budget
+    from alloc_moe.compiler.planning.plan import PlanOptions, make_planned
     from alloc_moe.compiler.records import SensitivityProfile
-    from alloc_moe.runtime.command import Console
-    from alloc_moe.runtime.files import find_artifact
+    from alloc_moe.runtime.artifact.files import find_artifact
+    from alloc_moe.runtime.console import Console
 
     moe, console = load_model(str(MODEL)), Console(quiet=True)
     path = bundle.with_name("half.profile.json")
@@ -139,15 +140,17 @@ def test_artifact_and_pytorch_have_the_same_loss_under_plan_and_corrections(
 ) -> None:
     import torch
 
-    from alloc_moe.compiler.policies import layer_parameters
-    from alloc_moe.compiler.reference import allocated
-    from alloc_moe.runtime.dial import price_of
-    from alloc_moe.runtime.evaluate import evaluate
+    from alloc_moe.compiler.reference.experts import allocated
+    from alloc_moe.compiler.reference.policies import layer_parameters
+    from alloc_moe.runtime.artifact.dial import price_of
+    from alloc_moe.runtime.measure.evaluate import evaluate
 
     options = ("--text", HELD_OUT, "--tokens", "2048", *(("--budget", budget) if budget else ()))
     artifact = run("alloc-eval", bundle, *options)
     moe, plan, corrections = reference
-    ids = moe.tokenizer(HELD_OUT.read_text("utf-8"), add_special_tokens=False, verbose=False)
+    ids = moe.checkpoint.tokenizer(
+        HELD_OUT.read_text("utf-8"), add_special_tokens=False, verbose=False
+    )
     given = layer_parameters(plan, price_of(plan, budget) if budget else None)
     with (
         torch.inference_mode(),
@@ -175,9 +178,9 @@ def test_artifact_and_pytorch_have_the_same_loss_under_plan_and_corrections(
 def test_greedy_tokens_equal_those_of_pytorch(
     bundle: Path, reference: Reference, prompts: list[str], rows: list[int]
 ) -> None:
-    from alloc_moe.runtime.generate import generate
-    from alloc_moe.runtime.session import open_session
-    from alloc_moe.runtime.text import load_tokenizer
+    from alloc_moe.runtime.execution.session import open_session
+    from alloc_moe.runtime.text.generation import generate
+    from alloc_moe.runtime.text.tokenizer import load_tokenizer
 
     session = open_session(bundle, ep="cpu")
     tokenizer = load_tokenizer(session.files)
@@ -189,8 +192,8 @@ def test_greedy_tokens_equal_those_of_pytorch(
 
 def test_greedy_tokens_equal_those_of_onnxruntime_genai(bundle: Path, prompts: list[str]) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    from alloc_moe.runtime.generate import generate
-    from alloc_moe.runtime.session import open_session
+    from alloc_moe.runtime.execution.session import open_session
+    from alloc_moe.runtime.text.generation import generate
 
     model = genai.Model(str(bundle))
     ids = genai.Tokenizer(model).encode(prompts[0])
@@ -224,7 +227,7 @@ def test_text_streams_the_same_as_it_is_returned(bundle: Path) -> None:
 
 
 def test_text_of_another_budget_is_that_of_its_price(bundle: Path) -> None:
-    from alloc_moe.runtime.text_model import load
+    from alloc_moe.runtime.text.model import load
 
     prompt = HELD_OUT.read_text("utf-8")[1000:1300]
     options = ("--prompt", prompt, "--max-new-tokens", "24")
@@ -254,8 +257,8 @@ def _generate_in_pytorch(
     """Return tokens [rows, new] and logits [rows, new, vocabulary] under plan and corrections."""
     import torch
 
-    from alloc_moe.compiler.policies import layer_parameters
-    from alloc_moe.compiler.reference import allocated
+    from alloc_moe.compiler.reference.experts import allocated
+    from alloc_moe.compiler.reference.policies import layer_parameters
 
     moe, plan, corrections = reference
     longest = max(map(len, ids))

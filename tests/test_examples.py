@@ -60,7 +60,7 @@ def test_many_budgets(
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "layers"), [("olmoe", 6), ("qwen3_moe", 5)])
 def test_training_makes_a_model_that_loads(tmp_path: Path, family: str, layers: int) -> None:
-    from alloc_moe.compiler.load import load_model
+    from alloc_moe.compiler.model.loading import load_model
 
     words = ["experts", "router", "layer", "token", "the", "of", "a", "few", "are", "enough"]
     random = Random(0)
@@ -99,7 +99,7 @@ def test_a_full_size_checkpoint_is_one_of_its_model(
 ) -> None:
     import torch
 
-    from alloc_moe.compiler.load import load_model
+    from alloc_moe.compiler.model.loading import load_model
 
     monkeypatch.syspath_prepend(str(EXAMPLES))
     script = load("full_size_checkpoint.py")

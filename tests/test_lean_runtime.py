@@ -26,7 +26,8 @@ def loaded_by(statement: str) -> set[str]:
     "statement",
     [
         "import alloc_moe.runtime as r; [getattr(r, name) for name in r.__all__]",
-        "import alloc_moe.runtime.cli, alloc_moe.runtime.evaluate, alloc_moe.runtime.session",
+        "import alloc_moe.runtime.commands.alloc_run, alloc_moe.runtime.commands.alloc_bench, "
+        "alloc_moe.runtime.measure.evaluate, alloc_moe.runtime.execution.session",
     ],
 )
 def test_runtime_loads_nothing_of_the_compiler(statement: str) -> None:
@@ -34,10 +35,10 @@ def test_runtime_loads_nothing_of_the_compiler(statement: str) -> None:
     assert not loaded & {*FORBIDDEN, "alloc_moe.compiler", "alloc_moe.passes"}
 
 
-@pytest.mark.parametrize("command", ["run_command", "inspect_command", "bench_command"])
+@pytest.mark.parametrize("command", ["run", "inspect", "bench"])
 def test_help_needs_no_onnxruntime(command: str) -> None:
     loaded = loaded_by(
-        f"from alloc_moe.runtime.cli import {command}\n"
-        f"{command}.main(['--help'], standalone_mode=False)"
+        f"from alloc_moe.runtime.commands.alloc_{command} import {command}_command as command\n"
+        "command.main(['--help'], standalone_mode=False)"
     )
     assert not loaded & {"onnxruntime", "numpy", "tokenizers"}

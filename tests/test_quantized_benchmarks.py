@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from alloc_moe.runtime.dial import price_of
-from alloc_moe.runtime.session import open_session
+from alloc_moe.runtime.artifact.dial import price_of
+from alloc_moe.runtime.execution.session import open_session
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 

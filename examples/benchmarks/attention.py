@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxruntime import OrtValue
 
-from alloc_moe.runtime.providers import create_session, session_options
+from alloc_moe.runtime.execution.providers import create_session, session_options
 
 SLOTS = ("key", "value")
 

@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.dial import price_of
-from alloc_moe.runtime.session import Cache, open_session
+from alloc_moe.runtime.artifact.dial import price_of
+from alloc_moe.runtime.execution.session import Cache, open_session
 
 _CAPACITY = 1024  # columns at first; it grows
 _EXPERTS, _EMBEDDINGS = {"MoE", "QMoE"}, {"Gather", "GatherBlockQuantized"}

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import click
 
-from alloc_moe.compiler import package, pipeline
-from alloc_moe.compiler.allocate import parse_budget
-from alloc_moe.compiler.methods import Method, parse_method
-from alloc_moe.compiler.planning import PlanOptions, make_planned
+from alloc_moe.compiler import pipeline
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.planning.allocation import parse_budget
+from alloc_moe.compiler.planning.plan import PlanOptions, make_planned
 from alloc_moe.compiler.records import SensitivityProfile
-from alloc_moe.compiler.sensitivity import measure_sensitivity
-from alloc_moe.runtime.command import Console
-from alloc_moe.runtime.dial import price_of
-from alloc_moe.runtime.evaluate import Evaluation, evaluate_artifact
-from alloc_moe.runtime.session import ArtifactSession, open_session
+from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.sweep.methods import Method, parse_method
+from alloc_moe.runtime.artifact.dial import price_of
+from alloc_moe.runtime.console import Console
+from alloc_moe.runtime.execution.session import ArtifactSession, open_session
+from alloc_moe.runtime.measure.evaluate import Evaluation, evaluate_artifact
 
 DECODED = ("uniform", "batch", "threshold", "price", "default")
 BUDGETS = ("0.25", "0.375", "0.5", "0.625", "0.75", "1.0")
@@ -41,7 +42,7 @@ class Compiler:
         self._profile: SensitivityProfile = measure_sensitivity(
             self.moe, self._text, metric="fisher", redistribution="price"
         )
-        self._graph = pipeline.export(self.moe, dtype="float32")
+        self._graph = export_model(self.moe, dtype="float32")
 
     def artifact(self, method: Method, budget: str, *, dial: bool = False) -> ArtifactSession:
         """Return the artifact of a method and a budget, loaded."""
@@ -50,13 +51,11 @@ class Compiler:
             self._text,
             parse_budget(budget, [layer.experts_per_token for layer in self.moe.layers]),
             PlanOptions(method.redistribution, "keep", method.correction, dial=dial),
-            source=self.moe.source,
+            source=self.moe.checkpoint.source,
             profile=None if method.metric is None else self._profile,
             console=self._console,
         )
-        model = pipeline.specialize(
-            self._graph, planned.plan, device="cpu", corrections=planned.corrections
-        )
+        model = specialize(self._graph, planned.plan, device="cpu", corrections=planned.corrections)
         path = self._folder / f"{len(list(self._folder.iterdir()))}.onnx"
         package.save_graph(model, path)
         return open_session(path, ep="cpu", count_activations=True, stop_spinning=True)
@@ -117,7 +116,7 @@ def main(model: str, text: Path, decode_tokens: int, dial_tokens: int, tokens: i
     """Print both tables for MODEL."""
     with tempfile.TemporaryDirectory() as folder:
         compiler = Compiler(model, tokens=tokens, folder=Path(folder))
-        ids = compiler.moe.tokenizer(
+        ids = compiler.moe.checkpoint.tokenizer(
             text.read_text("utf-8"), add_special_tokens=False, verbose=False
         )["input_ids"]
         decode_table(compiler, ids[:decode_tokens])

@@ -13,12 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from alloc_moe.compiler import package, pipeline
-from alloc_moe.compiler.allocate import make_plan, parse_budget
+from alloc_moe.compiler import pipeline
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.planning.allocation import make_plan, parse_budget
 from alloc_moe.compiler.records import Redistribution
-from alloc_moe.compiler.sensitivity import measure_sensitivity
-from alloc_moe.compiler.verify import verify_artifact
-from alloc_moe.runtime.command import Console
+from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.verify.parity import verify_artifact
+from alloc_moe.runtime.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from random_checkpoints import FAMILIES, save_checkpoint
@@ -34,7 +35,7 @@ def family_row(folder: Path, family: str) -> str:
     text = pipeline.calibrate(moe, None, console, tokens=512, seed=0)
     profile = measure_sensitivity(moe, text, metric="kl")
     budget = parse_budget("0.6", [layer.experts_per_token for layer in moe.layers])
-    graph = pipeline.export(moe, dtype="float32")
+    graph = export_model(moe, dtype="float32")
     errors = []
     for device in ("cpu", "cuda"):
         for redistribution in REDISTRIBUTIONS:
@@ -46,7 +47,7 @@ def family_row(folder: Path, family: str) -> str:
                 redistribution=redistribution,
                 weights="keep",
             )
-            package.save_graph(pipeline.specialize(graph, plan, device=device), folder / "out.onnx")
+            package.save_graph(specialize(graph, plan, device=device), folder / "out.onnx")
             found = verify_artifact(folder / "out.onnx", moe, plan, text.ids, dtype="float32")
             errors.append(f"{found.max_abs_logit_error:.1e}")
     ks = " ".join(str(layer.k) for layer in plan.layers)

@@ -21,8 +21,8 @@ import click
 def first_token(artifact: str) -> dict[str, float]:
     """Load an artifact and make one token; return seconds and bytes."""
     start = time.perf_counter()
-    from alloc_moe.runtime.generate import generate
-    from alloc_moe.runtime.session import open_session
+    from alloc_moe.runtime.execution.session import open_session
+    from alloc_moe.runtime.text.generation import generate
 
     session = open_session(artifact, ep="cpu")
     loaded = time.perf_counter()
@@ -49,7 +49,7 @@ def main(artifact: str, runs: int, *, child: bool) -> None:
         print(json.dumps(first_token(artifact)))
         return
     # Not at the top: a child's clock starts with nothing of alloc_moe imported.
-    from alloc_moe.runtime.files import find_artifact
+    from alloc_moe.runtime.artifact.files import find_artifact
 
     found = []
     for _ in range(runs):

@@ -30,21 +30,25 @@ import torch.nn.functional as F  # noqa: N812
 from scipy.stats import spearmanr
 
 from alloc_moe.compiler import pipeline
-from alloc_moe.compiler.allocate import parse_budget, solve_allocation, uniform_allocation
-from alloc_moe.compiler.calibration import CalibrationSet, load_calibration
-from alloc_moe.compiler.correct import Running, fit_corrections
-from alloc_moe.compiler.policies import LayerParameters
+from alloc_moe.compiler.calibration.windows import CalibrationSet, load_calibration
+from alloc_moe.compiler.correction.fitting import Running, fit_corrections
+from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.planning.allocation import (
+    parse_budget,
+    solve_allocation,
+    uniform_allocation,
+)
 from alloc_moe.compiler.records import (
     Correction,
     CorrectionMode,
     Metric,
-    MoeModel,
     Redistribution,
     SensitivityProfile,
 )
-from alloc_moe.compiler.reference import allocated
-from alloc_moe.compiler.sensitivity import measure_sensitivity
-from alloc_moe.runtime.command import Console
+from alloc_moe.compiler.reference.experts import allocated
+from alloc_moe.compiler.reference.policies import LayerParameters
+from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.runtime.console import Console
 
 Correct = Callable[[Sequence[int]], Sequence[Correction | None]]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -109,7 +113,9 @@ def main(
     moe = pipeline.load(model, console, trust_remote_code=False)
     calibration = pipeline.calibrate(moe, None, console, tokens=tokens, seed=seed)
     profiles = Profiles(output, moe, calibration, console)
-    held_out = load_calibration(text, moe.tokenizer, moe.config, tokens=text_tokens, seed=seed)
+    held_out = load_calibration(
+        text, moe.checkpoint.tokenizer, moe.config, tokens=text_tokens, seed=seed
+    )
     settings = {
         "model": moe.fingerprint,
         "text": held_out.sha256,

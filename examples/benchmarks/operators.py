@@ -17,10 +17,10 @@ from typing import Any
 import click
 import numpy as np
 
-from alloc_moe.runtime.dial import price_of
-from alloc_moe.runtime.files import find_artifact
-from alloc_moe.runtime.providers import create_session, session_options
-from alloc_moe.runtime.session import ArtifactSession
+from alloc_moe.runtime.artifact.dial import price_of
+from alloc_moe.runtime.artifact.files import find_artifact
+from alloc_moe.runtime.execution.providers import create_session, session_options
+from alloc_moe.runtime.execution.session import ArtifactSession
 
 
 def profile(

@@ -28,9 +28,9 @@ from bandwidth import Reader
 from peer_report import Results, claims, limits, table
 from turns import Contestant, Process, count, run_rounds
 
-from alloc_moe.runtime.artifact import AllocationPlan
-from alloc_moe.runtime.bench import machine
-from alloc_moe.runtime.files import find_artifact
+from alloc_moe.runtime.artifact.files import find_artifact
+from alloc_moe.runtime.artifact.plan import AllocationPlan
+from alloc_moe.runtime.measure.bench import machine
 
 WORKLOADS = ("decode 128 32", "prefill 128", "prefill 512")
 

@@ -18,16 +18,19 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.compiler import package, pipeline
-from alloc_moe.compiler.allocate import parse_budget
-from alloc_moe.compiler.load import load_model
-from alloc_moe.compiler.planning import Planned, PlanOptions, make_planned
-from alloc_moe.compiler.quantization import BITS, choose_formats, quantized
-from alloc_moe.compiler.records import DType, MoeModel
-from alloc_moe.compiler.sensitivity import measure_sensitivity
-from alloc_moe.runtime.command import Console
-from alloc_moe.runtime.evaluate import token_losses
-from alloc_moe.runtime.session import open_session
+from alloc_moe.compiler import pipeline
+from alloc_moe.compiler.model.loading import load_model
+from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.planning.allocation import parse_budget
+from alloc_moe.compiler.planning.plan import Planned, PlanOptions, make_planned
+from alloc_moe.compiler.records import DType
+from alloc_moe.compiler.rounding.formats import BITS, choose_formats
+from alloc_moe.compiler.rounding.weights import quantized
+from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.runtime.console import Console
+from alloc_moe.runtime.execution.session import open_session
+from alloc_moe.runtime.measure.evaluate import token_losses
 
 WINDOW = 512
 PRECISIONS: tuple[DType, ...] = ("float32", "int8", "int4")
@@ -41,10 +44,10 @@ class Compiler:
         self._console = Console(quiet=True)
         moe = load_model(model)
         if dtype in BITS:
-            moe = quantized(moe, choose_formats(moe.skeleton, moe.layers, dtype, block=block))
+            moe = quantized(moe, choose_formats(moe.checkpoint, dtype, block=block))
         self.moe: MoeModel = moe
         self._text = pipeline.calibrate(moe, None, self._console, tokens=tokens, seed=0)
-        self._graph = pipeline.export(moe, dtype=dtype)
+        self._graph = export_model(moe, dtype=dtype)
 
     def plan(self, budget: str) -> Planned:
         """Return the default plan of a budget."""
@@ -56,14 +59,14 @@ class Compiler:
             self._text,
             parse_budget(budget, [layer.experts_per_token for layer in self.moe.layers]),
             PlanOptions(dial=False),
-            source=self.moe.source,
+            source=self.moe.checkpoint.source,
             profile=profile,
             console=self._console,
         )
 
     def logits(self, planned: Planned, windows: NDArray[np.int64]) -> Logits:
         """Return what the artifact of a plan says of each window."""
-        model = pipeline.specialize(
+        model = specialize(
             self._graph,
             planned.plan,
             device="cpu",

@@ -24,9 +24,9 @@ import onnx_ir as ir
 from bandwidth import Reader
 from shapes import SHAPES, Shape
 
-from alloc_moe.compiler.quantization import BLOCK
+from alloc_moe.compiler.rounding.formats import BLOCK
 from alloc_moe.passes.blockwise import block_that_fits
-from alloc_moe.runtime.providers import create_session, session_options
+from alloc_moe.runtime.execution.providers import create_session, session_options
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -25,15 +25,21 @@ from random_olmoe import configuration
 from shapes import SHAPES
 from transformers import PreTrainedConfig
 
-from alloc_moe.compiler import package, pipeline
-from alloc_moe.compiler.export import export_graph
-from alloc_moe.compiler.load import find_moe_layers
-from alloc_moe.compiler.quantization import BITS, Quantization, choose_formats
-from alloc_moe.compiler.records import MoeLayer
-from alloc_moe.compiler.skeleton import build_skeleton
+from alloc_moe.compiler.export.graph import export_graph
+from alloc_moe.compiler.model.loading import find_moe_layers
+from alloc_moe.compiler.model.skeleton import build_skeleton
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.records import MoeLayer, Quantization
+from alloc_moe.compiler.rounding.formats import BITS, choose_formats
 from alloc_moe.passes.default import normalize_passes
-from alloc_moe.runtime.artifact import PLAN_KEY, AllocationPlan, Budget, DialPoint, PlannedLayer
-from alloc_moe.runtime.session import open_session
+from alloc_moe.runtime.artifact.plan import (
+    PLAN_KEY,
+    AllocationPlan,
+    Budget,
+    DialPoint,
+    PlannedLayer,
+)
+from alloc_moe.runtime.execution.session import open_session
 
 _CACHE_STEP = 0.05  # of an int8 cache; random keys and values are about 1
 FRACTIONS = (0.75, 0.5, 0.375, 0.25)
@@ -77,7 +83,7 @@ def write(
     scales = dict.fromkeys(range(config.num_hidden_layers), (steps, steps))
 
     def specialized(policy: str, cache: str = cache) -> ir.Model:
-        return pipeline.specialize(
+        return specialize(
             graph,
             make_plan(layers, policy, form),
             device="cpu",

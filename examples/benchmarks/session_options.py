@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import click
 from turns import Process
 
-from alloc_moe.runtime.bench import machine
+from alloc_moe.runtime.measure.bench import machine
 
 DECODE, PREFILL = "decode 128 32", "prefill 512"
 _SPINNING = "session.intra_op.allow_spinning"

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from alloc_moe.compiler.calibration import CalibrationSet
-    from alloc_moe.compiler.pipeline import Compiled
-    from alloc_moe.compiler.records import Metric, MoeModel, Redistribution, SensitivityProfile
-    from alloc_moe.runtime.artifact import AllocationPlan
+    from alloc_moe.compiler.calibration.windows import CalibrationSet
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.records import Compiled, Metric, Redistribution, SensitivityProfile
+    from alloc_moe.runtime.artifact.plan import AllocationPlan
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def moe_model(checkpoint: Callable[[str], Path]) -> Callable[[str], MoeModel]:
     """Return a function from a family's name to its loaded checkpoint."""
-    from alloc_moe.compiler.load import load_model
+    from alloc_moe.compiler.model.loading import load_model
 
     loaded: dict[str, MoeModel] = {}
 
@@ -51,9 +51,9 @@ def moe_model(checkpoint: Callable[[str], Path]) -> Callable[[str], MoeModel]:
 @pytest.fixture(scope="session")
 def exported(moe_model: Callable[[str], MoeModel]) -> Callable[[str], ir.Model]:
     """Return a function from a family's name to its normalised graph, exported once."""
-    from alloc_moe.compiler.pipeline import export
+    from alloc_moe.compiler.export.normalize import export_model
 
-    return functools.cache(lambda family: export(moe_model(family), dtype="float32"))
+    return functools.cache(lambda family: export_model(moe_model(family), dtype="float32"))
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> str:
     """Return a checkpoint whose export was done before."""
-    monkeypatch.setattr("alloc_moe.compiler.pipeline.export", lambda *_, **__: exported("olmoe"))
+    monkeypatch.setattr(
+        "alloc_moe.compiler.pipeline.export_model", lambda *_, **__: exported("olmoe")
+    )
     return str(checkpoint("olmoe"))
 
 
@@ -72,7 +74,7 @@ def compile_to(model: str) -> Callable[..., Compiled]:
     """Return a function from an output and options to what a compile of the model made."""
     from alloc_moe.compiler.pipeline import compile_model
     from alloc_moe.compiler.records import CompileOptions
-    from alloc_moe.runtime.command import Console
+    from alloc_moe.runtime.console import Console
 
     defaults = CompileOptions(model, "", "0.5", tokens=256)
 
@@ -86,15 +88,15 @@ def compile_to(model: str) -> Callable[..., Compiled]:
 @pytest.fixture(scope="session")
 def half_graph(moe_model: Callable[[str], MoeModel]) -> ir.Model:
     """Return a normalised graph in float16."""
-    from alloc_moe.compiler.pipeline import export
+    from alloc_moe.compiler.export.normalize import export_model
 
-    return export(moe_model("olmoe"), dtype="float16")
+    return export_model(moe_model("olmoe"), dtype="float16")
 
 
 @pytest.fixture(scope="session")
 def plan_for() -> Callable[..., AllocationPlan]:
     """Return a function from a model and the k of each layer to a plan."""
-    from alloc_moe.runtime.artifact import AllocationPlan, Budget, PlannedLayer
+    from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget, PlannedLayer
 
     def make(
         moe: MoeModel,
@@ -109,7 +111,7 @@ def plan_for() -> Callable[..., AllocationPlan]:
         )
         original = sum(layer.k_original for layer in layers)
         budget = Budget(sum(ks), sum(ks), original)
-        return AllocationPlan(moe.source, budget, redistribution, weights, layers)
+        return AllocationPlan(moe.checkpoint.source, budget, redistribution, weights, layers)
 
     return make
 
@@ -117,8 +119,8 @@ def plan_for() -> Callable[..., AllocationPlan]:
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a graph specialised for a plan, and returns its path."""
-    from alloc_moe.compiler import package
-    from alloc_moe.compiler.pipeline import specialize
+    from alloc_moe.compiler.export.specialize import specialize
+    from alloc_moe.compiler.package import output as package
 
     def write(
         graph: ir.Model,
@@ -144,7 +146,7 @@ def token_ids() -> NDArray[np.int64]:
 @pytest.fixture(scope="session")
 def calibration(token_ids: NDArray[np.int64]) -> CalibrationSet:
     """Return windows of random bytes to calibrate on."""
-    from alloc_moe.compiler.calibration import CalibrationSet
+    from alloc_moe.compiler.calibration.windows import CalibrationSet
 
     windows, length = token_ids.shape
     return CalibrationSet(token_ids, "0" * 64, 0, windows * length, length, "random bytes")
@@ -170,7 +172,7 @@ def profile_of(
     moe_model: Callable[[str], MoeModel], calibration: CalibrationSet
 ) -> Callable[[str, Metric], SensitivityProfile]:
     """Return a function from a family's name and a metric to what fewer experts cost it."""
-    from alloc_moe.compiler.sensitivity import measure_sensitivity
+    from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 
     return functools.cache(
         lambda family, metric: measure_sensitivity(moe_model(family), calibration, metric=metric)
@@ -182,9 +184,9 @@ def score_plan(token_ids: NDArray[np.int64]) -> Callable[..., AllocationPlan]:
     """Return a function from a model and a score policy to a plan that keeps about every other."""
     import torch
 
-    from alloc_moe.compiler.policies import rank_candidates, scores
-    from alloc_moe.compiler.reference import library_experts, replaced_experts
-    from alloc_moe.runtime.artifact import AllocationPlan, Budget, DialPoint, PlannedLayer
+    from alloc_moe.compiler.reference.experts import library_experts, replaced_experts
+    from alloc_moe.compiler.reference.policies import rank_candidates, scores
+    from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget, DialPoint, PlannedLayer
 
     def make(
         moe: MoeModel, redistribution: Redistribution, *, weights: str = "keep", **more: Any
@@ -222,7 +224,7 @@ def score_plan(token_ids: NDArray[np.int64]) -> Callable[..., AllocationPlan]:
             more["dial"] = points
         budget = Budget(0.6, activations, original)
         return AllocationPlan(
-            moe.source, budget, redistribution, weights, layers, price=price, **more
+            moe.checkpoint.source, budget, redistribution, weights, layers, price=price, **more
         )
 
     return make

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from alloc_moe.compiler import package, pipeline, sensitivity
+from alloc_moe.compiler import pipeline
 from alloc_moe.compiler.errors import (
     BudgetError,
     CheckpointError,
@@ -24,12 +24,14 @@ from alloc_moe.compiler.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from alloc_moe.compiler.pipeline import Compiled
-from alloc_moe.compiler.records import MoeModel
-from alloc_moe.runtime.artifact import MODEL_FILE, PLAN_FILE, SHARED_CACHE_KEY
-from alloc_moe.runtime.cache import FLOAT, INT8
-from alloc_moe.runtime.command import Console
-from alloc_moe.runtime.session import open_session
+from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.records import Compiled
+from alloc_moe.compiler.sensitivity import measuring as sensitivity
+from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE, SHARED_CACHE_KEY
+from alloc_moe.runtime.console import Console
+from alloc_moe.runtime.execution.cache import FLOAT, INT8
+from alloc_moe.runtime.execution.session import open_session
 
 Compile = Callable[..., Compiled]
 
@@ -43,9 +45,11 @@ KILLED = """
 import os, signal, sys
 import onnx_ir as ir
 import torch
-from alloc_moe.compiler import package, pipeline, sensitivity
+from alloc_moe.compiler import pipeline
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.records import CompileOptions
-from alloc_moe.runtime.command import Console
+from alloc_moe.runtime.console import Console
 
 moment, graph, model, output = sys.argv[1:]
 torch.set_num_threads(1)
@@ -104,7 +108,7 @@ def test_a_cache_that_is_copied_is_told_of(
     for node in graph.graph:
         if node.op_type == "Attention":
             node.attributes["softcap"] = ir.AttrFloat32("softcap", 1e9)  # changes nothing else
-    monkeypatch.setattr(pipeline, "export", lambda *_, **__: graph)
+    monkeypatch.setattr(pipeline, "export_model", lambda *_, **__: graph)
     compiled = compile_to(tmp_path / "out.onnx", console=Console())
     assert "The cache is copied at every step" in capsys.readouterr().err
     assert not open_session(compiled.path, ep="cpu").shares_cache
@@ -278,7 +282,9 @@ def test_what_fails_verification_is_not_written(
 def test_bfloat16_is_refused_before_any_work(
     compile_to: Compile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alloc_moe.compiler.verify.cuda_obstacle", lambda: "no driver was found")
+    monkeypatch.setattr(
+        "alloc_moe.compiler.verify.parity.cuda_obstacle", lambda: "no driver was found"
+    )
     with pytest.raises(VerificationError, match="runs on CUDA only"):
         compile_to(tmp_path / "out.onnx", dtype="bfloat16", model="never read")
 
@@ -297,11 +303,11 @@ def test_state_that_runtimes_cant_carry_is_refused(
     node.outputs[0].type, node.outputs[0].shape = state.type, state.shape
     graph = ir.Graph([state], node.outputs, nodes=[node], opset_imports={"": 23}, name="graph")
     model = ir.Model(graph, ir_version=10)
-    monkeypatch.setattr(pipeline, "export_graph", lambda *_, **__: model)
+    monkeypatch.setattr(normalize, "export_graph", lambda *_, **__: model)
     with pytest.raises(
         UnsupportedModelError, match=r"olmoe keeps more state than keys and values \(input\.past"
     ):
-        pipeline.export(moe_model("olmoe"), dtype="float32")
+        export_model(moe_model("olmoe"), dtype="float32")
 
 
 def test_without_a_text_beside_the_model_the_built_in_one_is_taken(

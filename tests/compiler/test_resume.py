@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from alloc_moe.compiler import quantization, sensitivity
-from alloc_moe.compiler.calibration import CalibrationSet
-from alloc_moe.compiler.checkpoint import CheckpointReader
-from alloc_moe.compiler.layer_states import LayerStates
-from alloc_moe.compiler.load import load_model
-from alloc_moe.compiler.pipeline import Compiled
-from alloc_moe.compiler.quantization import rounded
-from alloc_moe.compiler.records import Metric, MoeModel
-from alloc_moe.compiler.saved_passes import SavedPasses
-from alloc_moe.compiler.sensitivity import measure_sensitivity
+from alloc_moe.compiler.calibration.windows import CalibrationSet
+from alloc_moe.compiler.model.checkpoint import CheckpointReader
+from alloc_moe.compiler.model.loading import load_model
+from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.records import Compiled, Metric
+from alloc_moe.compiler.rounding import weights as quantization
+from alloc_moe.compiler.rounding.weights import rounded
+from alloc_moe.compiler.sensitivity import measuring as sensitivity
+from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.workspace.results import SavedResults
+from alloc_moe.compiler.workspace.states import LayerStates
 from alloc_moe.passes.blockwise import BlockFormat
-from alloc_moe.runtime.artifact import AllocationPlan
+from alloc_moe.runtime.artifact.plan import AllocationPlan
 
 CALIBRATION = CalibrationSet(
     ids=np.random.default_rng(0).integers(0, 256, (5, 24)),
@@ -156,13 +157,13 @@ def test_a_stopped_compile_repeats_no_pass(
         return compile_to(output, offload="always", force=True).plan
 
     with monkeypatch.context() as patch:
-        kept = stopping(SavedPasses, "keep", -1, patch)
+        kept = stopping(SavedResults, "keep", -1, patch)
         whole = plan_in("whole")
     assert len(kept) > 20
     done = 0
     while done < len(kept):
         with monkeypatch.context() as patch:
-            calls = stopping(SavedPasses, "keep", 7, patch)
+            calls = stopping(SavedResults, "keep", 7, patch)
             try:
                 plan = plan_in("parts")
             except _StopError:
@@ -182,7 +183,7 @@ def test_weights_of_an_offloaded_layer_are_rounded_once(
     metric: Metric,
 ) -> None:
     moe = load_model(str(checkpoint("olmoe")), offload="always")
-    moe = dataclasses.replace(moe, passes=SavedPasses(tmp_path / "passes"))
+    moe = dataclasses.replace(moe, passes=SavedResults(tmp_path / "passes"))
     rounded_moe = rounded(moe, "int4")
     packed: list[object] = []
     pack = quantization.quantize
@@ -208,7 +209,7 @@ def test_weights_of_an_offloaded_layer_are_rounded_once(
 def test_each_of_several_processes_keeps_a_file_of_its_own_until_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes = SavedPasses(tmp_path / "passes")
+    passes = SavedResults(tmp_path / "passes")
     monkeypatch.setenv("RANK", "1")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda *_: None)  # killed just before

@@ -15,7 +15,7 @@ import pytest
 from onnx import numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from alloc_moe.runtime.artifact import (
+from alloc_moe.runtime.artifact.plan import (
     MODEL_FILE,
     PLAN_FILE,
     PLAN_KEY,

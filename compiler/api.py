@@ -1,0 +1,348 @@
+"""Compiling and profiling from Python: the commands' options as keywords.
+
+from alloc_moe.compiler import compile
+
+compiled = compile("examples/tiny-moe", budget=0.5, output="out.onnx")
+"""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from alloc_moe.compiler.errors import OptionsError
+from alloc_moe.compiler.records import (
+    Allocation,
+    CacheType,
+    CalibrationOptions,
+    CompileOptions,
+    CorrectionMode,
+    CostKind,
+    Device,
+    DType,
+    Metric,
+    OffloadMode,
+    PlanOptions,
+    ProfileOptions,
+    Redistribution,
+    TargetOptions,
+    Weights,
+)
+from alloc_moe.runtime.console import Console
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.records import Compiled, SensitivityProfile
+
+_SCORED = ("price", "threshold", "top-p", "ratio")  # compare scores, so that a cap is of use
+_WITHOUT_ALLOCATION = ("price", "top-p", "ratio")  # divide the budget among layers themselves
+_SIZED = ("fisher", "output")  # metrics that measure the sizes of experts
+
+
+def compile(
+    model: str | Path,
+    *,
+    budget: float | str = 0.5,
+    output: str | Path = "out.onnx",
+    calibration: str | Path | None = None,
+    tokens: int = 8192,
+    seed: int = 0,
+    sensitivity: Metric = "fisher",
+    profile: str | Path | None = None,
+    redistribute: Redistribution | None = None,
+    correct: CorrectionMode = "affine",
+    weights: Weights = "keep",
+    allocation: Allocation = "sensitivity",
+    cost: CostKind | None = None,
+    cost_batch: int = 1,
+    cap: float | None = None,
+    refine: int = 0,
+    refine_minutes: float = 10.0,
+    dtype: DType = "float32",
+    block: int = 128,
+    mixed_bits: bool = False,
+    cache: CacheType = "float32",
+    device: Device = "cpu",
+    offload: OffloadMode = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+) -> Compiled:
+    """Compile a Mixture-of-Experts checkpoint into an ONNX artifact on a budget.
+
+    Every keyword is the option of that name of ``alloc-compile``, whose ``--help`` says more.
+
+    Args:
+        model: A folder in the Hugging Face layout, or the id of a model on the hub.
+        budget: Expert activations per token: a float is a fraction of the model's, an int their
+            number over all layers. Text is as for the command. With another `cost` a fraction of
+            what the model's experts cost.
+        output: ``out.onnx``, or ``DIR/`` for a bundle.
+        calibration: Text file, or dataset on the hub, to calibrate on.
+        tokens: Calibration tokens.
+        seed: Picks the windows of calibration text.
+        sensitivity: What fewer experts in a layer cost.
+        profile: Where the sensitivity profile is read, finished and kept.
+        redistribute: Which of a token's experts run; None is ``price`` where that is possible, else
+            ``threshold``.
+        correct: How the experts that run make up for the others.
+        weights: Whether weights of kept experts stay as the router gave them.
+        allocation: Experts per layer by sensitivity, or the same everywhere.
+        cost: What the budget is of: activations (None too), bytes or milliseconds.
+        cost_batch: Tokens in the decode step that bytes or milliseconds are for.
+        cap: No call runs more than this times a layer's experts per token.
+        refine: How many of the best plans are measured as a whole.
+        refine_minutes: How long, at most.
+        dtype: Type of the weights.
+        block: How many weights share a scale, at most: 16, 32, 64 or 128.
+        mixed_bits: Choose 4 or 8 bits for each layer's experts together with their number.
+        cache: Type of keys and values between calls.
+        device: Where the artifact will run.
+        offload: Whether decoder layers are read from disk when they run.
+        trust_remote_code: Run Python code of the checkpoint.
+        force: Replace an existing output.
+        console: Where progress is told; None tells nothing but warnings.
+
+    Returns:
+        The artifact's path, its plan, and how far its logits are from PyTorch's.
+
+    Raises:
+        OptionsError: Options exclude each other, or there is no such choice.
+        AllocMoeError: Anything else that the user can act on; no output file was touched then.
+    """
+    from alloc_moe.compiler.pipeline import compile_model
+
+    if mixed_bits:
+        _check_mixed_bits(dtype, cost, allocation, sensitivity, redistribute)
+    cost = cost or ("bytes" if mixed_bits else "activations")
+    sized = sensitivity in _SIZED or allocation == "uniform"
+    if redistribute is None:
+        redistribute = "price" if sized and cost == "activations" else "threshold"
+    options = CompileOptions(
+        model=str(model),
+        output=_with_slash(output),
+        budget=_budget(budget),
+        calibration=_calibration(calibration, tokens, seed),
+        sensitivity=sensitivity,
+        profile=None if profile is None else Path(profile),
+        plan=PlanOptions(
+            redistribution=redistribute,
+            weights=weights,
+            correction=correct,
+            allocation=allocation,
+            cost=cost,
+            cost_batch=cost_batch,
+            cap=cap,
+            refine=refine,
+            refine_seconds=60 * refine_minutes,
+        ),
+        target=TargetOptions(dtype, int(block), mixed_bits, cache, device),
+        offload=offload,
+        trust_remote_code=trust_remote_code,
+        force=force,
+    )
+    _check_names(options, sensitivity, offload)
+    if redistribute == "price" and not sized:
+        raise OptionsError(
+            f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
+            f"doesn't measure. Use {' or '.join(_SIZED)}, or another --redistribute."
+        )
+    _check_plan(options.plan)
+    if cache == "int8" and (device == "cuda" or dtype in ("float16", "bfloat16")):
+        raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")
+    return compile_model(options, console or Console(quiet=True))
+
+
+def profile(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    calibration: str | Path | None = None,
+    tokens: int = 8192,
+    seed: int = 0,
+    sensitivity: Metric = "fisher",
+    redistribute: Redistribution | None = None,
+    correct: CorrectionMode = "affine",
+    dtype: DType = "float32",
+    block: int = 128,
+    offload: OffloadMode = "auto",
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+) -> SensitivityProfile:
+    """Measure how sensitive each layer of a checkpoint is to fewer experts, for any budget.
+
+    Every keyword is the option of that name of ``alloc-profile``; those that `compile` has too
+    are as there. Started by ``torchrun`` the processes share the work.
+
+    Args:
+        model: A folder in the Hugging Face layout, or the id of a model on the hub.
+        output: Where the profile is kept; one that is there is finished. None keeps nothing.
+        calibration: Text file, or dataset on the hub.
+        tokens: Calibration tokens.
+        seed: Picks the windows of calibration text.
+        sensitivity: What fewer experts in a layer cost, in the metric's own unit: nats per token
+            for ``fisher`` and ``kl``, perplexity for ``ppl-suffix``, a relative squared error for
+            ``output`` and ``data-free``.
+        redistribute: What runs while it is measured.
+        correct: How layers are corrected meanwhile.
+        dtype: float32, int8 or int4: measure with weights so rounded.
+        block: How many weights share a scale, at most.
+        offload: Whether decoder layers are read from disk when they run.
+        trust_remote_code: Run Python code of the checkpoint.
+        console: Where progress is told; None tells nothing but warnings.
+
+    Returns:
+        ``costs[l][k - 1]``, the cost of k experts in MoE layer l.
+
+    Raises:
+        OptionsError: There is no such choice.
+        AllocMoeError: Anything else that the user can act on.
+    """
+    from alloc_moe.compiler.pipeline import profile_model
+    from alloc_moe.compiler.workspace.processes import joined_processes
+
+    options = profile_options(
+        model,
+        output,
+        calibration=calibration,
+        tokens=tokens,
+        seed=seed,
+        sensitivity=sensitivity,
+        redistribute=redistribute,
+        correct=correct,
+        dtype=dtype,
+        block=block,
+        offload=offload,
+        trust_remote_code=trust_remote_code,
+    )
+    with joined_processes() as processes:
+        talks = console if console is not None and processes.writes else Console(quiet=True)
+        return profile_model(options, talks, processes)
+
+
+def profile_options(
+    model: str | Path,
+    output: str | Path | None,
+    *,
+    calibration: str | Path | None,
+    tokens: int,
+    seed: int,
+    sensitivity: Metric,
+    redistribute: Redistribution | None,
+    correct: CorrectionMode,
+    dtype: DType,
+    block: int,
+    offload: OffloadMode,
+    trust_remote_code: bool,
+) -> ProfileOptions:
+    """Return the options of `profile`, checked.
+
+    Raises:
+        OptionsError: There is no such choice.
+    """
+    if redistribute is None:
+        redistribute = "price" if sensitivity in _SIZED else "threshold"
+    options = ProfileOptions(
+        model=str(model),
+        path=None if output is None else Path(output),
+        calibration=_calibration(calibration, tokens, seed),
+        sensitivity=sensitivity,
+        redistribution=redistribute,
+        correction=correct,
+        dtype=dtype,
+        block=int(block),
+        offload=offload,
+        trust_remote_code=trust_remote_code,
+    )
+    _check("--sensitivity", sensitivity, get_args(Metric))
+    _check("--redistribute", redistribute, get_args(Redistribution))
+    _check("--correct", correct, get_args(CorrectionMode))
+    _check("--dtype", dtype, ("float32", "int8", "int4"))
+    _check("--offload", offload, get_args(OffloadMode))
+    return options
+
+
+def _calibration(text: str | Path | None, tokens: int, seed: int) -> CalibrationOptions:
+    return CalibrationOptions(None if text is None else str(text), int(tokens), int(seed))
+
+
+def _with_slash(output: str | Path) -> str:
+    """Return the output as the command takes it: a path of no .onnx file is a bundle's folder."""
+    if isinstance(output, Path) and output.suffix != ".onnx":
+        return f"{output}/"
+    return str(output)
+
+
+def _budget(budget: float | str) -> str:
+    """Return a budget as the command takes it: with a point it is a fraction."""
+    if isinstance(budget, str):
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise OptionsError(
+            f"The budget {budget!r} is no number. Give a fraction such as 0.5, or a whole number."
+        )
+    return str(int(budget) if isinstance(budget, numbers.Integral) else float(budget))
+
+
+def _check_names(options: CompileOptions, sensitivity: str, offload: str) -> None:
+    plan, target = options.plan, options.target
+    for name, value, choices in (
+        ("--sensitivity", sensitivity, get_args(Metric)),
+        ("--redistribute", plan.redistribution, get_args(Redistribution)),
+        ("--correct", plan.correction, get_args(CorrectionMode)),
+        ("--weights", plan.weights, get_args(Weights)),
+        ("--allocation", plan.allocation, get_args(Allocation)),
+        ("--cost", plan.cost, get_args(CostKind)),
+        ("--dtype", target.dtype, get_args(DType)),
+        ("--block", target.block, (16, 32, 64, 128)),
+        ("--cache", target.cache, get_args(CacheType)),
+        ("--device", target.device, get_args(Device)),
+        ("--offload", offload, get_args(OffloadMode)),
+    ):
+        _check(name, value, choices)
+
+
+def _check(option: str, value: object, choices: tuple[object, ...]) -> None:
+    if value in choices:
+        return
+    names = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(names)}."
+    raise OptionsError(f"{option} can't be {value!r}. {hint}")
+
+
+def _check_plan(plan: PlanOptions) -> None:
+    policy = plan.redistribution
+    if plan.cap is not None and policy not in _SCORED:
+        raise OptionsError(f"--cap is for {', '.join(_SCORED)}; {policy} is exact.")
+    if plan.cost != "activations" and policy in _WITHOUT_ALLOCATION:
+        raise OptionsError(
+            f"--cost {plan.cost} divides a budget among layers, which {policy} does by itself. Use "
+            "--redistribute threshold, batch, sequence or none."
+        )
+    if plan.refine and policy in ("top-p", "ratio"):
+        raise OptionsError(f"--redistribute {policy} leaves nothing to refine.")
+
+
+def _check_mixed_bits(
+    dtype: str, cost: str | None, allocation: str, sensitivity: str, redistribution: str | None
+) -> None:
+    """Refuse what --mixed-bits can't be combined with."""
+    for fault, advice in (
+        (dtype not in ("int8", "int4"), "needs --dtype int4 or int8"),
+        (cost not in (None, "bytes"), f"budgets bytes, so --cost {cost} can't be met"),
+        (allocation == "uniform", "goes by sensitivities, which --allocation uniform ignores"),
+        (
+            sensitivity not in _SIZED,
+            f"needs --sensitivity {' or '.join(_SIZED)}; {sensitivity} doesn't measure the "
+            "rounding of weights",
+        ),
+        (
+            redistribution in _WITHOUT_ALLOCATION,
+            f"divides a budget among layers, which {redistribution} does by itself. Use "
+            "--redistribute threshold, batch, sequence or none",
+        ),
+    ):
+        if fault:
+            raise OptionsError(f"--mixed-bits {advice}.")

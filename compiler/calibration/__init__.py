@@ -1,0 +1,4 @@
+"""Text -> token windows.
+
+In: a checkpoint and a file, a dataset or nothing. Out: a `CalibrationSet`. Begin at `windows`.
+"""

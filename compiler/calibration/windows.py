@@ -1,0 +1,191 @@
+"""Text -> calibration set: the seeded windows of tokens that sensitivities are measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alloc_moe.compiler.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from alloc_moe.compiler.model.checkpoint import Checkpoint
+    from alloc_moe.compiler.records import CalibrationOptions
+    from alloc_moe.runtime.console import Console
+
+logger = logging.getLogger(__name__)
+
+_SEQUENCE_LENGTH = 512
+_CHARACTERS_PER_TOKEN = 20  # read of a dataset: about five times what the tokens need
+_DATASET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Windows of tokens of a text.
+
+    ``tokens == ids.size`` is what there is, near what was asked for; ``sha256`` is of the text.
+    """
+
+    ids: npt.NDArray[np.int64]  # [windows, sequence_length]
+    sha256: str
+    seed: int
+    tokens: int
+    sequence_length: int
+    name: str
+
+
+def calibrate(
+    checkpoint: Checkpoint, options: CalibrationOptions, console: Console
+) -> CalibrationSet:
+    """Return tokens of the text asked for, else of calibration.txt beside the model, else built-in.
+
+    Raises:
+        CalibrationError: The text can't be read, is too short, or doesn't suit the model.
+    """
+    beside = checkpoint.folder / "calibration.txt"
+    text = options.text
+    if text is None:
+        built_in = Path(__file__).with_name("built_in.txt")
+        text = str(beside if beside.is_file() else built_in)
+        console.note(
+            f"Calibrating on {text}"
+            if beside.is_file()
+            else "Calibrating on the built-in text (public-domain English prose); "
+            "give --calibration with text like yours for a plan that fits it better"
+        )
+    return load_calibration(
+        text, checkpoint.tokenizer, checkpoint.config, tokens=options.tokens, seed=options.seed
+    )
+
+
+def load_calibration(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    *,
+    tokens: int,
+    seed: int,
+) -> CalibrationSet:
+    """Return windows that don't overlap, drawn from a text with a seed.
+
+    Args:
+        source: A UTF-8 text file, or ``owner/name`` or ``owner/name:config`` of a dataset on the
+            Hugging Face hub, whose train split is read from its beginning.
+        tokenizer: The model's.
+        config: The model's. Windows have 512 tokens, fewer if the model takes fewer.
+        tokens: How many tokens to draw; rounded to whole windows, and fewer if the text is shorter.
+        seed: Decides which windows are drawn.
+
+    Raises:
+        CalibrationError: The text can't be read, is too short, or doesn't suit the model.
+    """
+    if tokens < 2:
+        raise CalibrationError(f"Calibration needs at least 2 tokens, not {tokens}.")
+    data = _read(source, tokens)
+    encoded = _encode(data, source, tokenizer, config)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = min(_SEQUENCE_LENGTH, positions or _SEQUENCE_LENGTH, tokens, len(encoded))
+    available = len(encoded) // length
+    wanted = (tokens + length // 2) // length
+    if available < wanted:
+        logger.warning(
+            "The calibration text %s has %d tokens, fewer than the %d asked for; %d are used.",
+            source,
+            len(encoded),
+            tokens,
+            available * length,
+        )
+    windows = encoded[: available * length].reshape(available, length)
+    ids = windows[np.random.default_rng(seed).permutation(available)[:wanted]]
+    return CalibrationSet(
+        ids=ids,
+        sha256=hashlib.sha256(data).hexdigest(),
+        seed=seed,
+        tokens=ids.size,
+        sequence_length=length,
+        name=str(source),
+    )
+
+
+def _read(source: str | Path, tokens: int) -> bytes:
+    path = Path(source)
+    match = _DATASET.fullmatch(str(source))
+    if match and not path.exists() and not path.parent.is_dir() and path.suffix != ".txt":
+        return _read_dataset(match["id"], match["config"], tokens * _CHARACTERS_PER_TOKEN)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(
+            f"The calibration text {source} can't be read: {error.strerror}. "
+            "Give a text file, or a dataset of the Hugging Face hub as owner/name."
+        ) from error
+
+
+def _encode(
+    data: bytes, source: str | Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> npt.NDArray[np.int64]:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"The calibration text {source} is not UTF-8: byte {error.start} is "
+            f"0x{data[error.start]:02x}. Convert it to UTF-8."
+        ) from error
+    if not text.strip():
+        raise CalibrationError(f"The calibration text {source} is empty.")
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise CalibrationError(
+            f"The calibration text {source} has {len(ids)} token; at least 2 are needed, "
+            "and thousands to tell layers apart."
+        )
+    vocabulary = config.get_text_config().vocab_size
+    if max(ids) >= vocabulary:
+        raise CalibrationError(
+            f"The tokenizer gives token {max(ids)}, but the model's vocabulary has {vocabulary} "
+            "tokens: it is the tokenizer of another model. Put the model's own beside its weights."
+        )
+    return np.array(ids, dtype=np.int64)
+
+
+def _read_dataset(dataset_id: str, config: str | None, characters: int) -> bytes:
+    """Return the first `characters` or more of the train split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"There is no file {dataset_id}, and reading it as a dataset of the Hugging Face hub "
+            "needs the datasets library. Check the path, or run: pip install datasets"
+        ) from error
+    try:
+        rows = datasets.load_dataset(dataset_id, config, split="train", streaming=True)
+        return "\n\n".join(_take(rows, dataset_id, characters)).encode()
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"There is no file {dataset_id}, and the Hugging Face hub gave no such dataset: "
+            f"{str(error).partition(chr(10))[0] or type(error).__name__}"
+        ) from error
+
+
+def _take(rows: Iterable[Mapping[str, Any]], dataset_id: str, characters: int) -> Iterator[str]:
+    for row in rows:
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"The dataset {dataset_id} has no column text, only {', '.join(row)}. "
+                "Write its text to a file and give that."
+            )
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return

@@ -1,0 +1,177 @@
+"""alloc-compile: options in, exit code out. No logic."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alloc_moe.compiler.commands.options import (
+    block_option,
+    need_compile_extra,
+    profiling_options,
+    wrong_options,
+)
+from alloc_moe.runtime.commands.options import common_options, examples
+from alloc_moe.runtime.console import Console
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.records import Compiled
+
+
+@click.command(
+    epilog=examples(
+        "alloc-compile examples/tiny-moe --budget 0.5 -o out.onnx",
+        "alloc-compile allenai/OLMoE-1B-7B-0924 --budget 64 --calibration notes.txt -o bundle/",
+    )
+)
+@click.argument("model")
+@click.option(
+    "--budget",
+    required=True,
+    help="Expert activations per token: a fraction of the model's (0.5, 1.0), or their number over "
+    "all layers (64). With another --cost: a fraction of what the model's experts cost.",
+)
+@click.option(
+    "-o", "--output", required=True, help="out.onnx (and out.onnx.data), or DIR/ for a bundle."
+)
+@profiling_options
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Sensitivity profile: used if complete, finished if not, made if missing. "
+    "Default: OUTPUT.profile.json.",
+)
+@click.option(
+    "--allocation",
+    type=click.Choice(["sensitivity", "uniform"]),
+    default="sensitivity",
+    show_default=True,
+    help="Experts per layer: optimal for the profile, or the same everywhere (no profile needed).",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["activations", "bytes", "latency"]),
+    help="What the budget is of: expert activations, the bytes of expert weights that a decode "
+    "step reads, or its milliseconds in experts, measured on this machine. Default: activations; "
+    "bytes with --mixed-bits.",
+)
+@click.option(
+    "--cost-batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Tokens in the decode step that --cost bytes or latency is for.",
+)
+@click.option(
+    "--cap",
+    metavar="FACTOR",
+    type=click.FloatRange(min=1.0),
+    help="No call runs more than this times a layer's experts per token. For price, threshold, "
+    "top-p and ratio, which hold the budget in the mean only. Fixes the budget.",
+)
+@click.option(
+    "--refine",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Measure the N best plans as a whole, then move experts between layers while that helps.",
+)
+@click.option(
+    "--refine-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="When to stop refining; the same command goes on from there.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["keep", "renorm"]),
+    default="keep",
+    show_default=True,
+    help="Weights of the kept experts: the router's own, or scaled up to the sum of all.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16", "int8", "int4"]),
+    default="float32",
+    show_default=True,
+    help="Type of the weights. int8 and int4 are rounded in blocks, with float32 activations "
+    "(float16 for --device cuda). float16 and bfloat16 are for --device cuda, bfloat16 must be "
+    "compiled where CUDA is.",
+)
+@block_option
+@click.option(
+    "--cache",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Type of keys and values between calls; int8 makes long contexts faster, and is for the "
+    "CPU. (16-bit activations have a 16-bit cache.)",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the artifact will run: decides how dropped experts are skipped.",
+)
+@click.option(
+    "--mixed-bits",
+    is_flag=True,
+    help="Choose 4 or 8 bits for each layer's experts together with their number. The budget is "
+    "then of bytes (--cost bytes): a fraction of what the model's experts take in --dtype int4 or "
+    "int8, one of which it needs and the other weights get.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@common_options
+def compile_command(console: Console, /, **options: Any) -> None:
+    """Compile MODEL, a Mixture-of-Experts checkpoint, into an ONNX artifact on a budget.
+
+    MODEL is a folder in the Hugging Face layout or the id of a model on the hub.
+    """
+    need_compile_extra()
+    from alloc_moe.compiler.api import compile
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError(
+            "alloc-compile works in one process. Measure the profile on many with alloc-profile, "
+            "then compile with --profile."
+        )
+    with wrong_options():
+        compiled = compile(**options, console=console)
+    console.result(_summary(compiled), _summary_json(compiled))
+
+
+def _summary(compiled: Compiled) -> str:
+    budget = compiled.plan.budget
+    ks = " ".join(f"{layer.k:.4g}" for layer in compiled.plan.layers)
+    bits = [layer.bits for layer in compiled.plan.layers if layer.bits]
+    of_bits = f"Bits per layer: {' '.join(map(str, bits))}\n" if bits else ""
+    cost = compiled.plan.cost
+    of_cost = (
+        f"Cost of experts: {cost['planned']:.4g} of {cost['original']:.4g} {cost['unit']} in a "
+        f"decode step of batch {cost['batch']}, at most {cost['limit']:.4g}\n"
+        if cost
+        else ""
+    )
+    return (
+        f"Wrote {compiled.path}: {budget.activations:.6g} of {budget.original} expert activations "
+        f"per token, redistribution {compiled.plan.redistribution}\n"
+        f"Experts per layer: {ks}\n"
+        f"{of_bits}{of_cost}"
+        f"Largest logit error against PyTorch: {compiled.verification.max_abs_logit_error:.1e} "
+        f"over {compiled.verification.tokens} tokens"
+    )
+
+
+def _summary_json(compiled: Compiled) -> dict[str, Any]:
+    return {
+        "output": str(compiled.path),
+        "profile": str(compiled.profile) if compiled.profile else None,
+        "plan": json.loads(compiled.plan.to_json()),
+    }

@@ -1,0 +1,249 @@
+"""alloc-eval: the loss of an artifact or original model on a text, and the experts it executed.
+
+Artifacts need the base install only; torch is loaded for original models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from alloc_moe.runtime.commands.options import (
+    budget_option,
+    common_options,
+    ep_option,
+    examples,
+    threads_option,
+)
+from alloc_moe.runtime.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from alloc_moe.runtime.artifact.plan import AllocationPlan
+    from alloc_moe.runtime.execution.providers import Provider
+    from alloc_moe.runtime.measure.evaluate import Evaluation
+
+
+@click.command(
+    epilog=examples(
+        "alloc-eval out.onnx --text examples/tiny-moe/heldout.txt",
+        "alloc-eval examples/tiny-moe --text examples/tiny-moe/heldout.txt",
+    )
+)
+@click.argument("target", metavar="ARTIFACT_OR_MODEL")
+@click.option(
+    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text."
+)
+@click.option(
+    "--window", type=int, help="Tokens per call. Default: the model's context, 512 at most."
+)
+@click.option("--stride", type=int, help="Tokens from window to window. Default: half a window.")
+@click.option("--tokens", type=click.IntRange(min=2), help="Take the text's first tokens only.")
+@click.option("--decode", is_flag=True, help="Artifacts: one token per call, as generation does.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="Models: run under this plan (allocation.json, or an artifact) in PyTorch.",
+)
+@budget_option
+@ep_option
+@threads_option
+@click.option("--tokenizer", type=click.Path(), help="tokenizer.json, if it isn't found.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Models: run Python code of the checkpoint."
+)
+@common_options
+def eval_command(
+    console: Console,
+    target: str,
+    text_file: Path,
+    window: int | None,
+    stride: int | None,
+    tokens: int | None,
+    decode: bool,
+    plan_file: Path | None,
+    budget: str | None,
+    ep: Provider,
+    threads: int | None,
+    tokenizer: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Measure perplexity and executed experts of ARTIFACT_OR_MODEL on a text.
+
+    The text is one sequence, taken in windows; each token but the first is scored once, with a
+    context of at least window - stride tokens. A window is one call with a batch of one.
+    """
+    text = _read(text_file)
+    settings = _Settings(window, stride, tokens, decode, budget)
+    if _is_artifact(Path(target)):
+        if plan_file is not None:
+            raise click.UsageError("--plan is for original models; an artifact has its own plan.")
+        evaluation, plan = _evaluate_artifact(
+            console, target, text, settings, ep=ep, threads=threads, tokenizer=tokenizer
+        )
+    else:
+        if decode:
+            raise click.UsageError("--decode is for artifacts.")
+        if budget is not None and plan_file is None:
+            raise click.UsageError("--budget is for artifacts, and for models with a --plan.")
+        evaluation, plan = _evaluate_model(
+            console, target, text, settings, plan_file, trust_remote_code=trust_remote_code
+        )
+    data = {**_data(target, evaluation, plan), "budget": budget, "price": settings.price(plan)}
+    console.result(_summary(evaluation, plan, budget), data)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    window: int | None
+    stride: int | None
+    tokens: int | None
+    decode: bool
+    budget: str | None
+
+    def price(self, plan: AllocationPlan) -> float | None:
+        """The price at which to run under a plan; None is the plan's own."""
+        from alloc_moe.runtime.artifact.dial import price_of
+
+        return None if self.budget is None else price_of(plan, self.budget)
+
+
+def _is_artifact(path: Path) -> bool:
+    from alloc_moe.runtime.artifact.plan import MODEL_FILE
+
+    return path.suffix == ".onnx" or (path / MODEL_FILE).is_file()
+
+
+def _read(path: Path) -> str:
+    from alloc_moe.runtime.errors import AllocMoeError
+
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AllocMoeError(
+            f"The text {path} can't be read: {error}. Give a UTF-8 file."
+        ) from error
+
+
+def _evaluate_artifact(
+    console: Console,
+    target: str,
+    text: str,
+    settings: _Settings,
+    *,
+    ep: Provider,
+    threads: int | None,
+    tokenizer: str | None,
+) -> tuple[Evaluation, AllocationPlan]:
+    from alloc_moe.runtime.execution.session import open_session
+    from alloc_moe.runtime.measure.evaluate import evaluate_artifact
+    from alloc_moe.runtime.text.tokenizer import load_tokenizer
+
+    session = open_session(target, ep=ep, threads=threads, count_activations=True)
+    ids = load_tokenizer(session.files, tokenizer).encode(text, add_special_tokens=False).ids
+    ids = ids[: settings.tokens]
+    with console.progress("Evaluating", len(ids) - 1, unit="tokens") as progress:
+        evaluation = evaluate_artifact(
+            session,
+            ids,
+            window=settings.window,
+            stride=settings.stride,
+            decode=settings.decode,
+            price=settings.price(session.plan),
+            on_scored=progress.advance,
+        )
+    return evaluation, session.plan
+
+
+def _evaluate_model(
+    console: Console,
+    target: str,
+    text: str,
+    settings: _Settings,
+    plan_file: Path | None,
+    *,
+    trust_remote_code: bool,
+) -> tuple[Evaluation, AllocationPlan]:
+    from alloc_moe.compiler.commands.options import need_compile_extra
+
+    need_compile_extra()
+    import torch
+
+    from alloc_moe.compiler.model.loading import load_model
+    from alloc_moe.compiler.reference.experts import allocated
+    from alloc_moe.compiler.reference.plans import read_plan, trained_plan
+    from alloc_moe.compiler.reference.policies import layer_parameters
+    from alloc_moe.runtime.measure.evaluate import default_window, evaluate
+
+    moe = load_model(target, console, trust_remote_code=trust_remote_code)
+    plan = (
+        trained_plan(moe.checkpoint) if plan_file is None else read_plan(plan_file, moe.checkpoint)
+    )
+    encoded = moe.checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)
+    ids: Sequence[int] = encoded["input_ids"][: settings.tokens]
+    context = getattr(moe.config.get_text_config(), "max_position_embeddings", None)
+    window = default_window(context) if settings.window is None else settings.window
+    stride = max(window // 2, 1) if settings.stride is None else settings.stride
+
+    def logits_of(tokens: NDArray[np.int64]) -> NDArray[np.floating]:
+        logits = moe.model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+        return cast("NDArray[np.floating]", logits.float().numpy())
+
+    with (
+        console.progress("Evaluating", len(ids) - 1, unit="tokens") as progress,
+        torch.inference_mode(),
+        allocated(
+            moe.model,
+            moe.layers,
+            layer_parameters(plan, settings.price(plan)),
+            redistribution=plan.redistribution,  # type: ignore[arg-type]
+            weights=plan.weights,  # type: ignore[arg-type]
+        ) as activations,
+    ):
+        evaluation = evaluate(
+            logits_of, ids, window=window, stride=stride, on_scored=progress.advance
+        )
+    return dataclasses.replace(evaluation, activations=tuple(activations.executed)), plan
+
+
+def _summary(evaluation: Evaluation, plan: AllocationPlan, budget: str | None) -> str:
+    planned = f"plan: {plan.budget.activations:.6g}" if budget is None else f"budget: {budget}"
+    ks = " ".join(f"{layer.k:<6.4g}" for layer in plan.layers).rstrip()
+    executed = evaluation.activations_per_token or ()
+    return (
+        f"Perplexity {evaluation.perplexity:.4f} (loss {evaluation.loss:.6f} nats per token) on "
+        f"{evaluation.tokens_scored} tokens, windows of {evaluation.window} "
+        f"every {evaluation.stride}\n"
+        f"Experts executed per token: {sum(executed):.4f} of {plan.budget.original} "
+        f"({planned})\n"
+        f"By layer: {' '.join(f'{mean:.4f}' for mean in executed)}"
+        + (f"\nPlan:     {ks}" if budget is None else "")
+    )
+
+
+def _data(target: str, evaluation: Evaluation, plan: AllocationPlan) -> dict[str, Any]:
+    return {
+        "target": target,
+        "loss": evaluation.loss,
+        "perplexity": evaluation.perplexity,
+        "tokens_scored": evaluation.tokens_scored,
+        "tokens_run": evaluation.tokens_run,
+        "window": evaluation.window,
+        "stride": evaluation.stride,
+        "activations": evaluation.activations,
+        "activations_per_token": evaluation.activations_per_token,
+        "plan": json.loads(plan.to_json()),
+    }
+
+
+if __name__ == "__main__":
+    eval_command()

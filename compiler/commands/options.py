@@ -1,0 +1,124 @@
+"""What commands of the compiler share: options, and what must be installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+_METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
+
+
+def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that both commands take."""
+    options = (
+        click.option(
+            "--calibration",
+            metavar="FILE_OR_DATASET",
+            help="Text to calibrate on. Default: calibration.txt beside the model, else a "
+            "built-in text.",
+        ),
+        click.option(
+            "--tokens",
+            type=click.IntRange(min=2),
+            default=8192,
+            show_default=True,
+            help="Calibration tokens.",
+        ),
+        click.option(
+            "--seed", default=0, show_default=True, help="Picks the windows of calibration text."
+        ),
+        click.option(
+            "--sensitivity",
+            type=_METRICS,
+            default="fisher",
+            show_default=True,
+            help="What fewer experts in a layer cost: the divergence from the full model as "
+            "estimated in one pass with gradients (fisher), or as measured (kl); the paper's "
+            "suffix perplexity; the change of the layer's output, on the text or on noise.",
+        ),
+        click.option(
+            "--redistribute",
+            type=click.Choice(
+                ["price", "threshold", "batch", "sequence", "none", "top-p", "ratio"]
+            ),
+            help="Which of a token's experts run. One price for all layers and tokens; a threshold "
+            "per layer; tokens compete within the call (batch) or the sequence; plain top-k "
+            "(none); cumulative weight (top-p), or weight relative to the best expert's (ratio). "
+            "Default: price; threshold where experts' sizes aren't measured (--sensitivity kl, "
+            "ppl-suffix, data-free), the --cost isn't activations, or with --mixed-bits.",
+        ),
+        click.option(
+            "--correct",
+            type=click.Choice(["affine", "gain", "none"]),
+            default="affine",
+            show_default=True,
+            help="Change the experts' weights to make up for those that don't run: by a factor per "
+            "dimension and a shift per expert, or by one factor per layer. Sensitivities are "
+            "measured with that.",
+        ),
+        click.option(
+            "--offload",
+            type=click.Choice(["auto", "never", "always"]),
+            default="auto",
+            show_default=True,
+            help="Read each decoder layer from disk when it runs, instead of holding the whole "
+            "model in memory; auto: if it may not fit.",
+        ),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint."
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def block_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --block."""
+    return click.option(
+        "--block",
+        type=click.Choice(["16", "32", "64", "128"]),
+        default="128",
+        show_default=True,
+        help="For int8 and int4: how many weights share a scale at most; in embeddings and head "
+        "64 at most. More is faster, less is more exact.",
+    )(function)
+
+
+@contextlib.contextmanager
+def wrong_options() -> Iterator[None]:
+    """Turn an OptionsError into click's, with exit code 2."""
+    from alloc_moe.compiler.errors import OptionsError
+
+    try:
+        yield
+    except OptionsError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def need_compile_extra() -> None:
+    """Raise an AllocMoeError that names what the base install lacks for compiling."""
+    missing = [
+        name
+        for name in (
+            "torch",
+            "transformers",
+            "onnx",
+            "onnx_ir",
+            "onnxscript",
+            "accelerate",
+            "scipy",
+        )
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        from alloc_moe.compiler.errors import AllocMoeError
+
+        raise AllocMoeError(
+            f"Compiling needs {', '.join(missing)}, which the base install leaves out. "
+            "Install alloc-moe[compile]."
+        )

@@ -1,0 +1,170 @@
+"""Model -> onnx_ir.Model with RoutedExperts nodes and lazy weights.
+
+The only file that touches transformers' experimental exporter and private parts of torch.onnx.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnxscript.optimizer import FOLDED_FROM_KEY, optimize_ir
+from onnxscript.rewriter import onnx_fusions, rewrite
+from transformers.exporters import exporter_dynamo, exporter_onnx
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.exporters.utils import decompose_for_generation
+
+from alloc_moe.compiler.export import experts_op
+from alloc_moe.compiler.model.quiet import quiet
+from alloc_moe.compiler.model.skeleton import build_skeleton, experts_function
+from alloc_moe.passes.base import lazy_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from alloc_moe.compiler.model.checkpoint import Checkpoint
+    from alloc_moe.compiler.model.reader import CheckpointReader
+
+# 23 keeps Attention, RMSNormalization and RotaryEmbedding whole; in 24 the exporter loses the last
+# two.
+OPSET = 23
+
+# Vectors up to this many elements are read at once, so that the optimizer sees their values. A
+# matrix is never folded: the passes transpose and quantise it lazily.
+_SMALL = 1 << 13
+
+_DTYPES = {
+    "float32": (torch.float32, ir.DataType.FLOAT),
+    "float16": (torch.float16, ir.DataType.FLOAT16),
+    "bfloat16": (torch.bfloat16, ir.DataType.BFLOAT16),
+}
+
+
+def export_graph(checkpoint: Checkpoint, *, dtype: str = "float32") -> ir.Model:
+    """Capture the model once, for any budget.
+
+    Args:
+        checkpoint: Its weights are read one by one when the graph is saved. MoE layer i becomes the
+            RoutedExperts node with attribute ``layer`` = i.
+        dtype: float32, float16 or bfloat16: the type of weights, activations and cache.
+
+    Returns:
+        A graph for prefill, continuation and decode with the key/value cache going in and out, left
+        padding and an empty cache included. Names and dimensions are the exporter's.
+    """
+    torch_dtype, ir_dtype = _DTYPES[dtype]
+    with quiet():
+        model = build_skeleton(
+            checkpoint.config, torch_dtype, trust_remote_code=checkpoint.trust_remote_code
+        )
+        graph = _capture(model, [layer.experts_name for layer in checkpoint.layers])
+        _bind_weights(graph, checkpoint.reader, torch_dtype, ir_dtype)
+        _optimize(graph)
+    return graph
+
+
+def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
+    operator = experts_op.register()
+    forward = experts_op.experts_forward(model, experts_names)
+    with experts_function(model, experts_op.IMPLEMENTATION, forward):
+        component, inputs = _sample_inputs(model)
+        table = {operator: experts_op.onnx_translation}
+        with mock.patch.dict(exporter_onnx._ONNX_TRANSLATION_TABLE, table):
+            exported = OnnxExporter().export(
+                component,
+                inputs,
+                # Weights are zeros here: nothing may be folded before the real ones are bound.
+                config=OnnxConfig(
+                    dynamic=True,
+                    dynamic_shapes=_dynamic_shapes(inputs),
+                    opset_version=OPSET,
+                    optimize=False,
+                ),
+            )
+    program: ir.Model = exported.program
+    return program
+
+
+def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Return what a decode step of several tokens is called with.
+
+    The prompt is left-padded: without padding the mask would not be an input.
+    """
+    mask = torch.ones((2, 5), dtype=torch.int64)
+    mask[0, 0] = 0
+    prompt = {"input_ids": torch.ones((2, 5), dtype=torch.int64), "attention_mask": mask}
+    settings = model.generation_config
+    settings.do_sample, settings.num_beams = False, 1
+    settings.eos_token_id, settings.pad_token_id = None, 0
+    component, inputs = decompose_for_generation(model, prompt, multi_token_decode=True)["decode"]
+    inputs.pop("cache_position", None)
+    return component, inputs
+
+
+def _dynamic_shapes(inputs: dict[str, Any]) -> Any:
+    """Return which dimensions vary.
+
+    Of a cache only batch and past: with every axis declared dynamic, export takes minutes.
+    """
+    past = inputs["past_key_values"].get_seq_length()
+
+    def varying(tensor: torch.Tensor) -> dict[int, Any]:
+        lengths = (past,) if tensor.is_floating_point() else range(1, 1 << 30)
+        axes = [0, *(axis for axis in range(1, tensor.ndim) if tensor.shape[axis] in lengths)]
+        return dict.fromkeys(axes, torch.export.Dim.AUTO)
+
+    leaves = {name: value for name, value in inputs.items() if not isinstance(value, bool)}
+    with mock.patch.object(exporter_dynamo, "_auto_dynamic_shape", varying):
+        return exporter_dynamo.get_auto_dynamic_shapes(leaves)
+
+
+def _bind_weights(
+    graph: ir.Model, reader: CheckpointReader, torch_dtype: torch.dtype, ir_dtype: ir.DataType
+) -> None:
+    for name, value in graph.graph.initializers.items():
+        zeros = value.const_value
+        if name not in reader or zeros is None:
+            continue
+        shape, dtype = zeros.shape.numpy(), zeros.dtype
+        # A float32 parameter inside a float16 model (a router's bias) stays float32.
+        target = torch_dtype if dtype == ir_dtype else torch.float32
+        read = functools.partial(_read_numpy, reader, name, target)
+        if len(shape) < 2 and np.prod(shape) <= _SMALL:
+            value.const_value = ir.Tensor(read(), dtype=dtype, name=name)
+        else:
+            value.const_value = lazy_tensor(read, shape, dtype, name)
+
+
+def _read_numpy(reader: CheckpointReader, name: str, dtype: torch.dtype) -> np.ndarray:
+    tensor = reader.read(name, dtype)
+    if dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _optimize(graph: ir.Model) -> None:
+    def should_fold(node: ir.Node) -> bool | None:
+        # Folding would read a lazy weight and keep the copy; our own pass transposes lazily.
+        return False if any(_is_lazy(value) for value in node.inputs) else None
+
+    common.RemoveUnusedNodesPass()(graph)
+    optimize_ir(graph, should_fold=should_fold)
+    rewrite(graph)
+    onnx_fusions.fuse(graph)
+    # Each fused RotaryEmbedding comes with a cosine and a sine of its own.
+    common.CommonSubexpressionEliminationPass()(graph)
+    common.RemoveUnusedNodesPass()(graph)
+    for value in graph.graph.initializers.values():
+        value.metadata_props.pop(FOLDED_FROM_KEY, None)
+    common.ClearMetadataAndDocStringPass()(graph)
+
+
+def _is_lazy(value: ir.Value | None) -> bool:
+    return value is not None and isinstance(value.const_value, ir.LazyTensor)

@@ -1,0 +1,50 @@
+"""Model -> its graph with the passes that no plan changes: ready for any number of plans."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.export.graph import export_graph
+from alloc_moe.passes.default import normalize_passes
+from alloc_moe.runtime.artifact.plan import GENERATION_KEY
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.records import DType
+
+
+def export_model(moe: MoeModel, *, dtype: DType) -> ir.Model:
+    """Return the model's graph, ready to be specialised for any number of plans.
+
+    Linear layers and embeddings are stored as the model's quantization says, if it has one.
+
+    Raises:
+        UnsupportedModelError: The model keeps more from call to call than keys and values.
+    """
+    activations = moe.quantization.activations if moe.quantization else dtype
+    graph = export_graph(moe.checkpoint, dtype=activations)
+    normalize_passes(moe.quantization.weights if moe.quantization else {})(graph)
+    _check_inputs(graph, moe)
+    config = moe.config.get_text_config()
+    graph.metadata_props[GENERATION_KEY] = json.dumps(
+        {
+            "eos_token_id": moe.eos_token_id,
+            "context_length": getattr(config, "max_position_embeddings", None),
+        }
+    )
+    return graph
+
+
+def _check_inputs(graph: ir.Model, moe: MoeModel) -> None:
+    known = re.compile(r"input_ids|attention_mask|position_ids|past_key_values\.\d+\.(key|value)")
+    unknown = [v.name for v in graph.graph.inputs if not known.fullmatch(v.name or "")]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{moe.config.model_type} keeps more state than keys and values ({unknown[0]}), "
+            "sliding windows or recurrent layers, which the runtimes can't carry from call to call."
+        )

@@ -1,0 +1,72 @@
+"""Graph and plan -> the artifact's graph: where the plan becomes code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.passes.attention.group_query import group_attention
+from alloc_moe.passes.default import specialize_passes
+from alloc_moe.passes.experts.correct import ExpertCorrection
+from alloc_moe.passes.experts.lower import Allocation
+from alloc_moe.passes.interface.stamp_plan import StampPlanPass
+from alloc_moe.runtime.artifact.plan import PLAN_KEY, SHARED_CACHE_KEY
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from alloc_moe.compiler.records import Correction, Quantization
+    from alloc_moe.passes.attention.quantize_cache import CacheScales
+    from alloc_moe.runtime.artifact.plan import AllocationPlan
+
+
+def specialize(
+    graph: ir.Model,
+    plan: AllocationPlan,
+    *,
+    device: str,
+    corrections: Sequence[Correction | None] = (),
+    quantization: Quantization | None = None,
+    cache_scales: CacheScales = MappingProxyType({}),
+) -> ir.Model:
+    """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared.
+
+    With `cache_scales` its cache is int8.
+
+    Raises:
+        UnsupportedModelError: There are scales, but its attention takes no int8 cache.
+    """
+    model = graph.clone()
+    parameters = layer_parameters(plan)
+    allocation = Allocation(
+        [given.k for given in parameters],
+        plan.redistribution,
+        plan.weights,
+        thresholds=[given.threshold for given in parameters],
+        sizes=[layer.sizes for layer in plan.layers],
+        overlap=plan.overlap or 0.0,
+        cap=plan.cap,
+        dial=plan.redistribution == "price" and plan.cap is None,
+    )
+    changed = {
+        layer: ExpertCorrection(correction.scale, correction.bias)
+        for layer, correction in enumerate(corrections)
+        if correction is not None
+    }
+    formats = dict(enumerate(quantization.experts)) if quantization else {}
+    pairs = device == "cuda"
+    specialize_passes(
+        allocation, pairs=pairs, corrections=changed, formats=formats, cache_scales=cache_scales
+    )(model)
+    StampPlanPass(PLAN_KEY, plan.to_json())(model)
+    if any(group_attention(model)):
+        model.metadata_props[SHARED_CACHE_KEY] = "int8" if cache_scales else "float32"
+    elif cache_scales:
+        raise UnsupportedModelError(
+            "An int8 cache needs keys and values of one shape in float32 on the CPU, which this "
+            "model doesn't have. Use --cache float32."
+        )
+    return model

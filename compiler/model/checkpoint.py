@@ -1,0 +1,177 @@
+"""Hugging Face folder or hub id -> Checkpoint: what is on disk, before any weight is read."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
+from alloc_moe.compiler.model import architectures
+from alloc_moe.compiler.model.moe_layers import find_moe_layers
+from alloc_moe.compiler.model.quiet import first_line, quiet
+from alloc_moe.compiler.model.reader import CheckpointReader, find_shards, fingerprint
+from alloc_moe.compiler.model.skeleton import build_skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from alloc_moe.compiler.records import MoeLayer
+
+logger = logging.getLogger(__name__)
+
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    ``source`` is what the user called it, ``folder`` where it lies. ``skeleton`` is its model in
+    float32 without weights, ``reader`` reads single ones of them; ``fingerprint`` is a hash of
+    configuration and weights. ``layers`` are its MoE layers, in the order in which tokens pass.
+    """
+
+    source: str
+    folder: Path
+    fingerprint: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    skeleton: PreTrainedModel
+    layers: tuple[MoeLayer, ...]
+    reader: CheckpointReader
+    trust_remote_code: bool = False
+
+
+def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Find a checkpoint and read what says what it is.
+
+    Args:
+        source: A folder in the Hugging Face layout, or the id of a model on the hub; only an id
+            that is no folder here is downloaded.
+        trust_remote_code: Run Python files of the checkpoint, as transformers understands it.
+
+    Raises:
+        CheckpointError: Files are missing, unreadable, or don't belong together.
+        UnsupportedModelError: No MoE model, or one that can't be compiled.
+    """
+    folder = resolve_folder(source)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    find_shards(folder)
+    skeleton = build_skeleton_or_refuse(config, trust_remote_code=trust_remote_code)
+    layers = find_moe_layers(skeleton)
+    reader = CheckpointReader(folder, skeleton)
+    return Checkpoint(
+        source=source,
+        folder=folder,
+        config=config,
+        tokenizer=_load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        skeleton=skeleton,
+        layers=layers,
+        reader=reader,
+        fingerprint=fingerprint(folder),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def resolve_folder(source: str) -> Path:
+    """Return the local folder of `source`, downloading a hub id.
+
+    Raises:
+        CheckpointError: Neither a folder with a config.json nor an id that can be downloaded.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} has no config.json, so it is no checkpoint in the Hugging Face layout. "
+                "Give the folder that save_pretrained wrote."
+            )
+        return path
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise CheckpointError(
+            f"{source!r} is neither a folder nor a model id of the form owner/name. Check the path."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    logger.info("Downloading %s from the hub", source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"There is no folder {source!r}, and the hub gave no model of that name "
+            f"({first_line(error)}). Check the path, or the id and the network."
+        ) from error
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read config.json.
+
+    Raises:
+        CheckpointError: The file can't be read.
+        UnsupportedModelError: transformers doesn't know the model type, or we know it can't work.
+    """
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"transformers can't read {folder / 'config.json'}: {first_line(error)} "
+            "Use a model type that transformers 5 knows, or --trust-remote-code for your own."
+        ) from error
+    reason = architectures.UNSUPPORTED.get(config.model_type, "")
+    if reason:
+        raise UnsupportedModelError(f"{config.model_type} can't be compiled: {reason}.")
+    return config
+
+
+def build_skeleton_or_refuse(
+    config: PreTrainedConfig, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Return the weightless float32 model of `config`.
+
+    Raises:
+        UnsupportedModelError: The configuration is none of a causal language model.
+    """
+    try:
+        with quiet():
+            return build_skeleton(config, torch.float32, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{config.model_type} is no causal language model that transformers can build: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can load "
+            f"({first_line(error)}). Put tokenizer.json and tokenizer_config.json there."
+        ) from error
+    # Without files transformers makes an empty tokenizer of the model's family.
+    names = sorted(set(tokenizer.vocab_files_names.values()))
+    if not any((folder / name).is_file() for name in names):
+        raise CheckpointError(
+            f"{folder} has no tokenizer: none of {', '.join(names)} is there. "
+            "Put tokenizer.json and tokenizer_config.json there."
+        )
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"The tokenizer in {folder} has no tokenizer.json, which the runtime needs. "
+            "Convert it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    return tokenizer

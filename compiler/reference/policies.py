@@ -1,0 +1,328 @@
+"""Which of the router's candidates run under a plan, in PyTorch.
+
+The policies of the graph passes must decide the same. Some share a layer's k activations among
+tokens: ``none``, ``batch``, ``sequence``. The others compare each candidate's score with a
+threshold, so that no token depends on another: ``threshold``, ``price``, ``top-p``, ``ratio``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from alloc_moe.compiler.records import Redistribution, Weights
+from alloc_moe.runtime.artifact.plan import AllocationPlan, PlannedLayer
+from alloc_moe.runtime.errors import ArtifactError
+
+SCORED: tuple[Redistribution, ...] = ("threshold", "price", "top-p", "ratio")
+"""The policies that compare scores with a threshold."""
+_TINY = 1e-30  # keeps 0 / 0 out where a token's weights are all zero
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """What a policy may know of its layer.
+
+    ``k`` is the mean number of experts per real token. The policies in `SCORED` keep scores of
+    ``threshold`` or more, whatever ``k`` is; ``sizes[e]`` multiplies the weights of expert e under
+    ``price``, and ``overlap`` is what `scores` says. ``cap`` limits each call to that multiple of
+    ``k``.
+    """
+
+    k: float
+    threshold: float = 0.0
+    sizes: torch.Tensor | tuple[float, ...] | None = None
+    cap: float | None = None
+    overlap: float = 0.0
+
+    def quota(self, candidates: int) -> float:
+        """Return how many experts besides the first a capped call may run per real token."""
+        return math.inf if self.cap is None else min(candidates, self.cap * self.k) - 1
+
+
+class Kept(NamedTuple):
+    """Which candidates run, and by how much the closest decision was taken.
+
+    ``margin`` is the least change of a router weight that could turn a decision; infinite where
+    nothing was decided. Two computations whose rounding differs by more may decide otherwise.
+    """
+
+    mask: torch.Tensor  # [tokens, candidates] bool
+    margin: float
+
+
+Policy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LayerParameters], Kept]
+"""``policy(weights [T, K], ids [T, K], real [B, S], parameters)``, candidates ranked, T = B * S."""
+
+
+def layer_parameters(plan: AllocationPlan, price: float | None = None) -> list[LayerParameters]:
+    """Return what a plan gives each of its layers.
+
+    Args:
+        plan: Any plan.
+        price: For plans with the redistribution ``price``: used instead of the plan's own.
+
+    Raises:
+        ArtifactError: The plan lacks what its redistribution needs.
+    """
+    if plan.redistribution not in SCORED:
+        return [LayerParameters(layer.k) for layer in plan.layers]
+    if plan.redistribution == "price":
+        price = plan.price if price is None else price
+        if price is None:
+            raise ArtifactError("The plan redistributes by price but lacks it. Compile again.")
+    return [
+        LayerParameters(
+            layer.k, _threshold(plan, layer, price), layer.sizes, plan.cap, plan.overlap or 0.0
+        )
+        for layer in plan.layers
+    ]
+
+
+def _threshold(plan: AllocationPlan, layer: PlannedLayer, price: float | None) -> float:
+    by_price = plan.redistribution == "price"
+    threshold = price if by_price else layer.threshold
+    lacking = "threshold" if threshold is None else "sizes"
+    if threshold is None or (by_price and len(layer.sizes or ()) != layer.experts):
+        raise ArtifactError(
+            f"The plan redistributes by {plan.redistribution} but lacks the {lacking!r} of "
+            f"{layer.name}. Compile again."
+        )
+    return threshold
+
+
+def rank_candidates(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights and ids [tokens, candidates] by falling weight; equal ones keep their order.
+
+    Some routers, DeepSeek's among them, return their candidates unsorted.
+    """
+    ranked, order = torch.sort(weights, dim=-1, descending=True, stable=True)
+    return ranked, ids.gather(-1, order)
+
+
+def keep_mask(
+    redistribution: Redistribution,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    parameters: LayerParameters,
+) -> torch.Tensor:
+    """Return which candidates run.
+
+    Args:
+        redistribution: How the layer's activations are shared out.
+        weights: Router weights [tokens, candidates], ranked by `rank_candidates`.
+        ids: The candidates' experts [tokens, candidates].
+        real: [batch, sequence] bool, False at padding; tokens are the batch's rows in a row.
+        parameters: What the plan gives the layer.
+
+    Returns:
+        [tokens, candidates] bool, none of a pad: exactly ``k`` per real token in the mean, or under
+        the policies in `SCORED` the first and all that reach the threshold.
+    """
+    return POLICIES[redistribution](weights, ids, real, parameters).mask
+
+
+def scores(
+    redistribution: Redistribution,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    sizes: torch.Tensor | Sequence[float] | None = None,
+    overlap: float = 0.0,
+) -> torch.Tensor:
+    """Return what each candidate is kept by [tokens, candidates], float32.
+
+    Dropping a token's candidates i costs the loss about the square of the sum of what they add.
+    With s = size times weight, that is s^2 for one alone; where those ranked after it, of sum t,
+    are dropped already, one more costs s (s + 2 overlap t), overlap being the cosine between what
+    two experts add. ``price`` compares the root of that.
+
+    The first candidate has a score too, but runs in any case. The artifact does the same float32
+    operations in the same order.
+
+    Args:
+        redistribution: One of `SCORED`.
+        weights: Router weights [tokens, candidates], ranked by `rank_candidates`.
+        ids: The candidates' experts [tokens, candidates].
+        sizes: For ``price``: what the weights of each expert are multiplied by [experts].
+        overlap: For ``price``: 0 takes what experts add for uncorrelated, 1 for parallel.
+    """
+    weights = weights.float()
+    match redistribution:
+        case "threshold":
+            return weights
+        case "ratio":
+            return weights / weights[:, :1].clamp(min=_TINY)
+        case "top-p":
+            before = [torch.zeros_like(weights[:, 0])]
+            for column in weights[:, :-1].unbind(1):  # torch.cumsum adds in double precision
+                before.append(before[-1] + column)
+            return -torch.stack(before, dim=1)
+        case "price":
+            added = _sizes(sizes, ids) * weights
+            if overlap == 0:
+                return added
+            return (added * (added + _after(added) * (2 * overlap))).sqrt()
+    raise ValueError(f"{redistribution!r} compares no scores; {', '.join(SCORED)} do.")
+
+
+def _sizes(sizes: torch.Tensor | Sequence[float] | None, ids: torch.Tensor) -> torch.Tensor:
+    assert sizes is not None
+    return torch.as_tensor(sizes, dtype=torch.float32, device=ids.device)[ids]
+
+
+def _after(values: torch.Tensor) -> torch.Tensor:
+    """The sum of the columns after each [tokens, candidates]."""
+    sums = [torch.zeros_like(values[:, 0])]
+    for column in reversed(values[:, 1:].unbind(1)):  # torch.cumsum adds in double precision
+        sums.append(sums[-1] + column)
+    return torch.stack(sums[::-1], dim=1)
+
+
+def _none(
+    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
+) -> Kept:
+    """Each token its first k."""
+    k, candidates = int(parameters.k), weights.shape[1]
+    first = torch.arange(candidates, device=weights.device) < k
+    gaps = (weights[:, k - 1] - weights[:, k])[real.flatten()] if k < candidates else weights[:0]
+    return Kept(real.reshape(-1, 1) & first, _least(gaps))
+
+
+def _batch(
+    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
+) -> Kept:
+    """All real tokens of the call share one pool."""
+    return _share(weights, ids, real, parameters, pools=1)
+
+
+def _sequence(
+    weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
+) -> Kept:
+    """Each row of the batch is a pool, so that no request depends on its batch mates."""
+    return _share(weights, ids, real, parameters, pools=real.shape[0])
+
+
+def _share(
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    parameters: LayerParameters,
+    *,
+    pools: int,
+) -> Kept:
+    """Rank 1 always runs; the largest other weights of each pool win what is left."""
+    tokens, candidates = weights.shape
+    k = int(parameters.k)
+    if k in (1, candidates):  # nothing to share
+        return _none(weights, ids, real, parameters)
+    size = tokens // max(pools, 1) * (candidates - 1)
+    competes = real.reshape(-1, 1).expand(-1, candidates - 1).reshape(pools, size)
+    winners = (k - 1) * real.reshape(pools, -1).sum(1, keepdim=True)  # [pools, 1]
+    wins, margin = _largest(weights[:, 1:].reshape(pools, size), competes, winners)
+    others = wins.reshape(tokens, candidates - 1)
+
+    alone = real.flatten() & ~others[:, 0]  # here it matters which candidate ranks first
+    lead = (weights[:, 0] - weights[:, 1])[alone]
+    return Kept(torch.cat([real.reshape(-1, 1), others], dim=1), min(margin, _least(lead)))
+
+
+def _largest(contest: torch.Tensor, competes: torch.Tensor, winners: torch.Tensor) -> Kept:
+    """The `winners` [pools, 1] largest of each row that compete, and by how much they won.
+
+    Of equal ones the earlier token's wins, and within a token the better ranked.
+    """
+    contest = contest.masked_fill(~competes, -math.inf)
+    falling, order = torch.sort(contest, dim=1, descending=True, stable=True)
+    wins = (torch.arange(contest.shape[1], device=contest.device) < winners) & falling.isfinite()
+    edges = wins[:, :-1] & ~wins[:, 1:] & falling[:, 1:].isfinite()
+    gaps = (falling[:, :-1] - falling[:, 1:])[edges]
+    return Kept(torch.zeros_like(wins).scatter(1, order, wins), _least(gaps))
+
+
+def _by_score(
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    parameters: LayerParameters,
+    *,
+    redistribution: Redistribution,
+) -> Kept:
+    """Rank 1 always runs, others if their score reaches the threshold and the cap has room."""
+    score = scores(redistribution, weights, ids, parameters.sizes, parameters.overlap)
+    threshold = torch.tensor(parameters.threshold, dtype=torch.float32, device=score.device)
+    reached = (score >= threshold) & real.reshape(-1, 1)
+    others, margin = reached[:, 1:], math.inf
+    quota = parameters.quota(weights.shape[1])
+    if quota < weights.shape[1] - 1:
+        room = torch.tensor([[math.floor(quota * int(real.sum()))]], device=score.device)
+        wins, margin = _largest(score[:, 1:].reshape(1, -1), others.reshape(1, -1), room)
+        others = wins.reshape(others.shape)
+    mask = torch.cat([real.reshape(-1, 1), others], dim=1)
+    distance = (score - threshold).abs() / _slopes(redistribution, weights, ids, parameters)
+    # Scores are never negative, but for top-p's: then a threshold of 0 decides nothing.
+    open_ = real.flatten() & (parameters.threshold > 0 or redistribution == "top-p")
+    closest = min(margin, _least(distance[open_][:, 1:]))
+    return Kept(mask, min(closest, _rank_margin(weights, mask, reached)))
+
+
+def _slopes(
+    redistribution: Redistribution,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    parameters: LayerParameters,
+) -> torch.Tensor:
+    """By how much a score changes at most with the weights it is made of [tokens, candidates]."""
+    ones = torch.ones_like(weights, dtype=torch.float32)
+    match redistribution:
+        case "price":
+            sizes, overlap = _sizes(parameters.sizes, ids), parameters.overlap
+            if overlap == 0:
+                return sizes
+            added = sizes * weights
+            score = scores("price", weights, ids, parameters.sizes, overlap)
+            # Its own weight's part and that of the weights after it.
+            own = sizes * (added + overlap * _after(added))
+            return (own + overlap * added * _after(sizes)) / score.clamp(min=_TINY)
+        case "ratio":
+            return ones / weights[:, :1].clamp(min=_TINY)
+    return ones
+
+
+def _rank_margin(weights: torch.Tensor, mask: torch.Tensor, reached: torch.Tensor) -> float:
+    """The least lead of a candidate that runs over the next that doesn't.
+
+    Where the first doesn't reach the threshold itself, it runs for its rank alone.
+    """
+    matters = mask[:, :-1] & ~mask[:, 1:]
+    matters[:, :1] |= mask[:, :1] & ~reached[:, :1]
+    return _least((weights[:, :-1] - weights[:, 1:])[matters])
+
+
+def _least(gaps: torch.Tensor) -> float:
+    return gaps.detach().min().item() if gaps.numel() else math.inf
+
+
+def adjust_weights(mode: Weights, weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Return the weights [tokens, candidates] that combine the experts, zero where dropped.
+
+    ``keep`` leaves them as the router gave them; ``renorm`` gives the kept ones the sum of all.
+    """
+    kept = weights.masked_fill(~keep, 0)
+    if mode == "keep":
+        return kept
+    share = kept.sum(-1, keepdim=True)
+    return kept * torch.where(share > 0, weights.sum(-1, keepdim=True) / share, 1)
+
+
+POLICIES: Mapping[Redistribution, Policy] = {
+    "none": _none,
+    "batch": _batch,
+    "sequence": _sequence,
+    **{name: functools.partial(_by_score, redistribution=name) for name in SCORED},
+}

@@ -1,0 +1,175 @@
+"""PyTorch models that compute with the weights an artifact stores in 4 or 8 bits.
+
+Everything that a plan is measured on runs with the rounded weights, so that sensitivities,
+thresholds and corrections are those of the artifact. Where the plan chooses the bits of each
+layer's experts, these stay floats until it has; see `sensitivity.bits`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alloc_moe.compiler.rounding.formats import BITS, BLOCK, choose_formats
+from alloc_moe.passes.blockwise import BlockFormat, dequantize, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.records import Quantization
+
+_EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+
+
+def rounded(moe: MoeModel, dtype: str, *, block: int = BLOCK) -> MoeModel:
+    """Return the model with weights as an artifact of `dtype` for the CPU has them.
+
+    Its weights are changed in place, if `dtype` is a key of `BITS`.
+    """
+    if dtype not in BITS:
+        return moe
+    return quantized(moe, choose_formats(moe.checkpoint, dtype, block=block))
+
+
+def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool = True) -> MoeModel:
+    """Return the model with every quantised weight replaced by what the artifact computes with.
+
+    Its weights are changed in place; those of offloaded layers whenever they are read. Without
+    ``round_experts`` those of experts stay as they are, for `with_expert_formats` to round.
+    """
+    blocks = {form.block for form in (*quantization.experts, *quantization.weights.values())}
+    mark = f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
+    if not round_experts:
+        quantization = dataclasses.replace(quantization, experts=())
+    quantization = dataclasses.replace(quantization, marks=(mark,))
+    moe = dataclasses.replace(moe, quantization=quantization)
+    _round_weights(moe)
+    return moe
+
+
+def with_expert_formats(moe: MoeModel, experts: Sequence[BlockFormat]) -> MoeModel:
+    """Return the model with its experts, floats until now, rounded to a format a layer.
+
+    In place, as by `quantized`.
+    """
+    assert moe.quantization is not None
+    assert not moe.quantization.experts
+    rounded = _stored(moe)
+    marks = (*moe.quantization.marks, "/".join(str(form.bits) for form in experts))
+    quantization = dataclasses.replace(moe.quantization, experts=tuple(experts), marks=marks)
+    moe = dataclasses.replace(moe, quantization=quantization)
+    _round_weights(moe, rounded=rounded)
+    return moe
+
+
+@contextlib.contextmanager
+def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[None]:
+    """Let an experts module compute with rounded weights while the block lasts.
+
+    Takes the memory of its weights once more. Those of an offloaded layer must be in memory.
+    """
+    module: Any = experts
+    floats = {leaf: getattr(module, leaf) for leaf in _EXPERT_WEIGHTS}
+    try:
+        for leaf, parameter in floats.items():
+            values = _rounded(parameter.detach(), form, bool(module.is_transposed))
+            setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
+        yield
+    finally:
+        for leaf, parameter in floats.items():
+            setattr(module, leaf, parameter)
+
+
+def _round_weights(moe: MoeModel, *, rounded: Collection[str] = ()) -> None:
+    """Round what `moe.quantization` names, except for those in memory that are `rounded`."""
+    stored = _stored(moe)
+    if moe.offloading is not None:
+        moe.offloading.source.transform = functools.partial(_read_rounded, moe, stored)
+    for name, parameter in _resident(moe, stored):
+        if name not in rounded:
+            _round_in_place(parameter, *stored[name])
+
+
+def _round_in_place(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> None:
+    if transposed or not weight.is_contiguous():
+        weight.copy_(_rounded(weight, form, transposed))
+        return
+    values = weight.numpy()  # fresh memory would take longer than the rounding
+    dequantize(*quantize(values, form), form, out=values)
+
+
+def _read_rounded(
+    moe: MoeModel,
+    stored: Mapping[str, tuple[BlockFormat, bool]],
+    name: str,
+    read: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Return a weight of an offloaded layer as `moe` computes with it.
+
+    Rounding takes many times as long as reading, so that what it gave is kept.
+    """
+    if name not in stored:
+        return read()
+    form, transposed = stored[name]
+    inputs = ("rounded", moe.checkpoint.fingerprint, name, form)
+    return _restored(
+        moe.results.recall(inputs, lambda: _packed(read(), form, transposed)), form, transposed
+    )
+
+
+def _rounded(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> torch.Tensor:
+    return _restored(_packed(weight, form, transposed), form, transposed)
+
+
+def _packed(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> list[torch.Tensor]:
+    """Return values and scales."""
+    rows = weight.mT if transposed else weight
+    return [torch.from_numpy(part) for part in quantize(rows.numpy(), form)]
+
+
+def _restored(packed: Sequence[torch.Tensor], form: BlockFormat, transposed: bool) -> torch.Tensor:
+    values, scales = (part.numpy() for part in packed)
+    # PyTorch's fresh memory is several times as fast as numpy's where pages are large.
+    rounded = torch.empty(*scales.shape[:-1], scales.shape[-1] * form.block)
+    dequantize(values, scales, form, out=rounded.numpy())
+    return rounded.mT.contiguous() if transposed else rounded
+
+
+@contextlib.contextmanager
+def float_weights(moe: MoeModel) -> Iterator[None]:
+    """Give the model the weights of its checkpoint while the block lasts."""
+    if moe.offloading is not None:
+        moe.offloading.source.transform = None
+    for name, parameter in _resident(moe, _stored(moe)):
+        parameter.copy_(moe.checkpoint.reader.read(name, parameter.dtype))
+    try:
+        yield
+    finally:
+        _round_weights(moe)
+
+
+def _resident(
+    moe: MoeModel, stored: Mapping[str, tuple[BlockFormat, bool]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the quantised parameters that are in memory, to be written to."""
+    for name, parameter in moe.model.named_parameters():
+        if name in stored and not parameter.is_meta:
+            yield name, parameter.detach()
+
+
+def _stored(moe: MoeModel) -> dict[str, tuple[BlockFormat, bool]]:
+    """Return by name how parameters are stored, and whether rows and columns are swapped."""
+    assert moe.quantization is not None
+    stored = {name: (form, False) for name, form in moe.quantization.weights.items()}
+    chosen = moe.layers if moe.quantization.experts else ()
+    for layer, form in zip(chosen, moe.quantization.experts, strict=True):
+        module: Any = moe.checkpoint.skeleton.get_submodule(layer.experts_name)
+        for leaf in _EXPERT_WEIGHTS:
+            stored[f"{layer.experts_name}.{leaf}"] = form, bool(module.is_transposed)
+    return stored

@@ -1,0 +1,104 @@
+"""What took long to compute, kept in files while a compile lasts: after a kill none is repeated.
+
+With a model whose layers are read when they run, a pass over the calibration text takes minutes,
+and a plan takes dozens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from alloc_moe.compiler.workspace.files import load_tensors, save_tensors
+
+
+def results_path(output: Path) -> Path:
+    """Return where what makes `output` keeps what it computed, until that is there."""
+    return output.absolute().with_name(f".{output.name}.passes")
+
+
+class SavedResults:
+    """Tensors by all that they were computed from.
+
+    Args:
+        folder: Where they are kept; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept."""
+        return self._folder is not None
+
+    def recall(
+        self, inputs: Sequence[object], compute: Callable[[], Iterable[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Return what `compute` gave for equal `inputs` earlier, else compute and keep it."""
+        found = self.find(inputs)
+        if found is None:
+            found = list(compute())
+            self.keep(inputs, found)
+        return found
+
+    def find(self, inputs: Sequence[object]) -> list[torch.Tensor] | None:
+        """Return what was kept for equal `inputs`, if anything was."""
+        if self._folder is None:
+            return None
+        with contextlib.suppress(OSError, SafetensorError):
+            return load_tensors(self._path(inputs))
+        return None
+
+    def keep(self, inputs: Sequence[object], tensors: Sequence[torch.Tensor]) -> None:
+        """Keep tensors until `delete`."""
+        if self._folder is None:
+            return
+        path = self._path(inputs)
+        then = "choose an output on another disk"
+        save_tensors(tensors, path, what="What was measured", then=then)
+
+    def forget(self, inputs: Sequence[object]) -> None:
+        """Drop what was kept for `inputs`."""
+        if self._folder is not None:
+            self._path(inputs).unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        """Drop everything."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, inputs: Sequence[object]) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{digest_of(inputs)[:32]}.safetensors"
+
+
+def digest_of(inputs: Sequence[object]) -> str:
+    """Return a digest of tensors, arrays, records and what else has a telling `repr`."""
+    digest = hashlib.sha256()
+    _update(digest, inputs)
+    return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, value: object) -> None:
+    """Hash a value: arrays by their bytes, as their text leaves most of them out."""
+    if isinstance(value, torch.Tensor):
+        value = value.numpy()
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _update(digest, [getattr(value, field.name) for field in dataclasses.fields(value)])
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for each in value:
+            _update(digest, each)
+    else:
+        digest.update(repr(value).encode() + b",")

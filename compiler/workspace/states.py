@@ -1,0 +1,136 @@
+"""What enters a decoder layer, for all calibration windows: kept in files, to go on after a kill.
+
+A profile that goes through the model layer by layer saves these states after each layer, and then,
+in one step, how far it got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from alloc_moe.compiler.errors import OutputError
+from alloc_moe.compiler.workspace.files import load_tensors, save_tensors, save_text
+from alloc_moe.compiler.workspace.processes import Processes
+
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class LayerProgress:
+    """How far a profile got.
+
+    Forward, the states that enter decoder layer `layer` are saved; backward, the gradients there.
+    ``sums`` are of the layers passed, in rows as `LayerSums` has them; ``loss`` is known backward.
+    """
+
+    stage: Literal["forward", "backward"]
+    layer: int
+    loss: float
+    sums: tuple[tuple[float, ...], ...]
+
+
+class LayerStates:
+    """Lists of tensors by name, and the progress made with them.
+
+    Args:
+        folder: Where they are saved; None keeps them in memory.
+        identity: What they belong to; those of another are deleted.
+        processes: Each process saves its own tensors; one saves the progress.
+    """
+
+    def __init__(self, folder: Path | None, identity: dict[str, Any], processes: Processes) -> None:
+        self._folder = folder
+        self._processes = processes
+        self._identity = {**json.loads(json.dumps(identity)), "processes": processes.size}
+        self._memory: dict[str, list[torch.Tensor]] = {}
+
+    def progress(self) -> LayerProgress | None:
+        """Return what an earlier run got to, if every process still has its states; else clear."""
+        found = self._processes.broadcast(self._read_progress())
+        usable = found is not None and self._readable(state_name(found.stage, found.layer))
+        missing = self._processes.add(torch.tensor([float(not usable)], dtype=torch.float64))
+        if found is not None and missing.item() == 0:
+            return found
+        if self._folder is not None:
+            if self._processes.writes:
+                (self._folder / _PROGRESS).unlink(missing_ok=True)
+            self._make_folder()
+        return None
+
+    def commit(self, progress: LayerProgress) -> None:
+        """Save how far this run got; the states for that must have been saved by all processes."""
+        if self._folder is not None and self._processes.writes:
+            data = {"identity": self._identity, **dataclasses.asdict(progress)}
+            save_text(json.dumps(data), self._folder / _PROGRESS, what="The profile's progress")
+
+    def save(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep tensors under a name."""
+        if self._folder is None:
+            self._memory[name] = list(tensors)
+            return
+        then = "choose another path for the profile"
+        save_tensors(tensors, self._path(name), what="The states of the profile", then=then)
+
+    def load(self, name: str) -> list[torch.Tensor]:
+        """Return the tensors that were saved under a name."""
+        if self._folder is None:
+            return self._memory[name]
+        return load_tensors(self._path(name))
+
+    def drop(self, name: str) -> None:
+        """Forget the tensors of a name, if there are any."""
+        self._memory.pop(name, None)
+        if self._folder is not None:
+            self._path(name).unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        """Forget everything; each process does, as machines have disks of their own."""
+        self._memory.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        rank, size = self._processes.rank, self._processes.size
+        return self._folder / f"{name}-{rank + 1}of{size}.safetensors"
+
+    def _make_folder(self) -> None:
+        assert self._folder is not None
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"The folder {self._folder} for the states of the profile can't be made: "
+                f"{error.strerror}. Choose another path for the profile."
+            ) from error
+
+    def _readable(self, name: str) -> bool:
+        with contextlib.suppress(OSError, SafetensorError, KeyError):
+            return bool(self.load(name))
+        return False
+
+    def _read_progress(self) -> LayerProgress | None:
+        if self._folder is None or not self._processes.writes:
+            return None
+        path = self._folder / _PROGRESS
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            data = json.loads(path.read_text("utf-8"))
+            if data.pop("identity") == self._identity:
+                data["sums"] = tuple(map(tuple, data["sums"]))
+                return LayerProgress(**data)
+        return None
+
+
+def state_name(stage: str, layer: int) -> str:
+    """Return the name of what is kept at a decoder layer."""
+    return f"{'entering' if stage == 'forward' else 'gradient'}-{layer}"

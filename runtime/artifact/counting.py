@@ -1,0 +1,36 @@
+"""Which values of an artifact say how many experts every layer executed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alloc_moe.runtime.artifact.files import ArtifactFiles
+from alloc_moe.runtime.artifact.plan import DROPPED, ROUTER_PROBS, ROUTER_WEIGHTS
+from alloc_moe.runtime.errors import ArtifactError
+
+
+def counted_values(files: ArtifactFiles) -> tuple[str, ...]:
+    """Return the name of the value that says, per MoE layer, which experts run for which row.
+
+    Raises:
+        ArtifactError: The artifact has no such value for some layer.
+    """
+    found = files.onnx.node_outputs
+    names = []
+    for layer in range(len(files.plan.layers)):
+        weights, probs = (form.format(layer=layer) for form in (ROUTER_WEIGHTS, ROUTER_PROBS))
+        names.append(weights if weights in found else probs)
+    if missing := [name for name in names if name not in found]:
+        raise ArtifactError(
+            f"{files.graph} has no value {missing[0]}, so activations can't be counted. "
+            "Compile the model again with this version of alloc-moe."
+        )
+    return tuple(names)
+
+
+def executed(name: str, value: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Return the experts executed per row [rows], from one of `counted_values` [rows, experts]."""
+    least = 0.0 if name.startswith(ROUTER_WEIGHTS.format(layer="")) else DROPPED / 2
+    counts: NDArray[np.int64] = np.count_nonzero(value > least, axis=1)
+    return counts

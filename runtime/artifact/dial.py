@@ -1,0 +1,101 @@
+"""From a budget to the price of an activation, for artifacts with a dial.
+
+The plan lists prices and the mean activations per token that they gave on the calibration text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from fractions import Fraction
+
+from alloc_moe.runtime.artifact.plan import AllocationPlan, DialPoint
+from alloc_moe.runtime.errors import GenerationError
+
+
+def price_of(plan: AllocationPlan, budget: str | float) -> float:
+    """Return the price at which a plan's artifact executes a budget in the mean.
+
+    Between the points of the plan's dial the logarithm of the price is linear in the activations,
+    so that a higher budget never has a higher price.
+
+    Args:
+        plan: A plan with a dial.
+        budget: A fraction of the full model's activations in (0, 1] (text with a decimal point, or
+            a float), rounded down to whole activations; or a whole number of activations per token
+            over all layers (text of digits, or an int). ``1.0`` is the full model, at price 0.
+
+    Raises:
+        GenerationError: The plan has no dial, or the budget is none, or outside of it.
+    """
+    if plan.redistribution != "price" or plan.cap is not None or not plan.dial:
+        raise GenerationError(
+            "The artifact's budget is compiled in: its plan has no dial. "
+            "Compile it with --redistribute price and no cap, or leave the budget out."
+        )
+    points = _points(plan)
+    least, original = points[-1].activations, plan.budget.original
+    legal = (
+        f"Give a fraction from {_fraction_up(least, original)} to 1.0, or a whole number of "
+        f"activations from {math.ceil(least)} to {original} (the full model)."
+    )
+    activations = _activations(budget, original, legal)
+    if not least <= activations <= original:
+        side = "below" if activations < least else "above"
+        raise GenerationError(
+            f"The budget {budget} is {activations} of {original} activations per token, {side} "
+            f"the artifact's dial. {legal}"
+        )
+    return _interpolate(points, activations)
+
+
+def _points(plan: AllocationPlan) -> list[DialPoint]:
+    """The dial by falling activations and rising prices, from the full model on."""
+    full = DialPoint(plan.budget.original, 0.0)
+    points = [full]
+    for point in sorted(plan.dial, key=lambda point: (-point.activations, point.price)):
+        if point.activations < points[-1].activations and point.price >= points[-1].price:
+            points.append(point)
+    return points
+
+
+def _activations(budget: str | float, original: int, legal: str) -> int:
+    """The whole number that a budget stands for; digits with a decimal point are a fraction."""
+    number: int | Fraction | None = None
+    if isinstance(budget, int):
+        number = budget
+    elif isinstance(budget, float):
+        number = Fraction(Decimal(repr(budget))) if math.isfinite(budget) else None
+    elif re.fullmatch(r"\d{1,18}", text := budget.strip(), re.ASCII):
+        number = int(text)
+    elif re.fullmatch(r"\d{1,18}\.\d*|\.\d+", text, re.ASCII):
+        number = Fraction(text)
+    if number is None:
+        raise GenerationError(f"The budget {budget!r} is no positive number. {legal}")
+    if isinstance(number, int):
+        return number
+    if not 0 < number <= 1:
+        raise GenerationError(f"The budget {budget} is no fraction in (0, 1]. {legal}")
+    return math.floor(number * original)
+
+
+def _interpolate(points: Sequence[DialPoint], activations: float) -> float:
+    for above, below in itertools.pairwise(points):
+        if activations == above.activations:
+            return above.price
+        if activations > below.activations:
+            share = (above.activations - activations) / (above.activations - below.activations)
+            if above.price == 0:  # it has no logarithm
+                return share * below.price
+            # By logarithms: of a price that is almost zero the quotient would overflow.
+            price = math.exp((1 - share) * math.log(above.price) + share * math.log(below.price))
+            return min(max(price, above.price), below.price)
+    return points[-1].price
+
+
+def _fraction_up(activations: float, original: int) -> float:
+    """The least fraction of three digits that is enough, after rounding down, for activations."""
+    return math.ceil(Fraction(math.ceil(activations), original) * 1000) / 1000

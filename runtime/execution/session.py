@@ -1,0 +1,300 @@
+"""An artifact in onnxruntime: tokens in, logits out, keys and values appended to a cache."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from alloc_moe.runtime.artifact.counting import counted_values, executed
+from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
+from alloc_moe.runtime.artifact.onnx_file import with_outputs
+from alloc_moe.runtime.artifact.plan import (
+    LOGITS_TO_KEEP_INPUT,
+    PRICE_INPUT,
+    SHARED_CACHE_KEY,
+    AllocationPlan,
+)
+from alloc_moe.runtime.errors import ArtifactError, GenerationError
+from alloc_moe.runtime.execution.cache import BFLOAT16, Cache, find_slots, is_past, present_name
+from alloc_moe.runtime.execution.providers import CUDA, Provider, create_session, session_options
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one call gave.
+
+    ``logits`` are [batch, sequence, vocabulary], float32 or float16; of the last positions only if
+    that was asked for. ``cache`` is the one that was given, grown. ``rows[l]`` are the experts
+    executed per row of the MoE operator of layer l, None unless the session counts them: the rows
+    are the call's tokens, padding included, or (token, expert) pairs if the artifact compacts them.
+    """
+
+    logits: NDArray[np.floating]
+    cache: Cache
+    rows: tuple[NDArray[np.int64], ...] | None
+
+    @property
+    def activations(self) -> tuple[int, ...] | None:
+        """The experts executed per MoE layer, padding included; None unless counted."""
+        return None if self.rows is None else tuple(int(counts.sum()) for counts in self.rows)
+
+
+class ArtifactSession:
+    """An artifact loaded into onnxruntime. Get one from `open_session`."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, files: ArtifactFiles, *, counting: bool
+    ) -> None:
+        inputs = {value.name: value for value in session.get_inputs()}
+        outputs = {value.name: value for value in session.get_outputs()}
+        _check_io(set(inputs), set(outputs), path=files.graph)
+        self.files = files
+        self.device: Literal["cpu", "cuda"] = "cuda" if CUDA in session.get_providers() else "cpu"
+        self.shares_cache = SHARED_CACHE_KEY in files.onnx.metadata
+        self.slots = find_slots(
+            inputs.values(),
+            batch=inputs["input_ids"].shape[0],
+            shared=self.shares_cache,
+            path=files.graph,
+        )
+        vocabulary = outputs["logits"].shape[-1]
+        self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
+        self._session = session
+        optional = {value.name for value in session.get_overridable_initializers()}
+        self.has_dial = PRICE_INPUT in optional
+        self._keeps_logits = LOGITS_TO_KEEP_INPUT in optional
+        self._inputs = frozenset(inputs)
+        self._counted = counted_values(files) if counting else ()
+
+    @property
+    def plan(self) -> AllocationPlan:
+        """The plan that was compiled in."""
+        return self.files.plan
+
+    @property
+    def counts_activations(self) -> bool:
+        """Whether every call says how many experts each layer executed."""
+        return bool(self._counted)
+
+    def empty_cache(self, batch: int, *, capacity: int = 0) -> Cache:
+        """Return the cache to start a batch with.
+
+        Args:
+            batch: The number of sequences.
+            capacity: Columns to have room for from the start. A cache grows as it needs to, but
+                then it is copied, each time to twice its size.
+        """
+        device = "cpu" if self.shares_cache else self.device
+        return Cache(self.slots, batch=batch, capacity=capacity, device=device)
+
+    def run(
+        self,
+        input_ids: NDArray[np.int64],
+        *,
+        attention_mask: NDArray[np.int64] | None = None,
+        cache: Cache | None = None,
+        price: float | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Output:
+        """Run one call: a whole prompt, a piece of it, or one token per sequence.
+
+        Args:
+            input_ids: [batch, sequence].
+            attention_mask: [batch, cache.length + sequence], 1 = real token, 0 = padding, which is
+                on the left of each row or anywhere else. Only the last `sequence` columns are
+                looked at: the others were given when they were new. All ones by default.
+            cache: From `empty_cache`, or the one of the call before; an empty one by default. The
+                call appends to it.
+            price: For artifacts with a dial: of an activation, in place of the one compiled in. See
+                `alloc_moe.runtime.artifact.dial.price_of`.
+            logits_to_keep: Return logits of so many positions at the end; by default of all.
+
+        Raises:
+            GenerationError: There is a price, but no dial; or tokens that compete for experts
+                would have to be run apart.
+        """
+        check_price(self, price)
+        batch, sequence = input_ids.shape
+        if cache is None:
+            cache = self.empty_cache(batch)
+        ids = np.ascontiguousarray(input_ids, np.int64)
+        new = (
+            np.ones((batch, sequence), np.int64)
+            if attention_mask is None
+            else np.asarray(attention_mask[:, -sequence:], np.int64)
+        )
+        cache.reserve(cache.length + sequence)
+        optional = (price, logits_to_keep)
+        if self.shares_cache and batch > 1 and sequence > 1 and cache.length:
+            return self._run_rows(ids, new, cache, optional)
+        return self._run(ids, new, cache, optional)
+
+    def _run(
+        self,
+        ids: NDArray[np.int64],
+        new: NDArray[np.int64],
+        cache: Cache,
+        optional: tuple[float | None, int | None],
+    ) -> Output:
+        binding = self._binding(cache, optional)
+        for name, array in cache.token_inputs(ids, new).items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, array)
+        for name in ("logits", *self._counted):
+            binding.bind_output(name, "cpu")
+        if not self.shares_cache:
+            cache.bind(binding)
+        self._session.run_with_iobinding(binding)
+        logits, probs, present = _split(binding.get_outputs(), len(self._counted))
+        cache.append(new, None if self.shares_cache else present)
+        kept = to_numpy(logits)
+        if optional[1] and not self._keeps_logits:
+            kept = kept[:, -optional[1] :]
+        arrays = map(to_numpy, probs)
+        rows = tuple(map(executed, self._counted, arrays)) if self._counted else None
+        return Output(kept, cache, rows)
+
+    def _run_rows(
+        self,
+        ids: NDArray[np.int64],
+        new: NDArray[np.int64],
+        cache: Cache,
+        optional: tuple[float | None, int | None],
+    ) -> Output:
+        """Continue several sequences by several tokens each, one sequence after the other.
+
+        GroupQueryAttention takes no more than one then. Nothing depends on the others unless tokens
+        of a call compete.
+        """
+        if self.plan.redistribution == "batch" or self.plan.cap is not None:
+            raise GenerationError(
+                f"{len(ids)} sequences can't be continued by {ids.shape[1]} tokens each in one "
+                f"call: in {self.files.graph} the tokens of a call compete for experts, and its "
+                "attention takes such sequences one by one. Give one token per sequence, or one "
+                "sequence per call."
+            )
+        parts = [
+            self._run(ids[row : row + 1], new[row : row + 1], cache.row(row), optional)
+            for row in range(len(ids))
+        ]
+        cache.append(new)
+        counted = zip(*(part.rows for part in parts if part.rows is not None), strict=True)
+        return Output(
+            np.concatenate([part.logits for part in parts]),
+            cache,
+            tuple(np.concatenate(rows) for rows in counted) if self._counted else None,
+        )
+
+    def _binding(
+        self, cache: Cache, optional: tuple[float | None, int | None]
+    ) -> onnxruntime.IOBinding:
+        """Return the cache's binding; what stays from call to call is bound once."""
+        if cache.binding is not None and cache.bound_inputs == optional:
+            return cache.binding
+        binding = self._session.io_binding()
+        price, keep = optional
+        # bind_cpu_input takes required inputs only.
+        if price is not None:
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(price, np.float32))
+            binding.bind_ortvalue_input(PRICE_INPUT, value)
+        if keep is not None and self._keeps_logits:
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([keep], np.int64))
+            binding.bind_ortvalue_input(LOGITS_TO_KEEP_INPUT, value)
+        for name in ("logits", *self._counted):  # first, so that they are the first outputs
+            binding.bind_output(name, "cpu")
+        if self.shares_cache:
+            cache.bind(binding)
+        cache.binding, cache.bound_inputs = binding, optional
+        return binding
+
+
+def open_session(
+    path: str | Path,
+    *,
+    ep: Provider = "auto",
+    threads: int | None = None,
+    count_activations: bool = False,
+    stop_spinning: bool = False,
+    more_options: Mapping[str, str] | None = None,
+) -> ArtifactSession:
+    """Load an artifact into onnxruntime.
+
+    Args:
+        path: A bundle folder or an .onnx file.
+        ep: Execution provider; ``auto`` is CUDA if it can be used, else the CPU.
+        threads: Threads that share the work of one operator; by default one per physical core.
+        count_activations: Have every call say how many experts each layer executed.
+        stop_spinning: Let idle threads sleep between calls. Slower by a few microseconds per
+            call, but sessions in one process, or other work between calls, disturb each other less.
+        more_options: What else onnxruntime can be told, see `session_options`.
+
+    Raises:
+        ArtifactError: Something is missing, damaged, or was not compiled by alloc-moe.
+        DeviceError: ``ep="cuda"``, but CUDA can't be used.
+        GenerationError: onnxruntime has no such option.
+    """
+    files = find_artifact(path)
+    files.check_data()
+    # A model given as its content must be told where its data are.
+    folder = files.graph.parent if count_activations else None
+    options = session_options(
+        threads=threads, stop_spinning=stop_spinning, data_folder=folder, more=more_options
+    )
+    model: str | bytes = str(files.graph)
+    if count_activations:
+        model = with_outputs(files.graph.read_bytes(), counted_values(files))
+    session = create_session(model, options, ep=ep, name=files.graph)
+    return ArtifactSession(session, files, counting=count_activations)
+
+
+def check_price(session: ArtifactSession, price: float | None) -> None:
+    """Raise GenerationError if the artifact can't be run at this price."""
+    if price is None:
+        return
+    if not session.has_dial:
+        raise GenerationError(
+            f"{session.files.graph} has its budget compiled in, so it can't be run at another. "
+            "Compile it with --redistribute price and no cap, or leave the budget out."
+        )
+    if not price >= 0:
+        raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")
+
+
+def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
+    """Return a tensor in host memory as an array; bfloat16, which numpy lacks, as float32."""
+    if value.element_type() != BFLOAT16:
+        array: NDArray[np.floating] = value.numpy()
+        return array
+    shape = value.shape()
+    halves = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    bits = np.frombuffer(halves, np.uint16).astype(np.uint32) << 16
+    return bits.view(np.float32).reshape(shape)
+
+
+def _split(
+    values: Sequence[onnxruntime.OrtValue], counted: int
+) -> tuple[onnxruntime.OrtValue, Sequence[onnxruntime.OrtValue], Sequence[onnxruntime.OrtValue]]:
+    """Return logits, router probabilities of the layers, cache."""
+    return values[0], values[1 : 1 + counted], values[1 + counted :]
+
+
+def _check_io(inputs: set[str], outputs: set[str], *, path: Path) -> None:
+    """Raise ArtifactError unless the graph has the I/O of a causal language model."""
+    known = {"input_ids", "attention_mask", "position_ids"}
+    lacking = {"input_ids", "attention_mask", "logits"} - inputs - outputs
+    extra = {name for name in inputs if name not in known and not is_past(name)}
+    unpaired = {name for name in inputs if is_past(name) and present_name(name) not in outputs}
+    for problem, names in (("lacks", lacking), ("needs", extra), ("never updates", unpaired)):
+        if names:
+            raise ArtifactError(
+                f"{path} {problem} {', '.join(sorted(names))}, which this version can't handle. "
+                "Update alloc-moe, or compile the model again."
+            )

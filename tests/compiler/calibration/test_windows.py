@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import OlmoeConfig
+
+from alloc_moe.compiler.calibration.windows import CalibrationSet, load_calibration
+from alloc_moe.compiler.errors import CalibrationError
+
+Load = Callable[..., CalibrationSet]
+
+
+class ByteTokenizer:
+    """One token per byte."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        assert options == {"add_special_tokens": False, "verbose": False}
+        return {"input_ids": list(text.encode())}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(32, 127)) * 40)  # 3800 tokens
+    return path
+
+
+def load(
+    source: str | Path, *, tokens: int = 1024, seed: int = 0, **settings: int
+) -> CalibrationSet:
+    config = OlmoeConfig(**{"vocab_size": 256, "max_position_embeddings": 2048} | settings)
+    return load_calibration(source, ByteTokenizer(), config, tokens=tokens, seed=seed)  # type: ignore[arg-type]
+
+
+def test_windows_are_whole_pieces_of_the_text(text: Path) -> None:
+    calibration = load(text)
+    pieces = np.frombuffer(text.read_bytes(), np.uint8)[: 7 * 512].reshape(7, 512).tolist()
+    assert calibration.ids.shape == (2, 512)
+    assert calibration.ids.dtype == np.int64
+    assert all(window in pieces for window in calibration.ids.tolist())
+    assert calibration.sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert (calibration.tokens, calibration.sequence_length) == (1024, 512)
+    assert (calibration.seed, calibration.name) == (0, str(text))
+
+
+def test_windows_do_not_overlap(text: Path) -> None:
+    starts = load(text, tokens=3584).ids[:, 0].tolist()
+    assert sorted(starts) == sorted(text.read_bytes()[: 7 * 512 : 512])
+
+
+def test_the_seed_decides_which_windows_are_drawn(text: Path) -> None:
+    draws = [load(text, seed=seed).ids.tolist() for seed in range(8)]
+    assert draws[3] == load(text, seed=3).ids.tolist()
+    assert any(draw != draws[0] for draw in draws)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "shape"),
+    [(1000, 2048, (2, 512)), (700, 2048, (1, 512)), (100, 2048, (1, 100)), (1024, 128, (8, 128))],
+)
+def test_windows_fit_the_model_and_the_tokens_asked_for(
+    text: Path, tokens: int, positions: int, shape: tuple[int, int]
+) -> None:
+    assert load(text, tokens=tokens, max_position_embeddings=positions).ids.shape == shape
+
+
+def test_a_short_text_is_used_whole_and_reported(
+    text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "alloc_moe"):
+        calibration = load(text, tokens=8192)
+    assert calibration.tokens == calibration.ids.size == 3584
+    assert "has 3800 tokens, fewer than the 8192 asked for; 3584 are used." in caplog.text
+
+
+def test_a_text_of_one_sentence_is_one_window(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("The committee met.")
+    assert load(path).ids.tolist() == [list(b"The committee met.")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"x", r"has 1 token; at least 2 are needed"),
+        (b"abc\xff", "is not UTF-8: byte 3 is 0xff. Convert it"),
+    ],
+)
+def test_useless_texts_are_rejected(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=message):
+        load(path)
+
+
+def test_a_missing_file_and_a_folder_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"missing\.txt can't be read: No such file"):
+        load(tmp_path / "missing.txt")
+    with pytest.raises(CalibrationError, match="can't be read: Is a directory"):
+        load(tmp_path)
+    with pytest.raises(CalibrationError, match=r"folder/missing\.txt can't be read"):
+        load("folder/missing.txt")
+
+
+def test_too_few_tokens_asked_for_are_rejected(text: Path) -> None:
+    with pytest.raises(CalibrationError, match="at least 2 tokens, not 1"):
+        load(text, tokens=1)
+
+
+def test_the_tokenizer_of_another_model_is_rejected(text: Path) -> None:
+    with pytest.raises(
+        CalibrationError, match="gives token 126, but the model's vocabulary has 100"
+    ):
+        load(text, vocab_size=100)
+
+
+def test_a_dataset_needs_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=r"no file owner/name, .* pip install datasets"):
+        load("owner/name")
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Any) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        calls.append((*args, options))
+        return rows()
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return calls
+
+
+def test_a_dataset_is_read_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def rows() -> Any:
+        for index in range(1000):
+            taken.append(index)
+            yield {"text": f"row {index} " * 20}
+
+    calls = fake_datasets(monkeypatch, rows)
+    calibration = load("owner/name:config", tokens=64)
+    assert calibration.ids.shape == (1, 64)
+    assert calls == [("owner/name", "config", {"split": "train", "streaming": True})]
+    assert len(taken) < 20
+
+
+def test_a_dataset_without_text_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_datasets(monkeypatch, lambda: iter([{"label": 1, "sentence": "x"}]))
+    with pytest.raises(CalibrationError, match="no column text, only label, sentence"):
+        load("owner/name")
+
+
+def test_a_dataset_that_does_not_exist_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Any:
+        raise FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub")
+
+    fake_datasets(monkeypatch, rows)
+    with pytest.raises(
+        CalibrationError, match="gave no such dataset: Dataset 'owner/name' doesn't"
+    ):
+        load("owner/name")

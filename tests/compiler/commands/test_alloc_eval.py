@@ -1,0 +1,99 @@
+"""alloc-eval on artifacts and on models with a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from alloc_moe.compiler.commands.alloc_eval import eval_command
+from alloc_moe.compiler.records import Compiled
+
+
+@pytest.fixture
+def compiled(compile_to: Callable[..., Compiled], tmp_path: Path) -> Callable[..., Path]:
+    """Return what compiles the model with some options."""
+    return lambda **options: compile_to(tmp_path / "out.onnx", **options).path
+
+
+@pytest.fixture
+def artifact(compiled: Callable[..., Path]) -> Path:
+    """An artifact with a uniform plan, which holds on any text."""
+    return compiled(allocation="uniform", redistribution="batch", correction="none")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("Few experts are enough for most of the tokens. " * 6)
+    return tmp_path / "text.txt"
+
+
+def evaluated(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(eval_command, list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("redistribution", ["batch", "price"])
+def test_artifact_and_model_are_evaluated_alike(
+    model: str, compiled: Callable[..., Path], text: Path, redistribution: str
+) -> None:
+    artifact = compiled(redistribution=redistribution, correction="none")
+    options = ("--text", text, "--window", "64", "--json", "-q")
+    of_artifact = json.loads(evaluated(artifact, *options, "--ep", "cpu").stdout)
+    of_model = json.loads(evaluated(model, *options, "--plan", artifact).stdout)
+    assert of_artifact["loss"] == pytest.approx(of_model["loss"], rel=1e-5)
+    for key in ("tokens_scored", "tokens_run", "activations", "window", "stride"):
+        assert of_artifact[key] == of_model[key], key
+    assert of_artifact["plan"] == of_model["plan"]
+    full = json.loads(evaluated(model, *options).stdout)
+    assert full["activations_per_token"] == [4, 4, 4]
+
+
+def test_a_plan_with_a_correction_needs_its_artifact(
+    model: str, compiled: Callable[..., Path], text: Path
+) -> None:
+    artifact = compiled()
+    outcome = evaluated(model, "--text", text, "--plan", artifact)
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert f"The plan in {artifact} has a correction" in outcome.stderr
+    assert "Evaluate the artifact." in outcome.stderr
+    assert evaluated(artifact, "--text", text, "--ep", "cpu").exit_code == 0
+
+
+def test_an_evaluation_shows_plan_and_executed_experts(artifact: Path, text: Path) -> None:
+    outcome = evaluated(artifact, "--text", text, "--ep", "cpu")
+    lines = outcome.stdout.splitlines()
+    assert lines[0].startswith("Perplexity ")
+    assert lines[1:] == [
+        "Experts executed per token: 6.0000 of 12 (plan: 6)",
+        "By layer: 2.0000 2.0000 2.0000",
+        "Plan:     2      2      2",
+    ]
+
+
+def test_options_of_the_other_kind_of_target_are_wrong_usage(
+    model: str, artifact: Path, text: Path
+) -> None:
+    outcome = evaluated(artifact, "--text", text, "--plan", artifact)
+    assert outcome.exit_code == 2
+    assert "--plan is for original models" in outcome.stderr
+    outcome = evaluated(model, "--text", text, "--decode")
+    assert outcome.exit_code == 2
+    assert "--decode is for artifacts" in outcome.stderr
+
+
+def test_a_plan_of_another_model_is_refused(
+    checkpoint: Callable[[str], Path], artifact: Path, text: Path
+) -> None:
+    outcome = evaluated(checkpoint("mixtral"), "--text", text, "--plan", artifact)
+    assert outcome.exit_code == 1
+    assert "is for 3 MoE layers" in outcome.stderr
+    assert "has 2" in outcome.stderr
+
+
+def test_a_text_that_cant_be_read_is_reported(artifact: Path) -> None:
+    outcome = evaluated(artifact, "--text", "gone.txt")
+    assert outcome.exit_code == 1
+    assert "gone.txt can't be read" in outcome.stderr

@@ -1,0 +1,388 @@
+"""Files of an artifact: where they go, that they appear at once, and what is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from alloc_moe.compiler.errors import OutputError
+from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.package.output import Output, parse_output, publish, staging
+from alloc_moe.runtime.artifact.files import find_artifact
+from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE, PLAN_KEY, AllocationPlan
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+# parse_output
+
+
+def test_an_onnx_file_is_a_bare_artifact(tmp_path: Path) -> None:
+    output = parse_output(str(tmp_path / "out.onnx"), force=False)
+    assert output == Output(tmp_path / "out.onnx", bundle=False)
+    assert output.graph_name == "out.onnx"
+    assert output.profile_path == tmp_path / "out.onnx.profile.json"
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_folder_is_a_bundle(tmp_path: Path, existing: bool) -> None:
+    if existing:
+        (tmp_path / "half").mkdir()
+    output = parse_output(f"{tmp_path / 'half'}/", force=existing)
+    assert output == Output(tmp_path / "half", bundle=True)
+    assert output.graph_name == MODEL_FILE
+    assert output.profile_path == tmp_path / "half.profile.json"
+
+
+def test_the_current_folder_can_be_a_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_output(".", force=True) == Output(tmp_path, bundle=True)
+
+
+@pytest.mark.parametrize("name", ["out", "out.bin"])
+def test_a_name_that_is_neither_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(
+        OutputError,
+        match=re.escape(f"Write {tmp_path / 'out.onnx'}, or {path}/ for a bundle."),
+    ):
+        parse_output(str(path), force=False)
+
+
+def test_a_missing_parent_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"The folder .*gone for the output doesn't exist"):
+        parse_output(str(tmp_path / "gone" / "out.onnx"), force=False)
+
+
+def test_a_folder_that_is_read_only_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(OutputError, match="can't be written to"):
+        parse_output(str(tmp_path / "out.onnx"), force=False)
+
+
+@pytest.mark.parametrize("name", ["out.onnx", "out.onnx.data"])
+def test_an_existing_file_is_replaced_with_force_only(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(OutputError, match=rf"{re.escape(name)} exists\. Give --force"):
+        parse_output(str(tmp_path / "out.onnx"), force=False)
+    parse_output(str(tmp_path / "out.onnx"), force=True)
+
+
+def test_an_existing_bundle_is_replaced_with_force_only(tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / PLAN_FILE).write_text("{}")
+    with pytest.raises(OutputError, match=r"half exists\. Give --force"):
+        parse_output(f"{tmp_path}/half/", force=False)
+    parse_output(f"{tmp_path}/half/", force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("no folder")
+    for name in ("home", "file"):
+        with pytest.raises(OutputError, match=rf"{name} is not a bundle that alloc-compile wrote"):
+            parse_output(f"{tmp_path}/{name}/", force=force)
+
+
+# staging
+
+
+def test_staging_is_empty_beside_the_output_and_gone_afterwards(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out.onnx", bundle=False)
+    stale = tmp_path / ".out.onnx.partial"
+    (stale / "new").mkdir(parents=True)
+    (stale / "new" / "file").write_text("of a killed compile")
+    (stale / "out.onnx.data").write_text("of a killed compile")
+    with staging(output) as folder:
+        assert folder == stale
+        assert list(folder.iterdir()) == []
+        (folder / "out.onnx").write_text("unfinished")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out.onnx", bundle=False)
+
+    def fail() -> None:
+        with staging(output) as folder:
+            (folder / "out.onnx").write_text("unfinished")
+            raise OutputError("stop")
+
+    with pytest.raises(OutputError, match="stop"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_compiles_of_one_output_are_refused(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out.onnx", bundle=False)
+    with staging(output) as folder:
+        (folder / "out.onnx").write_text("unfinished")
+        with (
+            pytest.raises(OutputError, match=r"Another compile is writing .*out\.onnx\. Wait"),
+            staging(output),
+        ):
+            pass
+        assert (folder / "out.onnx").read_text() == "unfinished"
+    with staging(output):
+        pass
+
+
+# publish
+
+
+def write(folder: Path, names: tuple[str, ...], content: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text(f"{content} {name}")
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, *, after: int) -> Callable[[], int]:
+    """Let the process die at the call after so many moves and deletions; return their count."""
+    count = 0
+
+    def limited(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if count == after:
+                raise Killed
+            count += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "replace"), (Path, "unlink"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, limited(getattr(owner, name)))
+    return lambda: count
+
+
+PAIR = ("out.onnx", "out.onnx.data")
+BUNDLE = (MODEL_FILE, f"{MODEL_FILE}.data", PLAN_FILE, "config.json")
+
+
+def publish_until_killed(
+    tmp_path: Path, output: Output, names: tuple[str, ...], *, old: bool, after: int
+) -> bool:
+    """Publish new files, over old ones if `old`; return whether it came to its end."""
+    target = output.path if output.bundle else output.path.parent
+    if old:
+        write(target, names, "old")
+    staged = tmp_path / "staged"
+    write(staged, names, "new")
+    with pytest.MonkeyPatch.context() as patched:
+        dying(patched, after=after)
+        try:
+            publish(staged, output)
+        except Killed:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("bundle", [False, True])
+def test_a_kill_at_any_moment_never_mixes_two_artifacts(
+    tmp_path: Path, bundle: bool, old: bool
+) -> None:
+    names = BUNDLE if bundle else PAIR
+    finished = False
+    moments = 0
+    seen = set()
+    while not finished:
+        folder = tmp_path / str(moments)
+        folder.mkdir()
+        output = Output(folder / ("half" if bundle else "out.onnx"), bundle=bundle)
+        finished = publish_until_killed(folder, output, names, old=old, after=moments)
+        moments += 1
+        graph = output.path / MODEL_FILE if bundle else output.path
+        if not graph.exists():  # no artifact without its graph
+            seen.add("none")
+            continue
+        [age] = {(graph.parent / name).read_text().split()[0] for name in names}
+        seen.add(age)
+    assert moments > len(names)
+    assert seen == ({"old", "none", "new"} if old else {"none", "new"})
+
+
+@pytest.mark.parametrize("bundle", [False, True])
+def test_publishing_again_after_a_kill_succeeds(tmp_path: Path, bundle: bool) -> None:
+    names = BUNDLE if bundle else PAIR
+    for moment in range(12):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        output = Output(folder / ("half" if bundle else "out.onnx"), bundle=bundle)
+        publish_until_killed(folder, output, names, old=True, after=moment)
+        with staging(output) as staged:
+            write(staged, names, "newer")
+            publish(staged, output)
+        graph = output.path / MODEL_FILE if bundle else output.path
+        assert {(graph.parent / name).read_text().split()[0] for name in names} == {"newer"}
+
+
+def test_a_bundle_that_cant_be_moved_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Output(tmp_path / "half", bundle=True)
+    write(output.path, BUNDLE, "old")
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise PermissionError("busy")
+        replace(source, target)
+
+    with staging(output) as staged:
+        write(staged, BUNDLE, "new")
+        monkeypatch.setattr(os, "replace", refuse)
+        with pytest.raises(PermissionError):
+            publish(staged, output)
+    assert {path.read_text().split()[0] for path in output.path.iterdir()} == {"old"}
+
+
+# contents
+
+
+@pytest.fixture(scope="module")
+def plan(
+    moe_model: Callable[[str], MoeModel], plan_for: Callable[..., AllocationPlan]
+) -> AllocationPlan:
+    return plan_for(moe_model("olmoe"), [2, 3, 1])
+
+
+@pytest.fixture(scope="module")
+def specialized(exported: Callable[[str], ir.Model], plan: AllocationPlan) -> ir.Model:
+    return specialize(exported("olmoe"), plan, device="cpu")
+
+
+def test_all_weights_are_written_and_reported(specialized: ir.Model, tmp_path: Path) -> None:
+    reported: list[int] = []
+    package.save_graph(specialized, tmp_path / "out.onnx", advance=reported.append)
+    assert {path.name for path in tmp_path.iterdir()} == set(PAIR)
+    loaded = ir.load(tmp_path / "out.onnx")
+    for name, value in specialized.graph.initializers.items():
+        expected, found = value.const_value, loaded.graph.initializers[name].const_value
+        assert expected is not None
+        assert found is not None
+        np.testing.assert_array_equal(found.numpy(), expected.numpy())
+    assert sum(reported) <= sum(
+        value.const_value.nbytes
+        for value in specialized.graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def test_stamping_a_plan_leaves_the_weights(
+    specialized: ir.Model, plan: AllocationPlan, tmp_path: Path
+) -> None:
+    import dataclasses
+
+    package.save_graph(specialized, tmp_path / "out.onnx")
+    data = (tmp_path / "out.onnx.data").read_bytes()
+    final = dataclasses.replace(plan, verify={"kl": 0.25})
+    package.stamp(tmp_path / "out.onnx", final)
+    assert (tmp_path / "out.onnx.data").read_bytes() == data
+    found = find_artifact(tmp_path / "out.onnx")
+    found.check_data()
+    assert found.plan == final
+    assert found.onnx.metadata[PLAN_KEY] == final.to_json()
+    assert found.context_length() == 128
+    assert found.eos_ids() == {256}
+
+
+def test_a_bundle_has_what_runtimes_need(
+    specialized: ir.Model,
+    plan: AllocationPlan,
+    moe_model: Callable[[str], MoeModel],
+    tmp_path: Path,
+) -> None:
+    package.write_bundle_files(tmp_path, moe_model("olmoe"), specialized, plan)
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        PLAN_FILE,
+        "genai_config.json",
+    }
+    assert AllocationPlan.from_json((tmp_path / PLAN_FILE).read_text()) == plan
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "heads", "size"),
+    [("olmoe", 3, 4, 16), ("qwen2_moe", 4, 2, 16), ("deepseek_v2", 3, 1, 32)],
+)
+def test_onnxruntime_genai_gets_its_configuration(
+    exported: Callable[[str], ir.Model],
+    moe_model: Callable[[str], MoeModel],
+    family: str,
+    layers: int,
+    heads: int,
+    size: int,
+) -> None:
+    config = json.loads(json.dumps(package.genai_config(moe_model(family), exported(family))))
+    model = config["model"]
+    assert (model["eos_token_id"], model["bos_token_id"]) == (256, 256)
+    assert (model["context_length"], model["vocab_size"], model["type"]) == (128, 288, "decoder")
+    decoder = model["decoder"]
+    assert decoder["filename"] == MODEL_FILE
+    assert decoder["num_hidden_layers"] == layers
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (heads, size)
+    assert decoder["inputs"] == {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "position_ids": "position_ids",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
+    assert config["search"]["past_present_share_buffer"] is False
+
+
+def test_onnxruntime_genai_shares_a_cache_that_is_appended_to_in_place(
+    specialized: ir.Model, moe_model: Callable[[str], MoeModel]
+) -> None:
+    config = package.genai_config(moe_model("olmoe"), specialized)
+    assert config["search"]["past_present_share_buffer"] is True
+
+
+def test_a_disk_that_is_too_full_is_reported_with_both_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 3 << 30
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    output = package.parse_output(str(tmp_path / "out.onnx"), force=False)
+    package.check_space(output, free)
+    with pytest.raises(
+        OutputError,
+        match=rf"Writing {tmp_path}/out\.onnx needs 12\.50 GiB, but {tmp_path} has 3\.00 GiB free\."
+        " Free some space, or choose an output on another disk",
+    ):
+        package.check_space(output, 25 << 29)
+
+
+def test_what_a_killed_compile_left_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    output = package.parse_output(str(tmp_path / "out.onnx"), force=False)
+    (tmp_path / ".out.onnx.partial").mkdir()
+    (tmp_path / ".out.onnx.partial" / "out.onnx.data").write_bytes(bytes(50))
+    package.check_space(output, 150)
+    with pytest.raises(OutputError):
+        package.check_space(output, 151)
