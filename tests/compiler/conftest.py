@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -72,15 +71,10 @@ def model(
 @pytest.fixture
 def compile_to(model: str) -> Callable[..., Compiled]:
     """Return a function from an output and options to what a compile of the model made."""
-    from alloc_moe.compiler.pipeline import compile_model
-    from alloc_moe.compiler.records import CompileOptions
-    from alloc_moe.runtime.console import Console
+    from alloc_moe.compiler import compile
 
-    defaults = CompileOptions(model, "", "0.5", tokens=256)
-
-    def run(output: Path | str, *, console: Console | None = None, **options: object) -> Compiled:
-        changed = dataclasses.replace(defaults, output=str(output), **options)  # type: ignore[arg-type]
-        return compile_model(changed, console or Console(quiet=True))
+    def run(output: Path | str, **options: Any) -> Compiled:
+        return compile(**{"model": model, "output": output, "tokens": 256, **options})
 
     return run
 

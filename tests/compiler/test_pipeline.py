@@ -24,6 +24,8 @@ from alloc_moe.compiler.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from alloc_moe.compiler.export import normalize
+from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.records import Compiled
@@ -38,22 +40,19 @@ Compile = Callable[..., Compiled]
 FILES = ("out.onnx", "out.onnx.data", "out.onnx.profile.json")
 
 # A profile that is measured layer by layer, and a plan that is met exactly.
-BY_LAYER = {"sensitivity": "kl", "redistribution": "batch"}
+BY_LAYER = {"sensitivity": "kl", "redistribute": "batch"}
 
 # A compile in a process of its own that is killed in the middle.
 KILLED = """
 import os, signal, sys
 import onnx_ir as ir
 import torch
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import compile, pipeline
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
-from alloc_moe.compiler.records import CompileOptions
-from alloc_moe.runtime.console import Console
-
 moment, graph, model, output = sys.argv[1:]
 torch.set_num_threads(1)
-pipeline.export = lambda moe, **_: ir.load(graph)
+pipeline.export_model = lambda moe, **_: ir.load(graph)
 measure, save = sensitivity.ReplayRun.measure, package.save_graph
 
 def die(*_):
@@ -65,9 +64,8 @@ if moment == "profiling":
     )
 else:
     package.save_graph = lambda graph, path, **_: save(graph, path, advance=die)
-by_layer = {"sensitivity": "kl", "redistribution": "batch"}  # BY_LAYER
-options = CompileOptions(model, output, "0.5", tokens=256, force=True, **by_layer)
-pipeline.compile_model(options, Console(quiet=True))
+by_layer = {"sensitivity": "kl", "redistribute": "batch"}  # BY_LAYER
+compile(model, output=output, tokens=256, force=True, **by_layer)
 """
 
 
@@ -137,7 +135,7 @@ def test_the_plan_is_executed_on_the_calibration_text(
 
 
 def test_an_exact_plan_is_executed_on_any_text(compile_to: Compile, tmp_path: Path) -> None:
-    plan = compile_to(tmp_path / "out.onnx", redistribution="batch").plan
+    plan = compile_to(tmp_path / "out.onnx", redistribute="batch").plan
     assert sum(layer.k for layer in plan.layers) == plan.budget.activations <= 6
     session = open_session(tmp_path / "out.onnx", ep="cpu", count_activations=True)
     ids = np.random.default_rng(0).integers(0, 256, (2, 9))
@@ -147,7 +145,7 @@ def test_an_exact_plan_is_executed_on_any_text(compile_to: Compile, tmp_path: Pa
 def test_the_plan_says_what_it_was_made_of(
     compile_to: Compile, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    plan = compile_to(tmp_path / "out.onnx", seed=5, redistribution="none", weights="renorm").plan
+    plan = compile_to(tmp_path / "out.onnx", seed=5, redistribute="none", weights="renorm").plan
     assert plan.source == str(checkpoint("olmoe"))
     assert (plan.redistribution, plan.weights) == ("none", "renorm")
     assert plan.sensitivity["metric"] == "fisher"
@@ -166,7 +164,7 @@ def test_by_default_an_artifact_has_a_price_a_dial_and_corrected_experts(
     assert plan.price is not None
     assert plan.dial[0].activations > 6 > plan.dial[-1].activations
     assert plan.correction["mode"] == "affine"
-    plain = compile_to(tmp_path / "plain.onnx", correction="none").plan
+    plain = compile_to(tmp_path / "plain.onnx", correct="none").plan
     assert plain.correction == {}
 
 
@@ -261,7 +259,7 @@ def test_an_existing_output_is_kept_without_force(compile_to: Compile, tmp_path:
     with pytest.raises(OutputError, match="Give --force"):
         compile_to(tmp_path / "out.onnx")
     assert (tmp_path / "out.onnx").read_text() == "mine"
-    compile_to(tmp_path / "out.onnx", allocation="uniform", redistribution="batch", force=True)
+    compile_to(tmp_path / "out.onnx", allocation="uniform", redistribute="batch", force=True)
     assert open_session(tmp_path / "out.onnx", ep="cpu").plan.budget.activations == 6
 
 

@@ -20,16 +20,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import compile, pipeline
 from alloc_moe.compiler.commands.alloc_lm_eval import NAME, register
 from alloc_moe.compiler.errors import AllocMoeError
 from alloc_moe.compiler.evaluation.harness import AllocMoeLM, choose_batch_size
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.pipeline import compile_model
-from alloc_moe.compiler.records import CompileOptions, Redistribution
+from alloc_moe.compiler.records import Redistribution
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters
-from alloc_moe.runtime.console import Console
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.text.generation import generate
 from alloc_moe.runtime.text.model import load
@@ -57,18 +55,16 @@ def compile_with(
 
     def run(redistribution: Redistribution) -> Path:
         output = tmp_path_factory.mktemp("artifact") / "half"
-        options = CompileOptions(
-            str(checkpoint("olmoe")),
-            f"{output}/",
-            "0.5",
-            tokens=256,
-            allocation="uniform" if redistribution == "none" else "sensitivity",
-            redistribution=redistribution,
-            correction="none",
-        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "export_model", lambda *_, **__: exported("olmoe"))
-            compile_model(options, Console(quiet=True))
+            compile(
+                checkpoint("olmoe"),
+                output=output,
+                tokens=256,
+                allocation="uniform" if redistribution == "none" else "sensitivity",
+                redistribute=redistribution,
+                correct="none",
+            )
         return output
 
     return run

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.package import output as package
@@ -114,7 +115,7 @@ def test_peak_memory_of_verification_is_that_of_a_layer(
     for folder in (many_layers(6), checkpoint("olmoe")):
         moe = load_model(str(folder), offload="always")
         plan = plan_for(moe, [2] * len(moe.layers))
-        graph = specialize(export(moe, dtype="float32"), plan, device="cpu")
+        graph = specialize(export_model(moe, dtype="float32"), plan, device="cpu")
         artifacts.append(tmp_path / f"{folder.name}.onnx")
         package.save_graph(graph, artifacts[-1])
     assert peak_memory(VERIFY, *artifacts) < 4 * LAYER  # of 6

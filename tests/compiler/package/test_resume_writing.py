@@ -12,24 +12,20 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import compile, pipeline
 from alloc_moe.compiler.errors import OutputError, VerificationError
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package.output import Output, staging
-from alloc_moe.compiler.records import CompileOptions
-from alloc_moe.runtime.console import Console
 
 COMPILE = """
 import os, signal, sys
 from pathlib import Path
 import onnx_ir as ir
 import torch
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import compile, pipeline
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package import weights as weights_file
-from alloc_moe.compiler.records import CompileOptions
 from alloc_moe.passes.base import lazy_tensor
-from alloc_moe.runtime.console import Console
 
 moment, graph, model, output, log = sys.argv[1:]
 torch.set_num_threads(1)
@@ -53,13 +49,12 @@ def export(*_, **__):
             value.const_value = lazy_tensor(compute, tensor.shape.numpy(), tensor.dtype, name)
     return loaded
 
-pipeline.export = export
+pipeline.export_model = export
 if moment == "verifying":
     pipeline.verify_artifact = die
 if moment == "interrupted":
     pipeline.verify_artifact = lambda *_, **__: signal.raise_signal(signal.SIGINT)
-options = CompileOptions(model, output, "0.5", tokens=256, force=True)
-pipeline.compile_model(options, Console(quiet=True))
+compile(model, output=output, tokens=256, force=True)
 Path(log).write_text(" ".join(made))
 """
 
@@ -138,10 +133,8 @@ def test_weights_that_fail_verification_are_not_kept(
 
     monkeypatch.setattr(pipeline, "export_model", lambda *_, **__: exported("olmoe"))
     monkeypatch.setattr(pipeline, "verify_artifact", fail)
-    output = str(tmp_path / "out.onnx")
-    options = CompileOptions(str(checkpoint("olmoe")), output, "0.5", tokens=256)
     with pytest.raises(VerificationError, match="differs"):
-        pipeline.compile_model(options, Console(quiet=True))
+        compile(checkpoint("olmoe"), output=tmp_path / "out.onnx", tokens=256)
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx.profile.json"]
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from alloc_moe.compiler import pipeline
 from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.errors import BudgetError, ProfileError
+from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package.space import needed_space
@@ -26,7 +27,7 @@ from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import mixed_costs
 from alloc_moe.compiler.planning.mixed_bits import allocate_mixed
 from alloc_moe.compiler.planning.shapes import ExpertShape
-from alloc_moe.compiler.records import CompileOptions, MoeLayer, SensitivityProfile
+from alloc_moe.compiler.records import CompileOptions, MoeLayer, SensitivityProfile, TargetOptions
 from alloc_moe.compiler.rounding.formats import (
     MIXED_BITS,
     choose_formats,
@@ -183,10 +184,14 @@ def test_layers_that_are_read_to_run_have_experts_of_the_bits_chosen(
 
 
 def test_the_disk_has_to_hold_all_experts_in_8_bits(moe_model: Callable[[str], MoeModel]) -> None:
-    given = CompileOptions("model", "out.onnx", "0.5", dtype="int4")
+    given = CompileOptions("model", "out.onnx", "0.5")
     four, mixed, eight = (
-        needed_space(moe_model("olmoe"), dataclasses.replace(given, **changed))  # type: ignore[arg-type]
-        for changed in ({}, {"mixed_bits": True}, {"dtype": "int8"})
+        needed_space(moe_model("olmoe"), dataclasses.replace(given, target=target))
+        for target in (
+            TargetOptions("int4"),
+            TargetOptions("int4", mixed_bits=True),
+            TargetOptions("int8"),
+        )
     )
     assert four < mixed == eight
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from alloc_moe.compiler.commands.alloc_compile import profile_command
+from alloc_moe.compiler.commands.alloc_profile import profile_command
 from alloc_moe.compiler.errors import CalibrationError
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.workspace.processes import Processes
@@ -25,7 +25,7 @@ import functools, os, signal, sys
 import torch
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity import layerwise as sensitivity_stream
-from alloc_moe.compiler.commands.alloc_compile import profile_command
+from alloc_moe.compiler.commands.alloc_profile import profile_command
 
 torch.set_num_threads(1)
 sensitivity._TOKENS_PER_BATCH, sensitivity._SECONDS_PER_SAVE = 64, 0.0

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import VerificationError
+from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
@@ -174,7 +175,7 @@ def test_an_offloaded_model_is_verified_by_segments_with_the_same_figures(
             moe = quantized(moe, choose_formats(moe.checkpoint, dtype))
         if offload == "never":
             plan = score_plan(moe, "price")
-            graph = export(moe, dtype="float32")
+            graph = export_model(moe, dtype="float32")
             graph = specialize(graph, plan, device="cpu", quantization=moe.quantization)
             package.save_graph(graph, tmp_path / "out.onnx")
         found.append(verify_artifact(tmp_path / "out.onnx", moe, plan, token_ids, dtype=dtype))
