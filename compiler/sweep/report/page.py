@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import resources
 
-from alloc_moe.compiler.sweep.report.curves import describe, loss_chart, method_panels, method_styles
+from alloc_moe.compiler.sweep.records import SweepResults
+from alloc_moe.compiler.sweep.report.curves import (
+    describe,
+    loss_chart,
+    method_panels,
+    method_styles,
+)
 from alloc_moe.compiler.sweep.report.data import (
     OVERSPENT,
     Digest,
@@ -36,7 +42,6 @@ from alloc_moe.compiler.sweep.report.tables import (
     to_csv,
     tokens_table,
 )
-from alloc_moe.compiler.sweep.records import SweepResults
 
 __all__ = ["markdown_table", "render", "to_csv"]
 
@@ -60,7 +65,7 @@ def render(results: SweepResults) -> str:
         _sensitivities(results),
     ]
     style, script = (
-        resources.files(__package__).joinpath(f"report.{kind}").read_text("utf-8")
+        resources.files(__package__).joinpath(f"page.{kind}").read_text("utf-8")
         for kind in ("css", "js")
     )
     body = "\n".join(section for section in sections if section)
