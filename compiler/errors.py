@@ -1,5 +1,9 @@
 """Errors of the compiler that a user can act on."""
 
+from __future__ import annotations
+
+import importlib.util
+
 from alloc_moe.runtime.errors import AllocMoeError
 
 
@@ -47,6 +51,28 @@ class OutputError(AllocMoeError):
     """The output can't be written where it was asked for."""
 
 
+def need_compile_extra() -> None:
+    """Raise an AllocMoeError that names what the base install lacks for compiling."""
+    missing = [
+        name
+        for name in (
+            "torch",
+            "transformers",
+            "onnx",
+            "onnx_ir",
+            "onnxscript",
+            "accelerate",
+            "scipy",
+        )
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise AllocMoeError(
+            f"Compiling needs {', '.join(missing)}, which the base install leaves out. "
+            "Install alloc-moe[compile]."
+        )
+
+
 __all__ = [
     "AllocMoeError",
     "BudgetError",
@@ -60,4 +86,5 @@ __all__ = [
     "SweepError",
     "UnsupportedModelError",
     "VerificationError",
+    "need_compile_extra",
 ]

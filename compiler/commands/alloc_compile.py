@@ -9,12 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alloc_moe.compiler.commands.options import (
-    block_option,
-    need_compile_extra,
-    profiling_options,
-    wrong_options,
-)
+from alloc_moe.compiler.commands.options import block_option, profiling_options, wrong_options
+from alloc_moe.compiler.errors import need_compile_extra
 from alloc_moe.runtime.commands.options import common_options, examples
 from alloc_moe.runtime.console import Console
 

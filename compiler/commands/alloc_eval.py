@@ -173,7 +173,7 @@ def _evaluate_model(
     *,
     trust_remote_code: bool,
 ) -> tuple[Evaluation, AllocationPlan]:
-    from alloc_moe.compiler.commands.options import need_compile_extra
+    from alloc_moe.compiler.errors import need_compile_extra
 
     need_compile_extra()
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from alloc_moe.compiler.commands.options import need_compile_extra
+from alloc_moe.compiler.errors import need_compile_extra
 from alloc_moe.runtime.commands.options import common_options, examples, threads_option
 from alloc_moe.runtime.console import Console
 

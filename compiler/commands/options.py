@@ -1,9 +1,8 @@
-"""What commands of the compiler share: options, and what must be installed."""
+"""Options that commands of the compiler share."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,27 +97,3 @@ def wrong_options() -> Iterator[None]:
         yield
     except OptionsError as error:
         raise click.UsageError(str(error)) from error
-
-
-def need_compile_extra() -> None:
-    """Raise an AllocMoeError that names what the base install lacks for compiling."""
-    missing = [
-        name
-        for name in (
-            "torch",
-            "transformers",
-            "onnx",
-            "onnx_ir",
-            "onnxscript",
-            "accelerate",
-            "scipy",
-        )
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        from alloc_moe.compiler.errors import AllocMoeError
-
-        raise AllocMoeError(
-            f"Compiling needs {', '.join(missing)}, which the base install leaves out. "
-            "Install alloc-moe[compile]."
-        )

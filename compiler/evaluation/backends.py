@@ -108,7 +108,7 @@ def open_model(
     Raises:
         AllocMoeError: The model can't be loaded, or the plan is not one of this model.
     """
-    from alloc_moe.compiler.commands.options import need_compile_extra
+    from alloc_moe.compiler.errors import need_compile_extra
 
     need_compile_extra()
     from alloc_moe.compiler.model.loading import load_model

@@ -1,4 +1,4 @@
-"""alloc-compile and alloc-profile on a small model."""
+"""alloc-compile on a small model: options in, exit code out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alloc_moe.compiler import pipeline
 from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.commands.alloc_eval import eval_command
 from alloc_moe.compiler.commands.alloc_profile import profile_command
-from alloc_moe.compiler.commands.options import need_compile_extra
+from alloc_moe.compiler.errors import need_compile_extra
 from alloc_moe.compiler.planning import latency
 from alloc_moe.compiler.planning.latency import LayerLatency
 from alloc_moe.compiler.planning.shapes import ExpertShape

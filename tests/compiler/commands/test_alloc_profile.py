@@ -1,4 +1,4 @@
-"""alloc-compile and alloc-profile on a small model."""
+"""alloc-profile on a small model: options in, exit code out."""
 
 from __future__ import annotations
 

@@ -13,13 +13,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
-from alloc_moe.compiler.model import loading as load
-from alloc_moe.compiler.model.loading import (
-    find_moe_layers,
-    load_model,
-    read_config,
-    resolve_folder,
-)
+from alloc_moe.compiler.model import checkpoint as checkpoint_module
+from alloc_moe.compiler.model.checkpoint import read_config, resolve_folder
+from alloc_moe.compiler.model.loading import load_model
+from alloc_moe.compiler.model.moe_layers import find_moe_layers
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.skeleton import build_skeleton
 
@@ -224,7 +221,7 @@ def test_a_slow_tokenizer_is_refused(
         is_fast = False
         vocab_files_names: ClassVar = {"tokenizer_file": "tokenizer.json"}
 
-    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
+    monkeypatch.setattr(checkpoint_module.AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json, which the runtime needs"):
         load_model(str(checkpoint("olmoe")))
 

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from alloc_moe.compiler.calibration.windows import CalibrationSet
 from alloc_moe.compiler.model import offloading as offload
 from alloc_moe.compiler.model.checkpoint import CheckpointReader
+from alloc_moe.compiler.model.layer_progress import forward_gflop, layers_progress
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.model.offloading import forward_gflop, layers_progress, wants_offloading
+from alloc_moe.compiler.model.offloading import wants_offloading
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.plan import PlanOptions, make_planned

@@ -79,14 +79,14 @@ def peak_memory(work: str, subject: Path, warm: Path) -> int:
 @pytest.fixture
 def many_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
     """Return a function that writes a checkpoint of so many layers of `LAYER` bytes."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import full_size_checkpoint
+    monkeypatch.syspath_prepend(str(EXAMPLES / "checkpoints"))
+    import full_size
 
     def write(layers: int) -> Path:
         sizes = {"hidden_size": 256, "intermediate_size": 256, "num_experts": 48, "vocab_size": 512}
-        settings = full_size_checkpoint.MODELS["OLMoE-1B-7B"] | sizes
+        settings = full_size.MODELS["OLMoE-1B-7B"] | sizes
         folder = tmp_path / str(layers)
-        full_size_checkpoint.write_checkpoint(folder, settings | {"num_hidden_layers": layers})
+        full_size.write_checkpoint(folder, settings | {"num_hidden_layers": layers})
         return folder
 
     return write

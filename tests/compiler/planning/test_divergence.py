@@ -14,7 +14,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.divergence import Divergence
 from alloc_moe.compiler.planning.thresholds import Setting, common_threshold, layer_thresholds
 from alloc_moe.compiler.records import Correction
-from alloc_moe.compiler.reference import divergence as divergence_module
+from alloc_moe.compiler.reference import losses
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import LayerParameters
 
@@ -108,6 +108,6 @@ def test_logits_are_made_a_few_at_a_time(
 ) -> None:
     moe, setting = moe_model("olmoe"), Setting("none")
     whole = Divergence(moe, calibration).of_allocation([2, 2, 2], setting)
-    monkeypatch.setattr(divergence_module, "_LOGITS_PER_BATCH", 1)
+    monkeypatch.setattr(losses, "_LOGITS_PER_BATCH", 1)
     parts = Divergence(moe, calibration).of_allocation([2, 2, 2], setting)
     assert parts == pytest.approx(whole, rel=1e-5)

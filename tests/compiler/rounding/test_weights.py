@@ -15,7 +15,8 @@ from transformers import AutoConfig
 
 from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.errors import UnsupportedModelError
-from alloc_moe.compiler.model.loading import find_moe_layers, load_model
+from alloc_moe.compiler.model.loading import load_model
+from alloc_moe.compiler.model.moe_layers import find_moe_layers
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.skeleton import build_skeleton
 from alloc_moe.compiler.rounding.formats import choose_formats
