@@ -27,9 +27,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     @functools.cache
     def make(family: str) -> Path:
         # Loaded here, since it loads torch, which tests of the runtime do without.
-        examples = _load_file(Path(__file__).parents[1] / "examples" / "random_checkpoints.py")
+        small = _load_file(Path(__file__).parents[1] / "examples" / "checkpoints" / "small.py")
         folder = tmp_path_factory.mktemp(family)
-        return examples.save_checkpoint(folder, examples.FAMILIES[family])  # type: ignore[no-any-return]
+        return small.save_checkpoint(folder, small.FAMILIES[family])  # type: ignore[no-any-return]
 
     return make
 

@@ -1,7 +1,7 @@
 """Write a random checkpoint as large as a real one: its configuration and layout, random weights.
 
-    python examples/full_size_checkpoint.py OLMoE-1B-7B olmoe-1b-7b/
-    python examples/full_size_checkpoint.py DeepSeek-V2-Lite deepseek/ --layers 4
+    python examples/checkpoints/full_size.py OLMoE-1B-7B olmoe-1b-7b/
+    python examples/checkpoints/full_size.py DeepSeek-V2-Lite deepseek/ --layers 4
 
 Sizes, shapes and names of the tensors are those on the hub, in bfloat16 shards; what the model says
 means nothing. One tensor at a time is in memory. For trying out how long a compile takes and what
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from random_checkpoints import byte_tokenizer
+from small import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 _TOKENS: dict[str, Any] = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}

@@ -1,6 +1,6 @@
 """Write a small random checkpoint of a supported family, for tests and for trying things out.
 
-    python examples/random_checkpoints.py deepseek_v2 deepseek/
+    python examples/checkpoints/small.py deepseek_v2 deepseek/
 
 The weights are random: what such a model says means nothing, but it has what its family has.
 """

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from tiny_model import SEQUENCE_LENGTH
-from tiny_tokenizer import Tokens
+from model import SEQUENCE_LENGTH
+from tokenizer import Tokens
 from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast

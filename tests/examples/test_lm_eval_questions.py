@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "examples" / "lm_eval"
+FOLDER = Path(__file__).parents[2] / "examples" / "lm_eval"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("questions", FOLDER / "make_questions.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("lm_eval/make_questions")
 
 
 def test_the_script_makes_these_questions_again(

@@ -1,10 +1,8 @@
-"""The benchmarks that need no trained model run on a small random one."""
+"""The tables of what metrics predict, on a small random model."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,18 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
-
 
 @pytest.fixture
-def metrics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("metrics", BENCHMARKS / "metrics.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "metrics", module)  # its dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
+def metrics(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("benchmarks/quality/metrics")
 
 
 @pytest.fixture

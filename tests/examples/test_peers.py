@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,20 +16,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 LAYERS, EXPERTS = 2, 4  # of the toy artifact
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, stops processes")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Return what imports a benchmark as it imports its neighbours; forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {path.stem for path in BENCHMARKS.glob("*.py")} & (set(sys.modules) - before):
-        del sys.modules[name]
 
 
 @pytest.fixture
@@ -40,10 +28,10 @@ def toy(tmp_path: Path, toy_artifact: ModuleType) -> Path:
 
 
 @pytest.fixture
-def gguf_file(tmp_path: Path, load: Callable[[str], ModuleType]) -> Path:
+def gguf_file(tmp_path: Path, speed: Callable[[str], ModuleType]) -> Path:
     pytest.importorskip("gguf", reason="gguf isn't installed")
     path = tmp_path / "tiny.gguf"
-    load("random_gguf").write_gguf(path, load("shapes").SHAPES["tiny"])
+    speed("random_gguf").write_gguf(path, speed("random_models/shapes").SHAPES["tiny"])
     return path
 
 
@@ -75,9 +63,9 @@ class Recorder:
 
 
 def test_contenders_decode_after_the_past_and_prefill_at_once(
-    load: Callable[[str], ModuleType],
+    speed: Callable[[str], ModuleType],
 ) -> None:
-    answer, recorder = load("contender").answer, Recorder()
+    answer, recorder = speed("contenders/protocol").answer, Recorder()
     assert answer(recorder, "decode 5 3 0.5\n") > 0
     assert recorder.calls == [0.5, "reset", 5, 1, 1, 1]
     recorder.calls.clear()
@@ -87,18 +75,18 @@ def test_contenders_decode_after_the_past_and_prefill_at_once(
     assert answer(recorder, "activations 1.0") == 2
 
 
-def test_bandwidth_is_measured_in_several_ways(load: Callable[[str], ModuleType]) -> None:
-    reader = load("bandwidth").Reader(2, size=1 << 20)
+def test_bandwidth_is_measured_in_several_ways(speed: Callable[[str], ModuleType]) -> None:
+    reader = speed("bandwidth").Reader(2, size=1 << 20)
     found = reader.measure(2)
     assert {"numpy dot", "libc memchr", "torch max"} <= set(found)
     assert all(math.isfinite(speed) and speed > 0 for speed in found.values())
     assert reader.size == 1 << 20
 
 
-def test_artifacts_count_what_they_run(load: Callable[[str], ModuleType], toy: Path) -> None:
-    module = load("contender_alloc")
+def test_artifacts_count_what_they_run(speed: Callable[[str], ModuleType], toy: Path) -> None:
+    module = speed("contenders/artifact")
     counting = module.Artifact(str(toy), threads=1, count=True)
-    answer = load("contender").answer
+    answer = speed("contenders/protocol").answer
     found = []
     for budget in ("1.0", "0.5"):
         answer(counting, f"decode 20 20 {budget}")
@@ -110,7 +98,7 @@ def test_artifacts_count_what_they_run(load: Callable[[str], ModuleType], toy: P
 
 
 def test_decoded_tokens_read_few_experts_and_no_embeddings(
-    load: Callable[[str], ModuleType], tmp_path: Path
+    speed: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     model = onnx.parser.parse_model(
         """
@@ -131,19 +119,22 @@ def test_decoded_tokens_read_few_experts_and_no_embeddings(
     onnx.save(
         model, tmp_path / "m.onnx", save_as_external_data=True, location="w", size_threshold=0
     )
-    experts, others = load("contender_alloc").weight_bytes(tmp_path / "m.onnx")
+    experts, others = speed("contenders/artifact").weight_bytes(tmp_path / "m.onnx")
     assert (experts, others) == (4 * 10 * 4, 8 * 7 * 4)
 
 
 def test_transformers_uses_fewer_experts_and_extends_to_all_layers(
-    load: Callable[[str], ModuleType],
+    speed: Callable[[str], ModuleType],
 ) -> None:
     torch = pytest.importorskip("torch")
-    module, shape = load("contender_transformers"), load("shapes").SHAPES["tiny"]
+    module, shape = (
+        speed("contenders/pytorch"),
+        speed("random_models/shapes").SHAPES["tiny"],
+    )
     model = module.Transformers(
         shape, layers=2, dtype=torch.float32, implementations=("batched_mm", "eager")
     )
-    answer = load("contender").answer
+    answer = speed("contenders/protocol").answer
     assert answer(model, "prefill 9 0.5") == pytest.approx(0, abs=10)
     assert answer(model, "activations 0.5") == 2
     quarter, half = (answer(model, f"bytes {budget}") for budget in (0.25, 0.5))
@@ -156,7 +147,7 @@ def test_transformers_uses_fewer_experts_and_extends_to_all_layers(
 
 
 def test_gguf_has_the_weights_of_the_shape(
-    load: Callable[[str], ModuleType], gguf_file: Path
+    speed: Callable[[str], ModuleType], gguf_file: Path
 ) -> None:
     import gguf
 
@@ -174,10 +165,10 @@ def test_gguf_has_the_weights_of_the_shape(
 
 
 def test_llama_cpp_reads_the_same_text_in_pieces(
-    load: Callable[[str], ModuleType], gguf_file: Path
+    speed: Callable[[str], ModuleType], gguf_file: Path
 ) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't installed")
-    model = load("contender_llama").LlamaCpp(
+    model = speed("contenders/llama").LlamaCpp(
         str(gguf_file), threads=1, flash_attention=-1, mapped=True
     )
     ids = np.random.default_rng(0).integers(0, model.vocabulary, 20)
@@ -194,12 +185,14 @@ def test_llama_cpp_reads_the_same_text_in_pieces(
         np.testing.assert_allclose(model.logits(), found[budget], atol=0.05 * found[budget].std())
     assert (found[1.0] != found[0.25]).any()
     assert model.activations() == 1
-    full, quarter = (load("contender").answer(model, f"bytes {budget}") for budget in (1.0, 0.25))
+    full, quarter = (
+        speed("contenders/protocol").answer(model, f"bytes {budget}") for budget in (1.0, 0.25)
+    )
     assert full - quarter == 3 * 4 * 3 * 64 * 32 * 18 / 32  # experts, layers, matrices, Q4_0
 
 
-def test_report_says_what_was_measured(load: Callable[[str], ModuleType]) -> None:
-    report = load("peer_report")
+def test_report_says_what_was_measured(speed: Callable[[str], ModuleType]) -> None:
+    report = speed("contenders/report")
     ours, peer = "alloc-moe x", "llama.cpp"
     runs = {
         (ours, 1.0): [10.0, 12.0, 11.0],
@@ -226,9 +219,9 @@ def test_report_says_what_was_measured(load: Callable[[str], ModuleType]) -> Non
 
 
 def test_contenders_take_turns(
-    load: Callable[[str], ModuleType], toy: Path, tmp_path: Path
+    speed: Callable[[str], ModuleType], toy: Path, tmp_path: Path
 ) -> None:
-    peers = load("peers")
+    peers = speed("peers")
     options = ["--artifact", str(toy), "--torch", "float32", "--shape", "tiny"]
     options += ["--rounds", "2", "--budget", "1.0", "--budget", "0.5", "--threads", "1"]
     options += ["--workload", "decode 8 4", "-o", str(tmp_path / "runs.json")]
@@ -245,8 +238,8 @@ def test_contenders_take_turns(
     assert all(len(speeds) == 2 for speeds in runs.values())
 
 
-def test_contender_that_fails_is_named(load: Callable[[str], ModuleType], toy: Path) -> None:
-    peers = load("peers")
+def test_contender_that_fails_is_named(speed: Callable[[str], ModuleType], toy: Path) -> None:
+    peers = speed("peers")
     options = ["--artifact", str(toy), "--gguf", "nowhere.gguf", "--workload", "prefill 4"]
     options += ["--budget", "1.0"]
     outcome = CliRunner().invoke(peers.main, options)
@@ -255,9 +248,9 @@ def test_contender_that_fails_is_named(load: Callable[[str], ModuleType], toy: P
 
 
 def test_session_options_are_compared_with_the_defaults(
-    load: Callable[[str], ModuleType], toy: Path, monkeypatch: pytest.MonkeyPatch
+    speed: Callable[[str], ModuleType], toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = load("session_options")
+    module = speed("session_options")
     monkeypatch.setattr(module, "DECODE", "decode 8 4")
     monkeypatch.setattr(module, "PREFILL", "prefill 16")
     options = [str(toy), "--rounds", "2", "--only", "no arena"]

@@ -4,7 +4,8 @@ Artifacts are compiled at half of their activations and run on held-out text wit
 call, teacher-forced, as generation does; then the default artifact is turned to other budgets and
 compared with artifacts compiled for those.
 
-    python examples/benchmarks/decode.py examples/tiny-moe --text examples/tiny-moe/heldout.txt
+    python examples/benchmarks/quality/decode.py examples/tiny-moe \\
+        --text examples/tiny-moe/heldout.txt
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Small random checkpoints go through the compiler's stages: profile, allocation a
 activations, export, and then both lowerings and all redistributions, each artifact being verified
 in onnxruntime on the CPU over a left-padded batch, prefill and decode.
 
-    python examples/benchmarks/families.py
+    python examples/benchmarks/quality/families.py
 """
 
 from __future__ import annotations

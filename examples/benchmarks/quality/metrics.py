@@ -5,7 +5,7 @@ ranked against what the metrics predict, the sum of their costs over the layers,
 allocation minimises. A second table has the loss added by the plan that each metric chooses.
 Results are kept: an interrupted run goes on where it was.
 
-    python examples/benchmarks/metrics.py examples/tiny-moe \
+    python examples/benchmarks/quality/metrics.py examples/tiny-moe \
         --text examples/tiny-moe/heldout.txt -o metrics.json
 
 With ``--correct affine`` one other table is made instead: the loss added by the plans that metrics

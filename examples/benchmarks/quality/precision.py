@@ -4,7 +4,8 @@ One plan per budget is made in float32, and compiled into an artifact of each pr
 onnxruntime then runs on held-out text; the last column is the plan that --dtype makes itself, with
 sensitivities and corrections measured on rounded weights.
 
-    python examples/benchmarks/precision.py examples/tiny-moe --text examples/tiny-moe/heldout.txt
+    python examples/benchmarks/quality/precision.py examples/tiny-moe \\
+        --text examples/tiny-moe/heldout.txt
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Each way to attend is a graph of nothing but attention layers, each fed with the
 run in turns, with caches of several lengths. "copied" lets the graph write a new cache at every
 step, "shared" binds the cache's input and output to one buffer, as the runtime does.
 
-    python examples/benchmarks/attention.py --layers 16 --past 128 --past 4096
-    python examples/benchmarks/attention.py --sequence 512 --past 0
+    python examples/benchmarks/speed/attention.py --layers 16 --past 128 --past 4096
+    python examples/benchmarks/speed/attention.py --sequence 512 --past 0
 """
 
 from __future__ import annotations

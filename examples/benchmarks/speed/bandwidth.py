@@ -1,6 +1,6 @@
 """How fast this machine reads memory in a stream: the limit of decode, which reads weights once.
 
-    python examples/benchmarks/bandwidth.py --threads 2
+    python examples/benchmarks/speed/bandwidth.py --threads 2
 
 Several ways to read arrays far larger than the caches are tried, each shared by as many threads as
 decode uses; the fastest counts, since what a program reached is a lower bound of what is there.

@@ -1,6 +1,6 @@
 """From nothing to the first token: seconds and resident memory, each run in a new process.
 
-    python examples/benchmarks/loading.py olmoe.onnx
+    python examples/benchmarks/speed/loading.py olmoe.onnx
 
 Time counts from before onnxruntime is imported to the first token of a prompt of eight tokens. The
 artifact's file may be in the system's cache from earlier runs: a cold disk takes longer.

@@ -1,7 +1,7 @@
 """Where the time goes: milliseconds per operator of a decode step or a prefill.
 
-    python examples/benchmarks/operators.py olmoe.onnx --past 128
-    python examples/benchmarks/operators.py olmoe.onnx --tokens 512 --past 0 --budget 0.5
+    python examples/benchmarks/speed/operators.py olmoe.onnx --past 128
+    python examples/benchmarks/speed/operators.py olmoe.onnx --tokens 512 --past 0 --budget 0.5
 
 Profiling itself costs some microseconds per operator, so the total is above that of a timed run.
 """

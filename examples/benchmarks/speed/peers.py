@@ -1,8 +1,8 @@
 """An artifact beside llama.cpp and transformers at the same activations, in turns.
 
     pip install llama-cpp-python gguf
-    python examples/benchmarks/random_gguf.py -o olmoe-q4_0.gguf
-    python examples/benchmarks/peers.py --artifact olmoe-int4.onnx --gguf olmoe-q4_0.gguf
+    python examples/benchmarks/speed/random_gguf.py -o olmoe-q4_0.gguf
+    python examples/benchmarks/speed/peers.py --artifact olmoe-int4.onnx --gguf olmoe-q4_0.gguf
 
 Every contender is a process of its own, stopped (SIGSTOP) while another is timed, since threads
 that spin would take its processors. They take turns, A B C A B C ..., for each workload. Ratios are
@@ -25,8 +25,8 @@ from typing import Any
 
 import click
 from bandwidth import Reader
-from peer_report import Results, claims, limits, table
-from turns import Contestant, Process, count, run_rounds
+from contenders.report import Results, claims, limits, table
+from contenders.turns import Contestant, Process, count, run_rounds
 
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import AllocationPlan
@@ -93,7 +93,7 @@ def compare(
     many = "--threads", str(threads)
 
     def artifact(path: str, *options: str) -> Process:
-        return Process(_name(path), sys.executable, "contender_alloc.py", path, *many, *options)
+        return Process(_name(path), sys.executable, "artifact", path, *many, *options)
 
     for path, plan in plans.items():
         with artifact(path, "--count") as process:
@@ -109,13 +109,13 @@ def compare(
         for path, plan in plans.items():
             contestants += enter(artifact(path), _budgets(plan, budgets))
         if gguf is not None:
-            process = Process("llama.cpp", llama_python, "contender_llama.py", gguf, *many)
+            process = Process("llama.cpp", llama_python, "llama", gguf, *many)
             peers += enter(process, budgets)
         for dtype in dtypes:
             fewer = ("--layers", float32_layers) if float32_layers and dtype == "float32" else ()
-            script = "contender_transformers.py"
             sizes = "--shape", shape, *fewer
-            process = Process(f"transformers {dtype}", torch_python, script, dtype, *many, *sizes)
+            name = f"transformers {dtype}"
+            process = Process(name, torch_python, "pytorch", dtype, *many, *sizes)
             peers += enter(process, budgets)
         reader = Reader(threads)
         run_rounds(results, [*contestants, *peers], workloads, rounds=rounds, reader=reader)

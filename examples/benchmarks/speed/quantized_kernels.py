@@ -4,7 +4,7 @@ Graphs of nothing but MatMulNBits, or nothing but QMoE, with random weights that
 processor's caches, all run in turns. The first table shows the block sizes of linear layers, the
 second how long experts take that are stored whole or as halves, by how many of them a token runs.
 
-    python examples/benchmarks/quantized_kernels.py
+    python examples/benchmarks/speed/quantized_kernels.py
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import click
 import numpy as np
 import onnx_ir as ir
 from bandwidth import Reader
-from shapes import SHAPES, Shape
+from random_models.shapes import SHAPES, Shape
 
 from alloc_moe.compiler.rounding.formats import BLOCK
 from alloc_moe.passes.blockwise import block_that_fits

@@ -1,6 +1,6 @@
 """Write an artifact of a real model's shape with random weights, for measuring speed.
 
-    python examples/benchmarks/random_artifact.py olmoe-1b-7b -o olmoe.onnx --also none batch
+    python examples/benchmarks/speed/random_artifact.py olmoe-1b-7b -o olmoe.onnx --also none batch
 
 What it says means nothing, but it reads, computes and routes as the real one does: no weights are
 downloaded, and never more than one is in memory. Its plan keeps the mean activations of the budgets
@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from contender import SEED
-from random_olmoe import configuration
-from shapes import SHAPES
+from contenders.protocol import SEED
+from random_models.olmoe import configuration
+from random_models.shapes import SHAPES
 from transformers import PreTrainedConfig
 
 from alloc_moe.compiler.export.graph import export_graph
-from alloc_moe.compiler.model.loading import find_moe_layers
+from alloc_moe.compiler.model.moe_layers import find_moe_layers
 from alloc_moe.compiler.model.skeleton import build_skeleton
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.records import MoeLayer, Quantization

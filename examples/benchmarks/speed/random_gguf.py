@@ -1,6 +1,6 @@
 """Write an OLMoE of random weights for llama.cpp, quantised to Q4_0; needs the package gguf.
 
-    python examples/benchmarks/random_gguf.py -o olmoe-q4_0.gguf
+    python examples/benchmarks/speed/random_gguf.py -o olmoe-q4_0.gguf
 
 The weights are drawn as Q4_0 blocks, tensor by tensor, so that memory stays small: a block of 32
 has one float16 scale of random sign, as those of llama-quantize have, and 4 random bits each.
@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 from numpy.typing import NDArray
-from shapes import SHAPES, Shape
+from random_models.shapes import SHAPES, Shape
 
 _DEVIATION = 0.02  # of the weights
 _BLOCK, _BLOCK_BYTES = 32, 18

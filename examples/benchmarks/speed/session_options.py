@@ -1,6 +1,6 @@
 """What onnxruntime's session options change: speed and memory of an artifact under each.
 
-    python examples/benchmarks/session_options.py olmoe.onnx --rounds 5
+    python examples/benchmarks/speed/session_options.py olmoe.onnx --rounds 5
 
 Each setting has a process of its own in every round, which loads the artifact anew; they take
 turns. Ratios are to the defaults within a round, medians over rounds (and ranges).
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import click
-from turns import Process
+from contenders.turns import Process
 
 from alloc_moe.runtime.measure.bench import machine
 
@@ -34,7 +34,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 def measure(artifact: str, entries: Sequence[str], budget: float) -> dict[str, float]:
     """Load an artifact in a new process; return seconds per workload, and bytes."""
     given = [part for entry in entries for part in ("--session", entry)]
-    with Process("artifact", sys.executable, "contender_alloc.py", artifact, *given) as process:
+    with Process("artifact", sys.executable, "artifact", artifact, *given) as process:
         for workload in (DECODE, PREFILL):
             process.ask(f"{workload} {budget}")  # warms up
         return {

@@ -1,4 +1,4 @@
-"""An artifact as a contender; see contender.py. Run by peers.py.
+"""An artifact as a contender; see protocol.py. Run by peers.py.
 
 Without a dial it runs as compiled, whatever the budget. ``--count`` has the experts that really
 run counted, which is for a process of its own, as it may cost time.
@@ -10,13 +10,13 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import contender
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.artifact.dial import price_of
 from alloc_moe.runtime.execution.session import Cache, open_session
+from contenders import protocol
 
 _CAPACITY = 1024  # columns at first; it grows
 _EXPERTS, _EMBEDDINGS = {"MoE", "QMoE"}, {"Gather", "GatherBlockQuantized"}
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--session", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--count", action="store_true")
     options = parser.parse_args()
-    contender.serve(
+    protocol.serve(
         lambda: Artifact(
             options.artifact,
             threads=options.threads,
@@ -123,7 +123,3 @@ def main() -> None:
         ),
         f"alloc-moe, {Path(options.artifact).name}",
     )
-
-
-if __name__ == "__main__":
-    main()

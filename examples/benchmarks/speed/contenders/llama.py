@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp as a contender; see contender.py. Run by peers.py.
+"""A GGUF file in llama.cpp as a contender; see protocol.py. Run by peers.py.
 
     pip install llama-cpp-python gguf
 
@@ -14,11 +14,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import contender
 import gguf
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
+
+from contenders import protocol
 
 _CONTEXT, _BATCH = 1024, 512
 
@@ -118,7 +119,7 @@ def main() -> None:
     if not options.verbose:
         llama_cpp.llama_log_set(_DISCARD, None)
     system = llama_cpp.llama_print_system_info().decode().strip(" |")
-    contender.serve(
+    protocol.serve(
         lambda: LlamaCpp(
             options.gguf,
             threads=options.threads,
@@ -127,7 +128,3 @@ def main() -> None:
         ),
         f"llama.cpp, llama-cpp-python {llama_cpp.__version__}, {system}",
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""An OLMoE of random weights in transformers on PyTorch as a contender; see contender.py.
+"""An OLMoE of random weights in transformers on PyTorch as a contender; see protocol.py.
 
 For every workload the experts implementation that is fastest there at first is kept; batched_mm
 never runs prompts, as it copies the experts of every token: 13 GB for 128 tokens. Where memory
@@ -13,14 +13,15 @@ import math
 import sys
 from collections.abc import Callable
 
-import contender
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from random_olmoe import random_model
-from shapes import SHAPES, Shape
+from random_models.olmoe import random_model
+from random_models.shapes import SHAPES, Shape
 from transformers import DynamicCache
+
+from contenders import protocol
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _FOR_PROMPTS = "grouped_mm"
@@ -124,7 +125,7 @@ def main() -> None:
     layers = options.layers or shape.layers
     torch.set_num_threads(options.threads)
     extended = f", extended from {layers} layers" if layers < shape.layers else ""
-    contender.serve(
+    protocol.serve(
         lambda: Transformers(
             shape,
             layers=layers,
@@ -134,7 +135,3 @@ def main() -> None:
         f"transformers {transformers.__version__}, torch {torch.__version__}, "
         f"{options.dtype}{extended}",
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Contenders as processes, timed in turns; see contender.py for what they answer."""
+"""Contenders as processes, timed in turns; see protocol.py for what they answer."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 
 import click
 from bandwidth import Reader
-from peer_report import Results
 
-_HERE = Path(__file__).parent
+from contenders.report import Results
+
+_SCRIPT = Path(__file__).parents[1] / "contender.py"
 
 
 class Process:
     """A contender's process. It is stopped but while it is asked: its threads may spin."""
 
-    def __init__(self, name: str, python: str, script: str, *options: str) -> None:
+    def __init__(self, name: str, python: str, kind: str, *options: str) -> None:
         self.name = name
         self.counts = "--count" in options
         self._process = subprocess.Popen(
-            [python, str(_HERE / script), *options],
+            [python, str(_SCRIPT), kind, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

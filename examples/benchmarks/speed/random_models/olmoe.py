@@ -6,8 +6,9 @@ import dataclasses
 
 import torch
 from accelerate import init_empty_weights
-from shapes import Shape
 from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from random_models.shapes import Shape
 
 _POOL = (1 << 24) + 3  # random weights to repeat: not a multiple of any row, so that rows differ
 

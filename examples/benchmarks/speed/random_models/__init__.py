@@ -1,0 +1,1 @@
+"""Models of random weights: `shapes` has their sizes, `olmoe` makes one in PyTorch."""
