@@ -64,7 +64,8 @@ def sweep_command(
     need_compile_extra()
     from alloc_moe.compiler.sweep.cells import SweepOptions, run_sweep
     from alloc_moe.compiler.sweep.methods import parse_method
-    from alloc_moe.compiler.sweep.report.page import markdown_table, render, to_csv
+    from alloc_moe.compiler.sweep.report.page import render
+    from alloc_moe.compiler.sweep.report.tables import markdown_table, to_csv
     from alloc_moe.compiler.workspace.files import save_text
 
     asked = SweepOptions(

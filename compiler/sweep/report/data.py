@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from alloc_moe.compiler.sweep.report.svg import MINUS
 from alloc_moe.compiler.sweep.records import Cell, SweepResults
+from alloc_moe.compiler.sweep.report.svg import MINUS
 
 # A method calibrated on one text and measured on another misses its budget a little. More than
 # this above it, a result isn't compared with those that kept the budget.

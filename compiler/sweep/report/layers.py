@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from alloc_moe.compiler.sweep.records import Sensitivity, SweepResults
 from alloc_moe.compiler.sweep.report.data import Summary, figure, mean_rows, percent
 from alloc_moe.compiler.sweep.report.svg import (
     TIMES,
@@ -17,7 +18,6 @@ from alloc_moe.compiler.sweep.report.svg import (
     svg,
     text,
 )
-from alloc_moe.compiler.sweep.records import Sensitivity, SweepResults
 
 SHADES = 9
 # From so many layers on, rows get thin and values are left to tooltips and tables.

@@ -6,10 +6,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
+from alloc_moe.compiler.sweep.records import SweepResults
 from alloc_moe.compiler.sweep.report.data import Digest, Summary, figure, mean_rows, percent, signed
 from alloc_moe.compiler.sweep.report.layers import layer_labels
 from alloc_moe.compiler.sweep.report.svg import DASH, Style, element, escape, key
-from alloc_moe.compiler.sweep.records import SweepResults
 
 COLUMNS = (
     *("method", "default", "allocation", "redistribution", "correction", "budget", "seed"),

@@ -15,7 +15,8 @@ import pytest
 
 from alloc_moe.compiler.sweep.records import Cell, SweepResults
 from alloc_moe.compiler.sweep.report.data import Digest, signed
-from alloc_moe.compiler.sweep.report.page import markdown_table, render, to_csv
+from alloc_moe.compiler.sweep.report.page import render
+from alloc_moe.compiler.sweep.report.tables import markdown_table, to_csv
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 # What could make a browser fetch something.
