@@ -21,18 +21,14 @@ from alloc_moe.compiler.errors import (
     CheckpointError,
     OutputError,
     ProfileError,
-    UnsupportedModelError,
     VerificationError,
 )
-from alloc_moe.compiler.export import normalize
-from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.records import Compiled
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
-from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE, SHARED_CACHE_KEY
+from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE
 from alloc_moe.runtime.console import Console
-from alloc_moe.runtime.execution.cache import FLOAT, INT8
 from alloc_moe.runtime.execution.session import open_session
 
 Compile = Callable[..., Compiled]
@@ -81,35 +77,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(sensitivity.ReplayRun, "measure", record)
     return layers
-
-
-@pytest.mark.parametrize("cache", ["float32", "int8"])
-def test_the_cache_has_the_type_asked_for(compile_to: Compile, tmp_path: Path, cache: str) -> None:
-    compiled = compile_to(f"{tmp_path / 'bundle'}/", cache=cache)
-    session = open_session(compiled.path, ep="cpu")
-    assert session.shares_cache
-    assert session.files.onnx.metadata[SHARED_CACHE_KEY] == cache
-    slot = session.slots[0]
-    assert slot.element_type == {"float32": FLOAT, "int8": INT8}[cache]
-    genai = json.loads((compiled.path / "genai_config.json").read_text())
-    assert genai["search"]["past_present_share_buffer"] is True
-
-
-def test_a_cache_that_is_copied_is_told_of(
-    compile_to: Compile,
-    monkeypatch: pytest.MonkeyPatch,
-    exported: Callable[[str], ir.Model],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    graph = exported("olmoe").clone()
-    for node in graph.graph:
-        if node.op_type == "Attention":
-            node.attributes["softcap"] = ir.AttrFloat32("softcap", 1e9)  # changes nothing else
-    monkeypatch.setattr(pipeline, "export_model", lambda *_, **__: graph)
-    compiled = compile_to(tmp_path / "out.onnx", console=Console())
-    assert "The cache is copied at every step" in capsys.readouterr().err
-    assert not open_session(compiled.path, ep="cpu").shares_cache
 
 
 def test_a_compile_leaves_artifact_and_profile(compile_to: Compile, tmp_path: Path) -> None:
@@ -290,22 +257,6 @@ def test_bfloat16_is_refused_before_any_work(
 def test_a_model_that_is_not_there_is_reported(compile_to: Compile, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a folder nor a model id"):
         compile_to(tmp_path / "out.onnx", model="./gone")
-
-
-def test_state_that_runtimes_cant_carry_is_refused(
-    moe_model: Callable[[str], MoeModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = ir.val("input.past_key_values.layers.0.conv_states", ir.DataType.FLOAT, ["b", 4])
-    node = ir.node("Identity", [state])
-    node.outputs[0].name = "logits"
-    node.outputs[0].type, node.outputs[0].shape = state.type, state.shape
-    graph = ir.Graph([state], node.outputs, nodes=[node], opset_imports={"": 23}, name="graph")
-    model = ir.Model(graph, ir_version=10)
-    monkeypatch.setattr(normalize, "export_graph", lambda *_, **__: model)
-    with pytest.raises(
-        UnsupportedModelError, match=r"olmoe keeps more state than keys and values \(input\.past"
-    ):
-        export_model(moe_model("olmoe"), dtype="float32")
 
 
 def test_without_a_text_beside_the_model_the_built_in_one_is_taken(

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,16 +17,9 @@ from alloc_moe.compiler.errors import OutputError
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.package.output import Output, parse_output, publish, staging
+from alloc_moe.compiler.package.output import Output, parse_output, staging
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE, PLAN_KEY, AllocationPlan
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-# parse_output
 
 
 def test_an_onnx_file_is_a_bare_artifact(tmp_path: Path) -> None:
@@ -149,116 +141,6 @@ def test_two_compiles_of_one_output_are_refused(tmp_path: Path) -> None:
 # publish
 
 
-def write(folder: Path, names: tuple[str, ...], content: str) -> None:
-    folder.mkdir(exist_ok=True)
-    for name in names:
-        (folder / name).write_text(f"{content} {name}")
-
-
-def dying(monkeypatch: pytest.MonkeyPatch, *, after: int) -> Callable[[], int]:
-    """Let the process die at the call after so many moves and deletions; return their count."""
-    count = 0
-
-    def limited(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            if count == after:
-                raise Killed
-            count += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    for owner, name in ((os, "replace"), (Path, "unlink"), (os, "fsync")):
-        monkeypatch.setattr(owner, name, limited(getattr(owner, name)))
-    return lambda: count
-
-
-PAIR = ("out.onnx", "out.onnx.data")
-BUNDLE = (MODEL_FILE, f"{MODEL_FILE}.data", PLAN_FILE, "config.json")
-
-
-def publish_until_killed(
-    tmp_path: Path, output: Output, names: tuple[str, ...], *, old: bool, after: int
-) -> bool:
-    """Publish new files, over old ones if `old`; return whether it came to its end."""
-    target = output.path if output.bundle else output.path.parent
-    if old:
-        write(target, names, "old")
-    staged = tmp_path / "staged"
-    write(staged, names, "new")
-    with pytest.MonkeyPatch.context() as patched:
-        dying(patched, after=after)
-        try:
-            publish(staged, output)
-        except Killed:
-            return False
-    return True
-
-
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("bundle", [False, True])
-def test_a_kill_at_any_moment_never_mixes_two_artifacts(
-    tmp_path: Path, bundle: bool, old: bool
-) -> None:
-    names = BUNDLE if bundle else PAIR
-    finished = False
-    moments = 0
-    seen = set()
-    while not finished:
-        folder = tmp_path / str(moments)
-        folder.mkdir()
-        output = Output(folder / ("half" if bundle else "out.onnx"), bundle=bundle)
-        finished = publish_until_killed(folder, output, names, old=old, after=moments)
-        moments += 1
-        graph = output.path / MODEL_FILE if bundle else output.path
-        if not graph.exists():  # no artifact without its graph
-            seen.add("none")
-            continue
-        [age] = {(graph.parent / name).read_text().split()[0] for name in names}
-        seen.add(age)
-    assert moments > len(names)
-    assert seen == ({"old", "none", "new"} if old else {"none", "new"})
-
-
-@pytest.mark.parametrize("bundle", [False, True])
-def test_publishing_again_after_a_kill_succeeds(tmp_path: Path, bundle: bool) -> None:
-    names = BUNDLE if bundle else PAIR
-    for moment in range(12):
-        folder = tmp_path / str(moment)
-        folder.mkdir()
-        output = Output(folder / ("half" if bundle else "out.onnx"), bundle=bundle)
-        publish_until_killed(folder, output, names, old=True, after=moment)
-        with staging(output) as staged:
-            write(staged, names, "newer")
-            publish(staged, output)
-        graph = output.path / MODEL_FILE if bundle else output.path
-        assert {(graph.parent / name).read_text().split()[0] for name in names} == {"newer"}
-
-
-def test_a_bundle_that_cant_be_moved_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = Output(tmp_path / "half", bundle=True)
-    write(output.path, BUNDLE, "old")
-    replace = os.replace
-
-    def refuse(source: Path, target: Path) -> None:
-        if Path(source).name == "new":
-            raise PermissionError("busy")
-        replace(source, target)
-
-    with staging(output) as staged:
-        write(staged, BUNDLE, "new")
-        monkeypatch.setattr(os, "replace", refuse)
-        with pytest.raises(PermissionError):
-            publish(staged, output)
-    assert {path.read_text().split()[0] for path in output.path.iterdir()} == {"old"}
-
-
-# contents
-
-
 @pytest.fixture(scope="module")
 def plan(
     moe_model: Callable[[str], MoeModel], plan_for: Callable[..., AllocationPlan]
@@ -274,7 +156,7 @@ def specialized(exported: Callable[[str], ir.Model], plan: AllocationPlan) -> ir
 def test_all_weights_are_written_and_reported(specialized: ir.Model, tmp_path: Path) -> None:
     reported: list[int] = []
     package.save_graph(specialized, tmp_path / "out.onnx", advance=reported.append)
-    assert {path.name for path in tmp_path.iterdir()} == set(PAIR)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "out.onnx.data"}
     loaded = ir.load(tmp_path / "out.onnx")
     for name, value in specialized.graph.initializers.items():
         expected, found = value.const_value, loaded.graph.initializers[name].const_value
