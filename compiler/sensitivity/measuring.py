@@ -9,21 +9,19 @@ correction, the layer at k has the one fitted for it alone; the others have none
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from alloc_moe.compiler.errors import UnsupportedModelError
-from alloc_moe.compiler.model.layer_progress import expected_time, forward_gflop, layers_progress
+from alloc_moe.compiler.model.layer_progress import forward_gflop
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.records import (
@@ -33,12 +31,12 @@ from alloc_moe.compiler.records import (
     Redistribution,
     SensitivityProfile,
 )
-from alloc_moe.compiler.reference.policies import SCORED
-from alloc_moe.compiler.sensitivity.bits import Rounded, make_rounded
-from alloc_moe.compiler.sensitivity.corrected import Reduced, make_reduced, measured_correction
+from alloc_moe.compiler.sensitivity.bits import Rounded
+from alloc_moe.compiler.sensitivity.corrected import Reduced, measured_correction
 from alloc_moe.compiler.sensitivity.fisher import FisherRun
+from alloc_moe.compiler.sensitivity.job import Job, progress_in_units
 from alloc_moe.compiler.sensitivity.kept import measured_redistribution
-from alloc_moe.compiler.sensitivity.layerwise import Batch, StreamedRun
+from alloc_moe.compiler.sensitivity.layerwise import StreamedRun
 from alloc_moe.compiler.sensitivity.output import OutputRun
 from alloc_moe.compiler.sensitivity.profiles import (
     COMPARED,
@@ -48,7 +46,6 @@ from alloc_moe.compiler.sensitivity.profiles import (
 )
 from alloc_moe.compiler.sensitivity.replayed import ReplayRun
 from alloc_moe.compiler.sensitivity.sums import LayerSums, reduced_rows
-from alloc_moe.compiler.workspace.files import save_text
 from alloc_moe.compiler.workspace.processes import Processes
 from alloc_moe.compiler.workspace.states import LayerStates
 
@@ -60,8 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ALONE = Processes()
-_TOKENS_PER_BATCH = 1024  # of the metrics that take one pass: bounds the memory of activations
-_SECONDS_PER_SAVE = 30.0  # of those metrics: at most this much is measured again after a kill
+_SECONDS_PER_SAVE = 30.0  # of one-pass metrics: at most this much is measured again after a kill
 
 
 def measure_sensitivity(
@@ -114,7 +110,7 @@ def measure_sensitivity(
     profile = processes.broadcast(profile)
     if profile.complete:
         return profile
-    job = _Job(moe_model, calibration, formats, path, console, processes)
+    job = Job(moe_model, calibration, formats, path, console, processes)
     job.save(profile)  # finds out now, not after the first layer, whether that is possible
     if metric not in ("output", "fisher", "data-free"):
         return _measure_layers(job, profile)
@@ -123,68 +119,7 @@ def measure_sensitivity(
     return _measure_windows(job, profile)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is measured on what, and by whom."""
-
-    moe_model: MoeModel
-    calibration: CalibrationSet
-    formats: Sequence[Sequence[BlockFormat]]
-    path: Path | None
-    console: Console | None
-    processes: Processes
-
-    def save(self, profile: SensitivityProfile) -> None:
-        if self.path is not None and self.processes.writes:
-            _save(profile, self.path)
-
-    def tell_time(self, profile: SensitivityProfile, *, passes: float, gflop: float) -> None:
-        """Say what a profile will take, if layers are read each time that they run."""
-        if self.console is None or self.moe_model.offloading is None:
-            return
-        passes += _passes_before(profile)
-        share = gflop / self.processes.size
-        time_needed = expected_time(self.moe_model, passes=passes, gflop=share)
-        self.console.note(f"Profiling by {profile.metric} will take {time_needed}")
-
-    def batches(self) -> list[Batch]:
-        """Return the calibration windows, as many at a time as one pass takes."""
-        ids = torch.from_numpy(self.calibration.ids).to(self.moe_model.model.device)
-        windows = max(1, _TOKENS_PER_BATCH // self.calibration.sequence_length)
-        windows = min(windows, max(1, len(ids) // self.processes.size))
-        return [(first, ids[first : first + windows]) for first in range(0, len(ids), windows)]
-
-    def zeros(self, profile: SensitivityProfile) -> list[LayerSums]:
-        return [LayerSums.of(layer, widths=profile.widths) for layer in self.moe_model.layers]
-
-    def setting(
-        self, profile: SensitivityProfile
-    ) -> tuple[MoeModel, list[torch.Tensor], Redistribution, CorrectionMode]:
-        batches = [ids for _, ids in self.processes.share(self.batches())]
-        return self.moe_model, batches, profile.redistribution, profile.correction
-
-    def reduced(self, profile: SensitivityProfile) -> Reduced | Rounded:
-        with self._deciding(profile):
-            if self.formats:
-                return make_rounded(*self.setting(profile), self.formats, self.processes)
-            return make_reduced(*self.setting(profile), self.processes)
-
-    def _deciding(self, profile: SensitivityProfile) -> contextlib.AbstractContextManager[None]:
-        """Report the passes that come before the profile, if they take long."""
-        passes, moe_model = _passes_before(profile), self.moe_model
-        if not passes or self.console is None or moe_model.offloading is None:
-            return contextlib.nullcontext()
-        described = "Deciding what runs at each k"
-        return layers_progress(self.console, described, moe_model, passes=passes)
-
-
-def _passes_before(profile: SensitivityProfile) -> int:
-    """Passes over the text that thresholds and corrections of each k take."""
-    scored = profile.redistribution in SCORED
-    return scored + (profile.correction != "none") * profile.widths
-
-
-def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
+def _measure_layers(job: Job, profile: SensitivityProfile) -> SensitivityProfile:
     """Complete a profile one layer's costs after another's."""
     moe_model = job.moe_model
     start = time.monotonic()
@@ -205,7 +140,7 @@ def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfil
     # The full model and the check of the first replay; then what comes after each layer.
     after = [1 - moe_model.layers[layer].decoder_layer / run.decoder_layers for layer in todo]
     job.tell_time(profile, passes=2 + sum(after), gflop=total)
-    with _progress(job.console, total) as advance, torch.inference_mode():
+    with progress_in_units(job.console, total) as advance, torch.inference_mode():
         baseline = _finite(run.enter(todo[0]))
         for layer in todo:
             row = run.measure(layer, advance)
@@ -223,7 +158,7 @@ def _measure_layers(job: _Job, profile: SensitivityProfile) -> SensitivityProfil
     return profile
 
 
-def _measure_windows(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
+def _measure_windows(job: Job, profile: SensitivityProfile) -> SensitivityProfile:
     """Complete a profile of all layers at once, some calibration windows after others."""
     moe_model, processes = job.moe_model, job.processes
     # PyTorch's inference mode, should the caller be in it, makes tensors that gradients can't use.
@@ -234,7 +169,7 @@ def _measure_windows(job: _Job, profile: SensitivityProfile) -> SensitivityProfi
         batches = [(first, ids) for first, ids in job.batches() if first >= partial.windows]
         add = _one_pass(moe_model, profile, job.reduced(profile))
         windows = partial.windows
-        with _progress(job.console, len(job.calibration.ids), unit="windows") as advance:
+        with progress_in_units(job.console, len(job.calibration.ids), unit="windows") as advance:
             advance(windows)
             for turn in range(0, len(batches), processes.size):
                 together = batches[turn : turn + processes.size]
@@ -258,7 +193,7 @@ def _measure_windows(job: _Job, profile: SensitivityProfile) -> SensitivityProfi
     return _completed(job, profile, partial.layers, partial.loss)
 
 
-def _measure_streamed(job: _Job, profile: SensitivityProfile) -> SensitivityProfile:
+def _measure_streamed(job: Job, profile: SensitivityProfile) -> SensitivityProfile:
     """Complete a profile of all layers, all calibration windows passing layer by layer."""
     start = time.monotonic()
     folder = job.path and job.path.with_name(f".{job.path.name}.states")
@@ -275,7 +210,7 @@ def _measure_streamed(job: _Job, profile: SensitivityProfile) -> SensitivityProf
     with torch.inference_mode(mode=False), torch.no_grad():
         reduced = job.reduced(profile)
         steps = total.get(profile.metric, len(job.moe_model.layers))
-        with _progress(job.console, steps, unit="layers") as advance:
+        with progress_in_units(job.console, steps, unit="layers") as advance:
             zeros = functools.partial(job.zeros, profile)
             run = StreamedRun(job.moe_model, batches, states, job.processes, advance, zeros)
             if profile.metric == "fisher":
@@ -294,7 +229,7 @@ def _measure_streamed(job: _Job, profile: SensitivityProfile) -> SensitivityProf
 
 
 def _completed(
-    job: _Job, profile: SensitivityProfile, rows: Sequence[Sequence[float]], loss: float
+    job: Job, profile: SensitivityProfile, rows: Sequence[Sequence[float]], loss: float
 ) -> SensitivityProfile:
     """Return the profile that sums over all windows give, and save it."""
     pairs = zip(job.moe_model.layers, rows, strict=True)
@@ -333,26 +268,3 @@ def _finite(loss: float) -> float:
             f"The model's loss on the calibration text is {loss}: its weights are broken."
         )
     return loss
-
-
-def _save(profile: SensitivityProfile, path: Path) -> None:
-    save_text(profile.to_json() + "\n", path, what="The profile")
-
-
-@contextlib.contextmanager
-def _progress(
-    console: Console | None, total: float, *, unit: str = "GFLOP"
-) -> Iterator[Callable[[float], None]]:
-    """Yield a function that reports work as done, in whole units."""
-    if console is None:
-        yield lambda _: None
-        return
-    done = 0.0
-    with console.progress("Profiling", max(1, round(total)), unit=unit) as progress:
-
-        def advance(work: float) -> None:
-            nonlocal done
-            done += work
-            progress.advance(round(done) - progress.done)
-
-        yield advance

@@ -18,6 +18,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Compiled, Metric
 from alloc_moe.compiler.rounding import weights as quantization
 from alloc_moe.compiler.rounding.weights import rounded
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.workspace.results import SavedResults
@@ -46,7 +47,7 @@ def offloaded(checkpoint: Callable[[str], Path]) -> MoeModel:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 2 * 24)
 
 
 @pytest.fixture

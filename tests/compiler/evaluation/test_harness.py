@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from alloc_moe.compiler import compile, pipeline
 from alloc_moe.compiler.commands.alloc_lm_eval import NAME, register
 from alloc_moe.compiler.errors import AllocMoeError
 from alloc_moe.compiler.evaluation.harness import AllocMoeLM, choose_batch_size
@@ -32,10 +28,6 @@ from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.text.generation import generate
 from alloc_moe.runtime.text.model import load
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-ROOT = Path(__file__).parents[3]
 TEXTS = (
     "The committee",
     "In the beginning was",
@@ -43,37 +35,6 @@ TEXTS = (
     "experts of a layer are chosen by its router",
 )
 GREEDY = {"until": [], "do_sample": False, "max_gen_toks": 8}
-
-
-@pytest.fixture(scope="module")
-def compile_with(
-    checkpoint: Callable[[str], Path],
-    exported: Callable[[str], ir.Model],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[Redistribution], Path]:
-    """Return a function from a redistribution to a bundle at half the budget."""
-
-    def run(redistribution: Redistribution) -> Path:
-        output = tmp_path_factory.mktemp("artifact") / "half"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "export_model", lambda *_, **__: exported("olmoe"))
-            compile(
-                checkpoint("olmoe"),
-                output=output,
-                tokens=256,
-                allocation="uniform" if redistribution == "none" else "sensitivity",
-                redistribute=redistribution,
-                correct="none",
-            )
-        return output
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def artifact(compile_with: Callable[[Redistribution], Path]) -> Path:
-    """A bundle whose tokens share nothing, so that all ways to run it must agree."""
-    return compile_with("none")
 
 
 @pytest.fixture(scope="module")
@@ -346,57 +307,3 @@ def test_a_task_runs_from_end_to_end_by_name(artifact: Path, tmp_path: Path) -> 
     assert 0 <= results["results"]["toy"]["acc,none"] <= 1
     assert results["config"]["alloc_moe"]["redistribution"] == "none"
     assert [len(sample["resps"]) for sample in results["samples"]["toy"]] == [2] * 4
-
-
-def run_command(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    """Run alloc-lm-eval from the root of the repository, without the harness's own tasks."""
-    code = (
-        "import functools, lm_eval.tasks as tasks\n"
-        "tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)\n"
-        "from alloc_moe.compiler.commands.alloc_lm_eval import main; main()"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, "--model", NAME, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "HF_HOME": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_the_command_runs_the_tasks_of_the_examples(artifact: Path, tmp_path: Path) -> None:
-    run = run_command(
-        *("--model_args", f"artifact={artifact},threads=1", "--limit", "4"),
-        *("--include_path", "examples/lm_eval", "--tasks", "tiny_next_word,tiny_last_word"),
-        cache=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr
-    table = [[cell.strip() for cell in row.split("|")] for row in run.stdout.splitlines()]
-    assert {row[1]: row[5] for row in table if len(row) > 5 and row[1].startswith("tiny")} == {
-        "tiny_last_word": "exact_match",
-        "tiny_next_word": "acc",
-    }
-
-
-def test_the_command_shows_our_errors_plainly(tmp_path: Path) -> None:
-    run = run_command(
-        *("--model_args", "artifact=none.onnx", "--tasks", "tiny_next_word"),
-        *("--include_path", "examples/lm_eval"),
-        cache=tmp_path,
-    )
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == "Error: There is no file none.onnx."
-    assert "Traceback" not in run.stderr
-
-
-def test_artifacts_are_evaluated_without_loading_torch(artifact: Path) -> None:
-    code = (
-        "import sys\n"
-        "from alloc_moe.compiler.evaluation.harness import AllocMoeLM\n"
-        "from lm_eval.api.instance import Instance\n"
-        f"lm = AllocMoeLM(artifact={str(artifact)!r}, threads=1)\n"
-        "lm.loglikelihood([Instance('loglikelihood', {}, ('a', 'b'), 0)], disable_tqdm=True)\n"
-        "assert not {'torch', 'transformers'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,7 +25,7 @@ from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.plan import PlanOptions, make_planned
 from alloc_moe.compiler.records import CorrectionMode, Metric, Redistribution
 from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
-from alloc_moe.compiler.sensitivity import measuring as sensitivity
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.verify.expected import clear_references
 from alloc_moe.runtime.artifact.plan import AllocationPlan
@@ -53,7 +53,7 @@ def offloaded(checkpoint: Callable[[str], Path]) -> Models:
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make 5 windows take 3 batches."""
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 2 * 24)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from alloc_moe.compiler.reference.experts import replaced_experts, run_pairs
 from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, rank_candidates
 from alloc_moe.compiler.rounding.formats import choose_formats, mixed_formats
 from alloc_moe.compiler.rounding.weights import quantized
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.workspace.states import LayerProgress, LayerStates
@@ -46,7 +47,7 @@ class Mixed(NamedTuple):
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make 5 windows take 3 batches."""
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 2 * 24)
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from alloc_moe.compiler.reference.experts import (
 )
 from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, rank_candidates
 from alloc_moe.compiler.sensitivity import corrected as sensitivity_correct
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity import replayed as sensitivity_replay
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -54,7 +55,7 @@ IDS = torch.from_numpy(CALIBRATION.ids)
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make 5 windows take 3 batches."""
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 2 * 24)
     monkeypatch.setattr(sensitivity_replay, "_TOKENS_PER_BATCH", 2 * 4 * 24)
 
 

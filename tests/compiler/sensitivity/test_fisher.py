@@ -15,7 +15,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.reference.experts import replaced_experts, run_pairs
 from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, rank_candidates
 from alloc_moe.compiler.sensitivity import fisher as sensitivity_fisher
-from alloc_moe.compiler.sensitivity import measuring as sensitivity
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 
 Models = Callable[[str], MoeModel]
@@ -34,7 +34,7 @@ CALIBRATION = CalibrationSet(
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make 5 windows take 3 batches, and a batch's logits several."""
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 2 * 24)
     monkeypatch.setattr(sensitivity_fisher, "_LOGITS_PER_BATCH", 20 * 288)
 
 
@@ -160,7 +160,7 @@ def test_several_threads_give_the_same_bits_every_time(
     moe_model: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moe = moe_model("olmoe")
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2048)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 2048)
     ids = np.random.default_rng(0).integers(0, 256, (16, 128))
     text = dataclasses.replace(CALIBRATION, ids=ids, tokens=2048, sequence_length=128)
     threads = torch.get_num_threads()

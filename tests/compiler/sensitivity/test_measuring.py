@@ -19,6 +19,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Metric, SensitivityProfile
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import LayerParameters
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity import replayed as sensitivity_replay
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -173,7 +174,7 @@ def test_a_resumed_profile_is_identical(
 def test_a_resumed_profile_of_one_pass_is_identical(
     moe_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, batches: int
 ) -> None:
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 2 * 24)
     monkeypatch.setattr(sensitivity, "_SECONDS_PER_SAVE", 0)
     moe = moe_model("olmoe")
     whole = measure_sensitivity(moe, CALIBRATION, metric=metric)

@@ -12,7 +12,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Redistribution
 from alloc_moe.compiler.reference.experts import replaced_experts, run_pairs
 from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, rank_candidates
-from alloc_moe.compiler.sensitivity import measuring as sensitivity
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import output as sensitivity_output
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 
@@ -32,7 +32,7 @@ CALIBRATION = CalibrationSet(
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make 5 windows take 3 batches, and a batch's logits several."""
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 2 * 24)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 2 * 24)
     monkeypatch.setattr(sensitivity_output, "_LOGITS_PER_BATCH", 20 * 288)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from alloc_moe.compiler.commands.alloc_profile import profile_command
 from alloc_moe.compiler.errors import CalibrationError
-from alloc_moe.compiler.sensitivity import measuring as sensitivity
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.workspace.processes import Processes
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs gloo over TCP")
@@ -23,12 +23,13 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs gloo over
 PROCESS = """
 import functools, os, signal, sys
 import torch
+from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity import layerwise as sensitivity_stream
 from alloc_moe.compiler.commands.alloc_profile import profile_command
 
 torch.set_num_threads(1)
-sensitivity._TOKENS_PER_BATCH, sensitivity._SECONDS_PER_SAVE = 64, 0.0
+job._TOKENS_PER_BATCH, sensitivity._SECONDS_PER_SAVE = 64, 0.0
 calls = 0
 
 def counted(function, *args, **kwargs):
@@ -49,7 +50,7 @@ profile_command(sys.argv[1:])
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide the text as the other processes do."""
-    monkeypatch.setattr(sensitivity, "_TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 64)
 
 
 def run(size: int, *arguments: str, die: int | None = None) -> list[subprocess.Popen[str]]:
