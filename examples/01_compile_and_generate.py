@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 from alloc_moe import runtime
-from alloc_moe.compiler.pipeline import compile_model
-from alloc_moe.compiler.records import CompileOptions
+from alloc_moe.compiler import compile
 from alloc_moe.runtime.console import Console
 
 
 def main(model: str, output: str, *, tokens: int = 8192, new_tokens: int = 40) -> None:
     """Compile `model` into the bundle folder `output` and continue two prompts with it."""
-    options = CompileOptions(model, output, "0.5", tokens=tokens, force=True)
-    compiled = compile_model(options, Console())
+    compiled = compile(
+        model, budget=0.5, output=output, tokens=tokens, force=True, console=Console()
+    )
     experts = " ".join(f"{layer.k:.2f}" for layer in compiled.plan.layers)
     print(f"Experts per layer: {experts}, trained with {compiled.plan.layers[0].k_original}")
 

@@ -1,10 +1,10 @@
-"""Single-stream decode and the dial: losses that no pool can help, as README's tables show them.
+r"""Single-stream decode and the dial: losses that no pool can help, as README's tables show them.
 
 Artifacts are compiled at half of their activations and run on held-out text with one token per
 call, teacher-forced, as generation does; then the default artifact is turned to other budgets and
 compared with artifacts compiled for those.
 
-    python examples/benchmarks/quality/decode.py examples/tiny-moe \\
+    python examples/benchmarks/quality/decode.py examples/tiny-moe \
         --text examples/tiny-moe/heldout.txt
 """
 
@@ -16,16 +16,10 @@ from pathlib import Path
 
 import click
 
-from alloc_moe.compiler import pipeline
-from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.plan import PlanOptions, make_planned
-from alloc_moe.compiler.records import SensitivityProfile
-from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler import compile
+from alloc_moe.compiler.model.checkpoint import open_checkpoint
 from alloc_moe.compiler.sweep.methods import Method, parse_method
-from alloc_moe.runtime.artifact.dial import price_of
-from alloc_moe.runtime.console import Console
-from alloc_moe.runtime.execution.session import ArtifactSession, open_session
+from alloc_moe.runtime import ArtifactSession, open_session, price_of
 from alloc_moe.runtime.measure.evaluate import Evaluation, evaluate_artifact
 
 DECODED = ("uniform", "batch", "threshold", "price", "default")
@@ -33,32 +27,26 @@ BUDGETS = ("0.25", "0.375", "0.5", "0.625", "0.75", "1.0")
 
 
 class Compiler:
-    """The model, exported once, its calibration text and a fisher profile of it."""
+    """A model, and a folder for its artifacts and the profiles that they share."""
 
     def __init__(self, model: str, *, tokens: int, folder: Path) -> None:
-        self._console = Console(quiet=True)
-        self._folder = folder
-        self.moe = pipeline.load(model, self._console, trust_remote_code=False)
-        self._text = pipeline.calibrate(self.moe, None, self._console, tokens=tokens, seed=0)
-        self._profile: SensitivityProfile = measure_sensitivity(
-            self.moe, self._text, metric="fisher", redistribution="price"
-        )
-        self._graph = export_model(self.moe, dtype="float32")
+        self._model, self._tokens, self._folder = model, tokens, folder
 
-    def artifact(self, method: Method, budget: str, *, dial: bool = False) -> ArtifactSession:
+    def artifact(self, method: Method, budget: str) -> ArtifactSession:
         """Return the artifact of a method and a budget, loaded."""
-        planned = make_planned(
-            self.moe,
-            self._text,
-            parse_budget(budget, [layer.experts_per_token for layer in self.moe.layers]),
-            PlanOptions(method.redistribution, "keep", method.correction, dial=dial),
-            source=self.moe.checkpoint.source,
-            profile=None if method.metric is None else self._profile,
-            console=self._console,
-        )
-        model = specialize(self._graph, planned.plan, device="cpu", corrections=planned.corrections)
-        path = self._folder / f"{len(list(self._folder.iterdir()))}.onnx"
-        package.save_graph(model, path)
+        measured = f"{method.metric}-{method.redistribution}"
+        path = self._folder / f"{measured}-{method.correction}-{budget}.onnx"
+        if not path.exists():
+            compile(
+                self._model,
+                budget=budget,
+                output=path,
+                tokens=self._tokens,
+                profile=self._folder / f"{measured}.json",
+                allocation="uniform" if method.metric is None else "sensitivity",
+                redistribute=method.redistribution,
+                correct=method.correction,
+            )
         return open_session(path, ep="cpu", count_activations=True, stop_spinning=True)
 
 
@@ -87,8 +75,8 @@ def dial_table(compiler: Compiler, ids: Sequence[int]) -> None:
     full = evaluate_artifact(
         compiler.artifact(parse_method("uniform"), "1.0"), ids, window=512, stride=448
     )
-    corrected = compiler.artifact(parse_method("default"), "0.5", dial=True)
-    plain = compiler.artifact(parse_method("price"), "1.0", dial=True)
+    corrected = compiler.artifact(parse_method("default"), "0.5")
+    plain = compiler.artifact(parse_method("price"), "1.0")
     print("\n| budget | compiled for it | dialled, corrected at 0.5 | dialled, uncorrected |")
     print("|---|---|---|---|")
     for budget in BUDGETS:
@@ -117,9 +105,9 @@ def main(model: str, text: Path, decode_tokens: int, dial_tokens: int, tokens: i
     """Print both tables for MODEL."""
     with tempfile.TemporaryDirectory() as folder:
         compiler = Compiler(model, tokens=tokens, folder=Path(folder))
-        ids = compiler.moe.checkpoint.tokenizer(
-            text.read_text("utf-8"), add_special_tokens=False, verbose=False
-        )["input_ids"]
+        tokenizer = open_checkpoint(model, trust_remote_code=False).tokenizer
+        read = tokenizer(text.read_text("utf-8"), add_special_tokens=False, verbose=False)
+        ids = read["input_ids"]
         decode_table(compiler, ids[:decode_tokens])
         dial_table(compiler, ids[:dial_tokens])
 

@@ -9,30 +9,30 @@ in onnxruntime on the CPU over a left-padded batch, prefill and decode.
 
 from __future__ import annotations
 
-import sys
+import runpy
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler.calibration.windows import calibrate
+from alloc_moe.compiler.export.normalize import export_model
+from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.planning.allocation import make_plan, parse_budget
-from alloc_moe.compiler.records import Redistribution
+from alloc_moe.compiler.records import CalibrationOptions, Redistribution
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.verify.parity import verify_artifact
 from alloc_moe.runtime.console import Console
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from random_checkpoints import FAMILIES, save_checkpoint
-
+SMALL = Path(__file__).parents[2] / "checkpoints" / "small.py"
 REDISTRIBUTIONS: tuple[Redistribution, ...] = ("none", "batch", "sequence")
 
 
 def family_row(folder: Path, family: str) -> str:
-    """Return a Markdown row: the plan, and the largest logit error of each artifact."""
-    console = Console(quiet=True)
-    checkpoint = save_checkpoint(folder / "model", FAMILIES[family])
-    moe = pipeline.load(str(checkpoint), console, trust_remote_code=False)
-    text = pipeline.calibrate(moe, None, console, tokens=512, seed=0)
+    """Return a Markdown row on the model in `folder`: its plan, and each artifact's error."""
+    moe = load_model(str(folder))
+    text = calibrate(moe.checkpoint, CalibrationOptions(tokens=512), Console(quiet=True))
     profile = measure_sensitivity(moe, text, metric="kl")
     budget = parse_budget("0.6", [layer.experts_per_token for layer in moe.layers])
     graph = export_model(moe, dtype="float32")
@@ -60,8 +60,10 @@ def main() -> None:
     names = [*REDISTRIBUTIONS, *(f"{name}, pairs" for name in REDISTRIBUTIONS)]
     print("| family | experts per token | " + " | ".join(names) + " |")
     print("|---|---|" + "---|" * len(names))
-    for family in FAMILIES:
+    small: dict[str, Any] = runpy.run_path(str(SMALL))  # what that script defines
+    for family, settings in small["FAMILIES"].items():
         with tempfile.TemporaryDirectory() as folder:
+            small["save_checkpoint"](Path(folder), settings)
             print(family_row(Path(folder), family), flush=True)
 
 

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from scipy.stats import spearmanr
 
-from alloc_moe.compiler import pipeline
-from alloc_moe.compiler.calibration.windows import CalibrationSet, load_calibration
+from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate, load_calibration
 from alloc_moe.compiler.correction.fitting import Running, fit_corrections
+from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.allocation import (
     parse_budget,
@@ -39,6 +39,7 @@ from alloc_moe.compiler.planning.allocation import (
     uniform_allocation,
 )
 from alloc_moe.compiler.records import (
+    CalibrationOptions,
     Correction,
     CorrectionMode,
     Metric,
@@ -110,8 +111,9 @@ def main(
 ) -> None:
     """Measure random plans of MODEL and print two Markdown tables, or another with --correct."""
     console = Console()
-    moe = pipeline.load(model, console, trust_remote_code=False)
-    calibration = pipeline.calibrate(moe, None, console, tokens=tokens, seed=seed)
+    moe = load_model(model, console)
+    options = CalibrationOptions(tokens=tokens, seed=seed)
+    calibration = calibrate(moe.checkpoint, options, console)
     profiles = Profiles(output, moe, calibration, console)
     held_out = load_calibration(
         text, moe.checkpoint.tokenizer, moe.config, tokens=text_tokens, seed=seed

@@ -1,10 +1,10 @@
-"""What int8 and int4 cost in quality, at an equal plan: README's table of precisions.
+r"""What int8 and int4 cost in quality, at an equal plan: README's table of precisions.
 
 One plan per budget is made in float32, and compiled into an artifact of each precision, which
 onnxruntime then runs on held-out text; the last column is the plan that --dtype makes itself, with
 sensitivities and corrections measured on rounded weights.
 
-    python examples/benchmarks/quality/precision.py examples/tiny-moe \\
+    python examples/benchmarks/quality/precision.py examples/tiny-moe \
         --text examples/tiny-moe/heldout.txt
 """
 
@@ -19,13 +19,15 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler.calibration.windows import calibrate
+from alloc_moe.compiler.export.normalize import export_model
+from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.plan import Planned, PlanOptions, make_planned
-from alloc_moe.compiler.records import DType
+from alloc_moe.compiler.planning.plan import make_planned
+from alloc_moe.compiler.records import CalibrationOptions, DType, Planned, PlanOptions
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats
 from alloc_moe.compiler.rounding.weights import quantized
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -47,7 +49,8 @@ class Compiler:
         if dtype in BITS:
             moe = quantized(moe, choose_formats(moe.checkpoint, dtype, block=block))
         self.moe: MoeModel = moe
-        self._text = pipeline.calibrate(moe, None, self._console, tokens=tokens, seed=0)
+        options = CalibrationOptions(tokens=tokens)
+        self._text = calibrate(moe.checkpoint, options, self._console)
         self._graph = export_model(moe, dtype=dtype)
 
     def plan(self, budget: str) -> Planned:
@@ -60,7 +63,6 @@ class Compiler:
             self._text,
             parse_budget(budget, [layer.experts_per_token for layer in self.moe.layers]),
             PlanOptions(dial=False),
-            source=self.moe.checkpoint.source,
             profile=profile,
             console=self._console,
         )
@@ -145,7 +147,7 @@ def main(
     print("| model | budget | type | perplexity | against float32 | KL, nats | with its own plan |")
     print("|---|---|---|---|---|---|---|")
     for model in models:
-        tokenizer = load_model(model).tokenizer
+        tokenizer = load_model(model).checkpoint.tokenizer
         ids = tokenizer(text.read_text("utf-8"), add_special_tokens=False, verbose=False)
         length = min(text_tokens, len(ids["input_ids"])) // WINDOW * WINDOW
         windows = np.asarray(ids["input_ids"][:length], np.int64).reshape(-1, WINDOW)
