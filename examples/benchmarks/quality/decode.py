@@ -23,6 +23,7 @@ from alloc_moe.runtime import ArtifactSession, open_session, price_of
 from alloc_moe.runtime.measure.evaluate import Evaluation, evaluate_artifact
 
 DECODED = ("uniform", "batch", "threshold", "price", "default")
+WINDOW, STRIDE = 512, 448
 BUDGETS = ("0.25", "0.375", "0.5", "0.625", "0.75", "1.0")
 
 
@@ -61,7 +62,7 @@ def decode_table(compiler: Compiler, ids: Sequence[int]) -> None:
 
     def decoded(method: str, budget: str) -> Evaluation:
         session = compiler.artifact(parse_method(method), budget)
-        return evaluate_artifact(session, ids, window=512, stride=448, decode=True)
+        return evaluate_artifact(session, ids, window=WINDOW, stride=STRIDE, decode=True)
 
     full = decoded("uniform", "1.0")
     print(f"One token per call, {full.tokens_scored} tokens; full model: loss {full.loss:.4f}")
@@ -73,7 +74,7 @@ def decode_table(compiler: Compiler, ids: Sequence[int]) -> None:
 def dial_table(compiler: Compiler, ids: Sequence[int]) -> None:
     """Print the loss at each budget of one artifact, beside artifacts compiled for that budget."""
     full = evaluate_artifact(
-        compiler.artifact(parse_method("uniform"), "1.0"), ids, window=512, stride=448
+        compiler.artifact(parse_method("uniform"), "1.0"), ids, window=WINDOW, stride=STRIDE
     )
     corrected = compiler.artifact(parse_method("default"), "0.5")
     plain = compiler.artifact(parse_method("price"), "1.0")
@@ -82,12 +83,15 @@ def dial_table(compiler: Compiler, ids: Sequence[int]) -> None:
     for budget in BUDGETS:
         cells = [
             evaluate_artifact(
-                compiler.artifact(parse_method("default"), budget), ids, window=512, stride=448
+                compiler.artifact(parse_method("default"), budget),
+                ids,
+                window=WINDOW,
+                stride=STRIDE,
             )
         ]
         for session in (corrected, plain):
             price = price_of(session.plan, budget)
-            cells.append(evaluate_artifact(session, ids, window=512, stride=448, price=price))
+            cells.append(evaluate_artifact(session, ids, window=WINDOW, stride=STRIDE, price=price))
         texts = (
             f"{cell.loss - full.loss:+.4f} ({sum(cell.activations_per_token or ()):.1f})"
             for cell in cells

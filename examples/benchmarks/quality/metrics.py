@@ -15,22 +15,17 @@ All plans run under that redistribution with corrections fitted to them.
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 import numpy as np
-import torch
-import torch.nn.functional as F  # noqa: N812
-from scipy.stats import spearmanr
+from plan_losses import Losses, corrector
+from predictors import Predictor, choices, correlations, predictor
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate, load_calibration
-from alloc_moe.compiler.correction.fitting import Running, fit_corrections
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.allocation import (
@@ -40,33 +35,15 @@ from alloc_moe.compiler.planning.allocation import (
 )
 from alloc_moe.compiler.records import (
     CalibrationOptions,
-    Correction,
     CorrectionMode,
     Metric,
     Redistribution,
     SensitivityProfile,
 )
-from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import LayerParameters
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.runtime.console import Console
 
-Correct = Callable[[Sequence[int]], Sequence[Correction | None]]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-_TOKENS_PER_BATCH = 2048  # one call; each of its windows shares its own activations
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A metric, with what it predicts per layer and k."""
-
-    name: str
-    costs: Sequence[Sequence[float]]
-    seconds: float
-
-    def predict(self, plan: Sequence[int]) -> float:
-        """Return the predicted cost of a plan."""
-        return sum(row[k - 1] for row, k in zip(self.costs, plan, strict=True))
 
 
 @click.command()
@@ -190,84 +167,6 @@ class Profiles:
         )
 
 
-def corrector(
-    moe: MoeModel,
-    calibration: CalibrationSet,
-    redistribution: Redistribution,
-    mode: CorrectionMode,
-) -> Correct:
-    """Return what fits corrections to a plan, as a compile does."""
-    ids = torch.from_numpy(calibration.ids)
-
-    def fit(plan: Sequence[int]) -> Sequence[Correction | None]:
-        running = Running([LayerParameters(k) for k in plan], redistribution, "keep")
-        return fit_corrections(moe, ids, running, mode=mode).layers
-
-    return fit
-
-
-class Losses:
-    """The loss that plans add to the full model's on a text, saved after each."""
-
-    def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        moe: MoeModel,
-        ids: np.ndarray[Any, Any],
-        correct: Correct | None = None,
-    ) -> None:
-        """Continue the file at `path` if there is one; of other settings it ends the program."""
-        self._path, self._moe, self._ids = path, moe, torch.from_numpy(ids)
-        self._found: dict[str, Any] = {"settings": dict(settings), "losses": {}}
-        if path.exists():
-            self._found = json.loads(path.read_text())
-            if self._found["settings"] != settings:
-                sys.exit(f"{path} has the results of other settings. Delete it or name another.")
-        self._redistribution: Redistribution = settings["redistribution"]
-        self._correct = correct
-        self._full = [layer.experts_per_token for layer in moe.layers]
-
-    def added(self, plan: Sequence[int]) -> float:
-        """Return the plan's loss less the full model's, in nats per token."""
-        return self._loss(plan) - self._loss(self._full)
-
-    def _loss(self, plan: Sequence[int]) -> float:
-        name = " ".join(map(str, plan))
-        if name not in self._found["losses"]:
-            self._found["losses"][name] = self._measure(plan)
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._found, indent=1))
-            partial.replace(self._path)
-        found: float = self._found["losses"][name]
-        return found
-
-    def _measure(self, plan: Sequence[int]) -> float:
-        total = 0.0
-        parameters = [LayerParameters(k) for k in plan]
-        corrections = None
-        if self._correct is not None and list(plan) != self._full:
-            corrections = self._correct(plan)
-        with (
-            torch.inference_mode(),
-            allocated(
-                self._moe.model,
-                self._moe.layers,
-                parameters,
-                redistribution=self._redistribution,
-                weights="keep",
-                corrections=corrections,
-            ) as seen,
-        ):
-            for ids in self._ids.split(max(1, _TOKENS_PER_BATCH // self._ids.shape[1])):
-                logits = self._moe.model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
-                losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-                total += losses.double().sum().item()
-        if seen.per_token != list(plan):
-            sys.exit(f"Executed {seen.per_token} experts per token, planned {plan}")
-        return total / self._ids[:, 1:].numel()
-
-
 def random_plan(random: np.random.Generator, most: Sequence[int], budget: int) -> list[int]:
     """Return a plan of exactly `budget` activations, some layers being given far more than others.
 
@@ -280,51 +179,6 @@ def random_plan(random: np.random.Generator, most: Sequence[int], budget: int) -
         weights = (chances + 1e-9) * open_
         plan[random.choice(len(most), p=weights / weights.sum())] += 1
     return plan
-
-
-def predictor(profile: SensitivityProfile) -> Predictor:
-    """Return the costs of a complete profile."""
-    return Predictor(profile.metric, [row or () for row in profile.costs], profile.seconds)
-
-
-def correlations(
-    predictors: Sequence[Predictor], sampled: Mapping[str, list[list[int]]], losses: Losses
-) -> str:
-    """Return Spearman's rank correlations of prediction and truth as a Markdown table."""
-    lines = [
-        f"| metric | all plans | {' | '.join(f'at {name}' for name in sampled)} | seconds |",
-        "|---|" + "---|" * (len(sampled) + 2),
-    ]
-    everything = [plan for plans in sampled.values() for plan in plans]
-    for each in predictors:
-        found = [rank_correlation(each, plans, losses) for plans in (everything, *sampled.values())]
-        cells = ["" if math.isnan(value) else f"{value:.3f}" for value in found]
-        seconds = f"{each.seconds:.1f}" if each.seconds else ""
-        lines.append(f"| {each.name} | {' | '.join(cells)} | {seconds} |")
-    return "\n".join(lines)
-
-
-def rank_correlation(each: Predictor, plans: Sequence[Sequence[int]], losses: Losses) -> float:
-    """Return Spearman's rank correlation; NaN if all predictions are the same."""
-    predicted = [each.predict(plan) for plan in plans]
-    if len(set(predicted)) < 2:
-        return math.nan
-    return float(spearmanr(predicted, [losses.added(plan) for plan in plans]).statistic)
-
-
-def choices(
-    chosen: Mapping[str, Mapping[str, Sequence[int]]],
-    sampled: Mapping[str, list[list[int]]],
-    losses: Losses,
-) -> str:
-    """Return the loss added by each metric's plan, and by the best random one, as a table."""
-    lines = [f"| plan by | {' | '.join(chosen)} |", "|---|" + "---|" * len(chosen)]
-    for name in next(iter(chosen.values())):
-        cells = [f"{losses.added(plans[name]):+.4f}" for plans in chosen.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    best = [f"{min(map(losses.added, plans)):+.4f}" for plans in sampled.values()]
-    lines.append(f"| best random plan | {' | '.join(best)} |")
-    return "\n".join(lines)
 
 
 def in_place(

@@ -26,6 +26,8 @@ from random_models.shapes import SHAPES
 from transformers import PreTrainedConfig
 
 from alloc_moe.compiler.export.graph import export_graph
+from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.checkpoint import Checkpoint
 from alloc_moe.compiler.model.moe_layers import find_moe_layers
 from alloc_moe.compiler.model.skeleton import build_skeleton
 from alloc_moe.compiler.package import output as package
@@ -65,6 +67,23 @@ class RandomReader:
         return torch.randn(shape, generator=random).mul_(scale).to(dtype)
 
 
+def random_checkpoint(config: PreTrainedConfig) -> Checkpoint:
+    """Return a checkpoint that is nowhere on disk, and has no tokenizer."""
+    skeleton = build_skeleton(config, torch.float32)
+    reader: Any = RandomReader(skeleton)
+    no_tokenizer: Any = None
+    return Checkpoint(
+        source="random weights",
+        folder=Path(),
+        fingerprint="",
+        config=config,
+        tokenizer=no_tokenizer,
+        skeleton=skeleton,
+        layers=find_moe_layers(skeleton),
+        reader=reader,
+    )
+
+
 def write(
     config: PreTrainedConfig, path: Path, *, dtype: str, block: int, cache: str, also: Sequence[str]
 ) -> None:
@@ -72,11 +91,10 @@ def write(
 
     All share the data of the first; so does one with a float32 cache.
     """
-    skeleton = build_skeleton(config, torch.float32)
-    layers = find_moe_layers(skeleton)
-    form = choose_formats(skeleton, layers, dtype, block=block) if dtype in BITS else None
-    reader: Any = RandomReader(skeleton)
-    graph = export_graph(config, reader, layers, dtype=form.activations if form else dtype)
+    checkpoint = random_checkpoint(config)
+    layers = checkpoint.layers
+    form = choose_formats(checkpoint, dtype, block=block) if dtype in BITS else None
+    graph = export_graph(checkpoint, dtype=form.activations if form else dtype)
     normalize_passes(form.weights if form else {})(graph)
     shape = (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
     steps = np.full(shape, _CACHE_STEP, np.float32)
