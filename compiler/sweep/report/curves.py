@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
+from alloc_moe.compiler.sweep.report.axes import Frame, axes, band, make_frame, route
 from alloc_moe.compiler.sweep.report.data import Digest, Summary, bare, percent, signed
 from alloc_moe.compiler.sweep.report.svg import (
     COLORS,
     DASHES,
-    MINUS,
     SHAPES,
     Style,
-    SymmetricLog,
     group,
     line,
-    linear,
     marker,
     path,
     rect,
@@ -29,21 +26,6 @@ from alloc_moe.compiler.sweep.report.svg import (
 
 _LABEL_SIZE = 13.0
 _LABEL_LETTERS = 30
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """The plot's area inside a drawing, and where values lie in it."""
-
-    left: float
-    right: float
-    top: float
-    bottom: float
-    x: Callable[[float], float]
-    scale: SymmetricLog
-
-    def y(self, added: float) -> float:
-        return self.bottom - self.scale.place(added) * (self.bottom - self.top)
 
 
 def method_styles(digest: Digest) -> dict[str, Style]:
@@ -76,10 +58,10 @@ def loss_chart(digest: Digest, styles: Mapping[str, Style], *, width: int, names
     labels = {method: _label(digest, method, names=names) for method in shown}
     margin = 30 + max((text_width(label, _LABEL_SIZE) for label in labels.values()), default=0)
     height = 470 if names else 400
-    frame = _frame(digest, (58, width - margin, 22, height - 58))
+    frame = make_frame(digest, (58, width - margin, 22, height - 58), symmetric_log)
     ends = [frame.y(digest.row(method)[0].added.mean) for method in shown]
     places = spread(ends, gap=17, low=frame.top + 4, high=frame.bottom)
-    drawn = [_axes(frame, digest, wide=names)]
+    drawn = [axes(frame, digest, *_captions(frame, wide=names), counts=True)]
     # The best is drawn last, over the others.
     for method, place in reversed(list(zip(shown, places, strict=True))):
         end = digest.row(method)[0]
@@ -108,9 +90,9 @@ def method_panels(digest: Digest, styles: Mapping[str, Style]) -> list[tuple[str
         row = digest.row(method)
         if not row:
             continue
-        frame = _frame(digest, (52, 288, 16, 164))
+        frame = make_frame(digest, (52, 288, 16, 164), symmetric_log)
         ghosts = [
-            path(_route(frame, digest, other), css="ghost")
+            path(route(frame, digest, other), css="ghost")
             for other in digest.methods
             if other != method and digest.row(other)
         ]
@@ -119,7 +101,7 @@ def method_panels(digest: Digest, styles: Mapping[str, Style]) -> list[tuple[str
             300,
             186,
             f"Added loss of {method} against measured activations, the other methods in grey",
-            _axes(frame, digest, wide=False, small=True),
+            axes(frame, digest, counts=False),
             *ghosts,
             group(
                 f"series {styles[method].css}",
@@ -152,68 +134,21 @@ def _label(digest: Digest, method: str, *, names: bool) -> str:
     return f"{rank}  {shorten(bare(method), _LABEL_LETTERS)}" if names else rank
 
 
-def _frame(digest: Digest, area: tuple[float, float, float, float]) -> _Frame:
-    left, right, top, bottom = area
-    found = digest.summaries.values()
-    values = [v for s in found for v in (s.added.low, s.added.mean, s.added.high)]
-    full = digest.results.full_activations
-    # Budgets asked for are in the range too, as their grid lines are drawn.
-    used = [s.activations.mean for s in found] + [b * full for b in digest.budgets]
-    most, least = max([full, *used]), min([full, *used])
-    air = (most - least) * 0.03 or 1.0
-    x = linear(most + air, least - air, left, right)
-    return _Frame(left, right, top, bottom, x, symmetric_log(values))
+def _captions(frame: Frame, *, wide: bool) -> tuple[str, str]:
+    caption = "measured activations per token; fewer to the right →"
+    if wide:
+        caption = "measured activations per token (share of the full model, count); fewer →"
+    middle = (frame.left + frame.right) / 2
+    return (
+        text(middle, frame.bottom + 52, caption, css="axis", anchor="middle"),
+        text(4, 12, "added loss, nats per token", css="axis"),
+    )
 
 
-def _axes(frame: _Frame, digest: Digest, *, wide: bool, small: bool = False) -> str:
-    drawn, last = [], frame.bottom + 100
-    for tick in frame.scale.ticks():
-        y = frame.y(tick)
-        drawn.append(line(frame.left, y, frame.right, y, css="grid" if tick else "zero"))
-        if last - y >= 13:  # upwards: y falls
-            drawn.append(text(frame.left - 7, y + 4, _tick(tick), css="tick", anchor="end"))
-            last = y
-    full = digest.results.full_activations
-    used = 0.0
-    stops = sorted({1.0, *digest.budgets}, reverse=True)
-    for budget in stops:
-        x = frame.x(budget * full)
-        if budget != 1.0:
-            drawn.append(line(x, frame.top, x, frame.bottom, css="grid"))
-        label = percent(budget) if budget != 1.0 else "full"
-        half = text_width(label, 12) / 2
-        if x - half >= used + 5:
-            drawn.append(text(x, frame.bottom + 17, label, css="tick", anchor="middle"))
-            if not small:
-                count = f"{budget * full:.1f}".removesuffix(".0")
-                drawn.append(text(x, frame.bottom + 32, count, css="tick faint", anchor="middle"))
-            used = x + half
-    if not small:
-        middle = (frame.left + frame.right) / 2
-        caption = "measured activations per token; fewer to the right →"
-        if wide:
-            caption = "measured activations per token (share of the full model, count); fewer →"
-        drawn.append(text(middle, frame.bottom + 52, caption, css="axis", anchor="middle"))
-        drawn.append(text(4, 12, "added loss, nats per token", css="axis"))
-    return group("axes", *drawn)
-
-
-def _tick(value: float) -> str:
-    digits = f"{abs(value):.6f}".rstrip("0").rstrip(".")
-    return "0" if not value else ("+" if value > 0 else MINUS) + digits
-
-
-def _route(frame: _Frame, digest: Digest, method: str) -> list[tuple[float, float]]:
-    """Return a method's points, from the full model to the smallest budget."""
-    row = sorted(digest.row(method), key=lambda s: -s.activations.mean)
-    start = (frame.x(digest.results.full_activations), frame.y(0.0))
-    return [start, *((frame.x(s.activations.mean), frame.y(s.added.mean)) for s in row)]
-
-
-def _series(frame: _Frame, digest: Digest, method: str, style: Style) -> str:
+def _series(frame: Frame, digest: Digest, method: str, style: Style) -> str:
     row = digest.row(method)
     size = 5.0 if "own" in style.css else 4.2
-    parts = [_band(frame, row), path(_route(frame, digest, method), css="curve", dash=style.dash)]
+    parts = [band(frame, row), path(route(frame, digest, method), css="curve", dash=style.dash)]
     for summary in row:
         x, y = frame.x(summary.activations.mean), frame.y(summary.added.mean)
         high, low = frame.y(summary.added.high), frame.y(summary.added.low)
@@ -225,16 +160,7 @@ def _series(frame: _Frame, digest: Digest, method: str, style: Style) -> str:
     return "".join(parts)
 
 
-def _band(frame: _Frame, row: Sequence[Summary]) -> str:
-    """Return the area between lowest and highest seed."""
-    if len(row) < 2:
-        return ""
-    above = [(frame.x(s.activations.mean), frame.y(s.added.high)) for s in row]
-    below = [(frame.x(s.activations.mean), frame.y(s.added.low)) for s in reversed(row)]
-    return path([*above, *below], css="band")
-
-
-def _point_labels(frame: _Frame, row: Sequence[Summary]) -> list[str]:
+def _point_labels(frame: Frame, row: Sequence[Summary]) -> list[str]:
     """Return the values beside a small chart's points, left out where they would touch."""
     drawn, last = [], frame.right + 100.0
     for summary in row:  # from the smallest budget, on the right, to the left
@@ -250,7 +176,7 @@ def _point_labels(frame: _Frame, row: Sequence[Summary]) -> list[str]:
     return drawn
 
 
-def _full_model(frame: _Frame, digest: Digest) -> str:
+def _full_model(frame: Frame, digest: Digest) -> str:
     full = digest.results.full_activations
     x, y = frame.x(full), frame.y(0.0)
     title = f"full model: loss {digest.results.full_loss:.5f}, {full} activations per token"

@@ -190,6 +190,10 @@ class SymmetricLog:
         values = [-size for size in reversed(sizes)] + [0.0, *sizes]
         return [value for value in values if self.low <= value <= self.high]
 
+    def label(self, value: float) -> str:
+        """Return a tick's sign and digits."""
+        return _signed(f"{abs(value):.6f}".rstrip("0").rstrip("."), value)
+
     def _warp(self, value: float) -> float:
         size = abs(value) / self.knee
         warped = size / 2 if size <= 1 else 0.5 + math.log10(size)
@@ -207,6 +211,46 @@ def symmetric_log(values: Sequence[float]) -> SymmetricLog:
     low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
     # A little air past the outermost values; none below zero if nothing lies there.
     return SymmetricLog(low * 1.25, high * 1.25 or knee, knee)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """An even scale from `low` to `high` with a tick at every multiple of `step`."""
+
+    low: float
+    high: float
+    step: float
+
+    def place(self, value: float) -> float:
+        """Return where a value lies, 0 at `low` and 1 at `high`."""
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        """Return the multiples of the step in range, zero among them."""
+        first, last = math.ceil(self.low / self.step), math.floor(self.high / self.step)
+        return [self.step * n for n in range(first, last + 1)]
+
+    def label(self, value: float) -> str:
+        """Return a tick's sign and digits, with as many decimals as the step has."""
+        decimals = max(0, -math.floor(math.log10(self.step)))
+        return _signed(f"{abs(value):.{decimals}f}", value)
+
+
+def even_scale(values: Sequence[float]) -> Linear:
+    """Return the even scale that shows these values and zero, with at most eight steps."""
+    low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
+    # A little air past the outermost values; none where nothing lies.
+    low, high = low * 1.04, high * 1.04
+    if low == high:
+        high = 1.0
+    least = (high - low) / 8
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= least)
+    return Linear(low, high, step)
+
+
+def _signed(digits: str, value: float) -> str:
+    return "0" if not value else ("+" if value > 0 else MINUS) + digits
 
 
 def _decade(value: float) -> int:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from alloc_moe.compiler.sweep.report.svg import (
     SHAPES,
     element,
+    even_scale,
     marker,
     number,
     shorten,
@@ -43,6 +44,33 @@ def test_equal_ratios_are_equally_far_apart_above_the_knee() -> None:
 def test_a_gain_lies_below_zero() -> None:
     scale = symmetric_log([-0.004, 0.02])
     assert scale.place(-0.004) < scale.place(0.0) < scale.place(0.02)
+
+
+@given(st.lists(amounts, max_size=20))
+def test_the_even_scale_keeps_order_and_holds_every_value(values: list[float]) -> None:
+    scale = even_scale(values)
+    places = [scale.place(value) for value in sorted([0.0, *values])]
+    assert places == sorted(places)
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
+    assert 0.0 in scale.ticks()
+    assert all(scale.low <= tick <= scale.high for tick in scale.ticks())
+    assert 3 <= len(scale.ticks()) <= 9
+
+
+def test_even_ticks_are_round_and_as_exact_as_their_step() -> None:
+    scale = even_scale([0.16])
+    assert [scale.label(tick) for tick in scale.ticks()] == ["0", "+0.05", "+0.10", "+0.15"]
+    scale = even_scale([-0.004, 0.006])
+    minus = "\N{MINUS SIGN}"
+    assert [scale.label(tick) for tick in scale.ticks()] == [
+        *(f"{minus}0.004", f"{minus}0.002", "0", "+0.002", "+0.004", "+0.006")
+    ]
+    assert [even_scale([30.0]).label(tick) for tick in (0.0, 10.0)] == ["0", "+10"]
+
+
+def test_symmetric_ticks_have_no_more_digits_than_they_need() -> None:
+    scale = symmetric_log([0.001, 0.1])
+    assert [scale.label(tick) for tick in (0.0, 0.001, 0.1)] == ["0", "+0.001", "+0.1"]
 
 
 @given(st.lists(st.floats(-50, 250), max_size=12))
