@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from alloc_moe.compiler.sweep.records import SweepResults
+from alloc_moe.compiler.errors import SweepError
+from alloc_moe.compiler.sweep.records import CalibrationText, Cell, ScoredText, SweepResults
 from alloc_moe.compiler.sweep.report.data import Digest, Summary, figure, mean_rows, percent, signed
 from alloc_moe.compiler.sweep.report.layers import layer_labels
 from alloc_moe.compiler.sweep.report.svg import DASH, Style, element, escape, key
@@ -40,6 +43,46 @@ def to_csv(results: SweepResults) -> str:
             ]
         )
     return file.getvalue()
+
+
+def from_csv(content: str, *, model: str, path: Path) -> SweepResults:
+    """Read back what `to_csv` wrote, enough to draw curves again.
+
+    Cells are as they were. What a table doesn't hold is empty: names, texts, sensitivities.
+
+    Args:
+        content: The table.
+        model: What was swept; a table doesn't say it.
+        path: Where the table is from, for the message.
+
+    Raises:
+        SweepError: The content is no table of a sweep's cells.
+    """
+    try:
+        cells = tuple(map(_cell, csv.DictReader(io.StringIO(content, newline=""), strict=True)))
+        experts_per_token = _experts_per_token(cells)
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise SweepError(
+            f"{path} holds no table of a sweep ({error!r}). Give a sweep.csv that alloc-sweep "
+            "wrote, or make it again."
+        ) from error
+    seeds = tuple(sorted({cell.seed for cell in cells}))
+    return SweepResults(
+        model,
+        "",
+        layers=tuple(map(str, range(len(experts_per_token)))),
+        experts=(),
+        experts_per_token=experts_per_token,
+        full_loss=next((c.loss - c.added_loss for c in cells if math.isfinite(c.loss)), math.nan),
+        text=ScoredText("", "", 0),
+        calibration=CalibrationText("", "", 0, seeds),
+        machine={},
+        versions={},
+        date="",
+        command="",
+        sensitivities=(),
+        cells=cells,
+    )
 
 
 def markdown_table(results: SweepResults) -> str:
@@ -151,6 +194,38 @@ def spread_text(summary: Summary) -> str:
 
 def _spaced(values: Sequence[float]) -> str:
     return " ".join(repr(value) for value in values)
+
+
+def _cell(row: Mapping[str, str]) -> Cell:
+    return Cell(
+        row["method"],
+        float(row["budget"]),
+        seed=int(row["seed"]),
+        allocation=row["allocation"],
+        redistribution=row["redistribution"],
+        correction=row["correction"],
+        loss=float(row["loss"]),
+        added_loss=float(row["added_loss"]),
+        activations=float(row["activations"]),
+        activations_per_layer=_numbers(row["activations_per_layer"]),
+        planned_per_layer=_numbers(row["planned_per_layer"]),
+        experts_per_token_histogram=tuple(
+            map(_numbers, row["experts_per_token_histogram"].split("|"))
+        ),
+        loss_decode=float(row["loss_decode"]) if row["loss_decode"] else None,
+        default=row["default"] == "yes",
+    )
+
+
+def _numbers(spaced: str) -> tuple[float, ...]:
+    return tuple(map(float, spaced.split()))
+
+
+def _experts_per_token(cells: Sequence[Cell]) -> tuple[int, ...]:
+    """Return each layer's k in the full model: its histograms reach from 0 to it."""
+    if not cells:
+        raise ValueError("no rows")
+    return tuple(len(row) - 1 for row in cells[0].experts_per_token_histogram)
 
 
 def _markdown(content: str) -> str:

@@ -1,4 +1,4 @@
-"""The report as a page, and the tables beside it."""
+"""The report as a page."""
 
 from __future__ import annotations
 
@@ -270,70 +270,3 @@ def test_results_without_any_loss_still_make_a_page(results: SweepResults) -> No
     cells = tuple(dataclasses.replace(c, loss=math.nan, added_loss=math.nan) for c in results.cells)
     page = check(render(dataclasses.replace(results, cells=cells)))
     assert "The sweep holds no finite result" in page.text
-
-
-# to_csv
-
-
-def test_csv_holds_every_cell_exactly(results: SweepResults) -> None:
-    rows = list(csv.DictReader(io.StringIO(to_csv(results))))
-
-    def numbers(text: str) -> tuple[float, ...]:
-        return tuple(float(value) for value in text.split())
-
-    again = tuple(
-        Cell(
-            row["method"],
-            float(row["budget"]),
-            seed=int(row["seed"]),
-            allocation=row["allocation"],
-            redistribution=row["redistribution"],
-            correction=row["correction"],
-            loss=float(row["loss"]),
-            added_loss=float(row["added_loss"]),
-            activations=float(row["activations"]),
-            activations_per_layer=numbers(row["activations_per_layer"]),
-            planned_per_layer=numbers(row["planned_per_layer"]),
-            experts_per_token_histogram=tuple(
-                numbers(layer) for layer in row["experts_per_token_histogram"].split("|")
-            ),
-            loss_decode=float(row["loss_decode"]) if row["loss_decode"] else None,
-            default=row["default"] == "yes",
-        )
-        for row in rows
-    )
-    assert again == results.cells
-    assert {row["full_activations"] for row in rows} == {"48"}
-
-
-def test_csv_quotes_labels(results: SweepResults) -> None:
-    cell = dataclasses.replace(results.cells[0], method='a, "b"\nc')
-    [row] = csv.DictReader(io.StringIO(to_csv(dataclasses.replace(results, cells=(cell,)))))
-    assert row["method"] == 'a, "b"\nc'
-
-
-# markdown_table
-
-
-def test_markdown_is_methods_by_budgets(results: SweepResults) -> None:
-    heads, rule, *rows = markdown_table(results).splitlines()
-    assert heads == "|  | 0.25 | 0.375 | 0.5 | 0.625 | 0.75 |"
-    assert rule.count("---:") == 5
-    assert [row.split(" | ")[0] for row in rows] == [
-        f"| {method}" for method in Digest(results).methods
-    ]
-    number = r"(\*\*)?[+-]0\.\d{4} ±0\.\d{4}\1 \(\d+\.\d\)".replace(r"\1", r"(\*\*)?")
-    for row in rows:
-        assert re.fullmatch(rf"\| [^|]+ (\| {number} ){{5}}\|", row)
-    assert sum(row.count("**") for row in rows) == 2 * 5
-
-
-def test_markdown_of_one_seed_has_no_spread(synthetic_sweep: ModuleType) -> None:
-    table = markdown_table(synthetic_sweep.synthetic_sweep(seeds=(3,)))
-    assert "±" not in table
-
-
-def test_markdown_escapes_labels(results: SweepResults) -> None:
-    cell = dataclasses.replace(results.cells[0], method="a|b *c*\n`d`")
-    table = markdown_table(dataclasses.replace(results, cells=(cell,)))
-    assert table.splitlines()[2].startswith(r"| a\|b \*c\* \`d\` |")
