@@ -58,13 +58,14 @@ def sweep_command(
 ) -> None:
     """Compile MODEL in many ways, run each on held-out text, and compare what they lose.
 
-    Writes report.html (open it in a browser), sweep.csv and sweep.json into the folder. A sweep
-    that was interrupted goes on where it was.
+    Writes report.html (open it in a browser), its main chart as chart.svg (for a README), sweep.csv
+    and sweep.json into the folder. A sweep that was interrupted goes on where it was.
     """
     need_compile_extra()
     from alloc_moe.compiler.sweep.cells import SweepOptions, run_sweep
     from alloc_moe.compiler.sweep.methods import parse_method
     from alloc_moe.compiler.sweep.report.page import render
+    from alloc_moe.compiler.sweep.report.picture import draw_picture
     from alloc_moe.compiler.sweep.report.tables import markdown_table, to_csv
     from alloc_moe.compiler.workspace.files import save_text
 
@@ -88,6 +89,7 @@ def sweep_command(
         ("sweep.json", results.to_json()),
         ("sweep.csv", to_csv(results)),
         ("report.html", render(results)),
+        ("chart.svg", draw_picture(results)),
     ):
         save_text(content, output / name, what="The report")
     console.result(

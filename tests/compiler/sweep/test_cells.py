@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from alloc_moe.compiler import pipeline
 from alloc_moe.compiler.commands.alloc_sweep import sweep_command
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sweep import cells as sweep
 from alloc_moe.compiler.sweep.records import Cell, SweepResults
+from alloc_moe.compiler.sweep.report.picture import draw_picture
+from alloc_moe.compiler.sweep.report.tables import from_csv
 
 TEXT = "few of the experts are chosen; a router of the layer is enough for them. " * 3
-FILES = ("sweep.json", "sweep.csv", "report.html")
+FILES = ("sweep.json", "sweep.csv", "report.html", "chart.svg")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def model(
 ) -> Any:  # a generator
     """A checkpoint whose export was done before."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "export_model", lambda *_, **__: exported("olmoe"))
+        patch.setattr(sweep, "export_model", lambda *_, **__: exported("olmoe"))
         yield checkpoint("olmoe")
 
 
@@ -115,6 +117,18 @@ def test_the_table_holds_every_cell(folder: Path, results: SweepResults) -> None
     assert "price + affine (default)" in (folder / "report.html").read_text()
 
 
+def test_the_chart_shows_the_sweep(folder: Path) -> None:
+    chart = (folder / "chart.svg").read_text("utf-8")
+    names = re.findall(r'class="name">([^<]+)<', chart)
+    assert sorted(names) == ["Alloc-T batch, uniform k", "price", "price + affine", "uniform k"]
+    # The table alone gives the same picture.
+    table = folder / "sweep.csv"
+    model = re.search("<title[^>]*>([^:]+):", chart)
+    assert model
+    again = from_csv(table.read_text("utf-8"), model=model[1], path=table)
+    assert draw_picture(again) == chart
+
+
 def refuse(*_: object, **__: object) -> None:
     raise AssertionError("It was measured before.")
 
@@ -124,7 +138,7 @@ def test_a_second_sweep_measures_nothing_and_writes_the_same(
 ) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for module, name in (
-        (pipeline, "export"),
+        (sweep, "export_model"),
         (sweep, "make_planned"),
         (sweep, "evaluate_artifact"),
         (sensitivity, "FisherRun"),
