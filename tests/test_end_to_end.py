@@ -58,11 +58,11 @@ class Reference(NamedTuple):
 @pytest.fixture(scope="module")
 def reference(bundle: Path) -> Reference:
     """The artifact's plan, and the corrections that the same options give again."""
+    from alloc_moe.compiler.calibration.windows import calibrate
     from alloc_moe.compiler.model.loading import load_model
-    from alloc_moe.compiler.pipeline import calibrate
     from alloc_moe.compiler.planning.allocation import parse_budget
-    from alloc_moe.compiler.planning.plan import PlanOptions, make_planned
-    from alloc_moe.compiler.records import SensitivityProfile
+    from alloc_moe.compiler.planning.plan import make_planned
+    from alloc_moe.compiler.records import CalibrationOptions, PlanOptions, SensitivityProfile
     from alloc_moe.runtime.artifact.files import find_artifact
     from alloc_moe.runtime.console import Console
 
@@ -70,10 +70,9 @@ def reference(bundle: Path) -> Reference:
     path = bundle.with_name("half.profile.json")
     planned = make_planned(
         moe,
-        calibrate(moe, None, console, tokens=CALIBRATION_TOKENS, seed=0),
+        calibrate(moe.checkpoint, CalibrationOptions(tokens=CALIBRATION_TOKENS), console),
         parse_budget("0.5", [layer.experts_per_token for layer in moe.layers]),
         PlanOptions(dial=False),
-        source=str(MODEL),
         profile=SensitivityProfile.from_json(path.read_text("utf-8"), path=path),
         console=console,
     )

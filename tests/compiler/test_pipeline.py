@@ -157,9 +157,9 @@ def test_a_bundle_has_graph_plan_and_tokenizer(compile_to: Compile, tmp_path: Pa
 @pytest.mark.parametrize(
     "options",
     [
-        {"budget": "1.0", "redistribution": "batch"},
+        {"budget": "1.0", "redistribute": "batch"},
         {"allocation": "uniform"},
-        {"redistribution": "top-p"},
+        {"redistribute": "top-p"},
     ],
 )
 def test_no_profile_is_made_that_is_not_needed(
@@ -193,7 +193,7 @@ def test_a_profile_serves_every_budget(
     options = {
         "profile": tmp_path / "profile.json",
         "sensitivity": metric,
-        "redistribution": redistribution,
+        "redistribute": redistribution,
     }
     compile_to(tmp_path / "half.onnx", **options)
     assert measured == ([0, 1, 2] if metric == "kl" else [])

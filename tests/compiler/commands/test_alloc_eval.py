@@ -22,7 +22,7 @@ def compiled(compile_to: Callable[..., Compiled], tmp_path: Path) -> Callable[..
 @pytest.fixture
 def artifact(compiled: Callable[..., Path]) -> Path:
     """An artifact with a uniform plan, which holds on any text."""
-    return compiled(allocation="uniform", redistribution="batch", correction="none")
+    return compiled(allocation="uniform", redistribute="batch", correct="none")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def evaluated(*arguments: str | Path) -> Result:
 def test_artifact_and_model_are_evaluated_alike(
     model: str, compiled: Callable[..., Path], text: Path, redistribution: str
 ) -> None:
-    artifact = compiled(redistribution=redistribution, correction="none")
+    artifact = compiled(redistribute=redistribution, correct="none")
     options = ("--text", text, "--window", "64", "--json", "-q")
     of_artifact = json.loads(evaluated(artifact, *options, "--ep", "cpu").stdout)
     of_model = json.loads(evaluated(model, *options, "--plan", artifact).stdout)

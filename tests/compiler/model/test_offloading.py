@@ -22,8 +22,8 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.offloading import wants_offloading
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.plan import PlanOptions, make_planned
-from alloc_moe.compiler.records import CorrectionMode, Metric, Redistribution
+from alloc_moe.compiler.planning.plan import make_planned
+from alloc_moe.compiler.records import CorrectionMode, Metric, PlanOptions, Redistribution
 from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
 from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -152,7 +152,6 @@ def test_plans_and_corrections_are_the_same(
             CALIBRATION,
             parse_budget("0.6", most),
             PlanOptions(redistribution),
-            source="model",
             profile=measure_sensitivity(
                 moe, CALIBRATION, metric="fisher", redistribution=redistribution
             ),

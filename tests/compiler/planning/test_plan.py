@@ -17,9 +17,9 @@ from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.divergence import Divergence
-from alloc_moe.compiler.planning.plan import Planned, PlanOptions, make_planned
+from alloc_moe.compiler.planning.plan import make_planned
 from alloc_moe.compiler.planning.thresholds import Setting
-from alloc_moe.compiler.records import Redistribution, SensitivityProfile
+from alloc_moe.compiler.records import Planned, PlanOptions, Redistribution, SensitivityProfile
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import SCORED, layer_parameters
 from alloc_moe.runtime.artifact.plan import AllocationPlan
@@ -57,7 +57,6 @@ def make(moe_model: Models, calibration: CalibrationSet, profile_of: Profiles) -
             text,
             parse_budget(budget, [layer.experts_per_token for layer in moe.layers]),
             PlanOptions(redistribution, **options),
-            source="small",
             profile=None if metric is None else profile_of("olmoe", metric),
             console=console or Console(quiet=True),
         )
@@ -160,7 +159,6 @@ def test_the_full_budget_is_spent_where_the_profile_says_that_less_is_better(
             calibration,
             parse_budget("1.0", [4, 4, 4]),
             PlanOptions(redistribution, dial=False),
-            source="small",
             profile=odd,
             console=Console(quiet=True),
         )
@@ -177,7 +175,6 @@ def test_a_common_threshold_spends_what_the_allocation_would_leave(
         calibration,
         parse_budget("0.5", [4, 4, 4]),
         PlanOptions("price", correction="none", dial=False),
-        source="small",
         profile=odd,
         console=Console(quiet=True),
     )

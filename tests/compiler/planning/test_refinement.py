@@ -19,10 +19,10 @@ from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.costs import CostTable
 from alloc_moe.compiler.planning.divergence import Divergence
 from alloc_moe.compiler.planning.knapsack import solve_allocation
-from alloc_moe.compiler.planning.plan import PlanOptions, expert_sizes, make_planned
+from alloc_moe.compiler.planning.plan import expert_sizes, make_planned
 from alloc_moe.compiler.planning.refinement import Refinement, refine_allocation, refine_sizes
 from alloc_moe.compiler.planning.thresholds import Setting
-from alloc_moe.compiler.records import SensitivityProfile
+from alloc_moe.compiler.records import PlanOptions, SensitivityProfile
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.console import Console
 
@@ -163,7 +163,6 @@ def test_a_second_refinement_measures_nothing_again(
             small,
             parse_budget("0.5", [4, 4, 4]),
             PlanOptions(redistribution, correction="none", dial=False, overlaps=(0.5,)),  # type: ignore[arg-type]
-            source="small",
             profile=profile_of("olmoe", "fisher"),
             console=QUIET,
             refinement=Refinement(2, seconds, 0, tmp_path / "refine.json"),
@@ -219,7 +218,6 @@ def test_refined_sizes_are_those_of_the_plan(
         small,
         parse_budget("0.5", [4, 4, 4]),
         PlanOptions("price", correction="none", dial=False),
-        source="small",
         profile=profile,
         console=QUIET,
         refinement=Refinement(1, 15.0, 0, tmp_path / "refine.json"),
