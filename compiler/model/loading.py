@@ -14,6 +14,7 @@ from alloc_moe.compiler.model.checkpoint import open_checkpoint
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.offloading import load_offloaded, wants_offloading
 from alloc_moe.compiler.model.quiet import first_line, quiet
+from alloc_moe.compiler.workspace.results import SavedResults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,10 +55,8 @@ def load_model(
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     if wants_offloading(checkpoint.skeleton, offload):
         with quiet():
-            model, offloading = load_offloaded(
-                checkpoint, forced=offload == "always", results=results
-            )
-        moe = MoeModel(checkpoint, model, offloading=offloading)
+            model, offloading = load_offloaded(checkpoint, forced=offload == "always")
+        moe = MoeModel(checkpoint, model, offloading=offloading, results=SavedResults(results))
     else:
         moe = MoeModel(checkpoint, _load_weights(checkpoint))
     if console is not None:

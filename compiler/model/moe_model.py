@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from alloc_moe.compiler.workspace.results import SavedResults
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.model.offloading import Offloading
     from alloc_moe.compiler.records import MoeLayer, Quantization
 
-_NOTHING = SavedResults()
-
 
 @dataclass(frozen=True)
 class MoeModel:
@@ -23,13 +21,14 @@ class MoeModel:
 
     With ``offloading`` the weights of its decoder layers are in memory only while these run. With
     a ``quantization`` its weights are rounded as that says; those that the checkpoint's reader
-    reads are not.
+    reads are not. ``results`` keeps what took long to compute, if anything does.
     """
 
     checkpoint: Checkpoint
     model: PreTrainedModel
     quantization: Quantization | None = None
     offloading: Offloading | None = None
+    results: SavedResults = field(default_factory=SavedResults)
 
     @property
     def layers(self) -> tuple[MoeLayer, ...]:
@@ -46,11 +45,6 @@ class MoeModel:
         """A hash of configuration and weights, and what the weights are rounded to."""
         marks = self.quantization.marks if self.quantization else ()
         return ":".join((self.checkpoint.fingerprint, *marks))
-
-    @property
-    def results(self) -> SavedResults:
-        """What took long to compute: kept for a model whose layers are read when they run."""
-        return self.offloading.results if self.offloading else _NOTHING
 
     @property
     def eos_token_id(self) -> int | list[int] | None:

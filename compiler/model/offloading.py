@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from alloc_moe.compiler.model.layer_weights import WeightSource, offload_layer, resident
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.model.skeleton import build_empty
-from alloc_moe.compiler.workspace.results import SavedResults
 from alloc_moe.runtime.console import duration
 
 if TYPE_CHECKING:
@@ -33,11 +32,9 @@ class Offloading:
     """Decoder layers are read from the checkpoint when they run.
 
     ``seconds`` is about what reading all of them takes, from reading one; ``source`` reads them.
-    ``results`` keeps what took long to compute.
     """
 
     source: WeightSource
-    results: SavedResults
     weights_bytes: int
     free_bytes: int
     seconds: float
@@ -77,15 +74,12 @@ def available_memory() -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
 
 
-def load_offloaded(
-    checkpoint: Checkpoint, *, forced: bool, results: Path | None = None
-) -> tuple[PreTrainedModel, Offloading]:
+def load_offloaded(checkpoint: Checkpoint, *, forced: bool) -> tuple[PreTrainedModel, Offloading]:
     """Return a float32 model that holds embeddings and head, but no decoder layer's weights.
 
     Args:
         checkpoint: Where they are read from.
         forced: Whether the user asked for it.
-        results: Where what took long to compute is kept; None keeps nothing.
     """
     config, layers = checkpoint.config, checkpoint.layers
     free = available_memory()
@@ -106,8 +100,7 @@ def load_offloaded(
     start = time.monotonic()
     with resident(stack[layers[0].decoder_layer]):
         seconds = (time.monotonic() - start) * len(stack)
-    kept = SavedResults(results)
-    return model, Offloading(source, kept, weights_bytes(model), free, seconds, forced)
+    return model, Offloading(source, weights_bytes(model), free, seconds, forced)
 
 
 def _read_all_but(model: PreTrainedModel, source: WeightSource, prefix: str) -> None:

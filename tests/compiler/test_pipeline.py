@@ -25,7 +25,7 @@ from alloc_moe.compiler.errors import (
 )
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.records import Compiled
+from alloc_moe.compiler.records import CalibrationOptions, Compiled
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE
 from alloc_moe.runtime.console import Console
@@ -264,8 +264,8 @@ def test_without_a_text_beside_the_model_the_built_in_one_is_taken(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    moe = dataclasses.replace(moe_model("olmoe"), folder=tmp_path)
-    found = pipeline.calibrate(moe, None, Console(), tokens=256, seed=0)
+    checkpoint = dataclasses.replace(moe_model("olmoe").checkpoint, folder=tmp_path)
+    found = pipeline.calibrate(checkpoint, CalibrationOptions(tokens=256), Console())
     assert found.tokens == 256
     assert "Calibrating on the built-in text" in capsys.readouterr().err
 

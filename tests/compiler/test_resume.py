@@ -184,7 +184,7 @@ def test_weights_of_an_offloaded_layer_are_rounded_once(
     metric: Metric,
 ) -> None:
     moe = load_model(str(checkpoint("olmoe")), offload="always")
-    moe = dataclasses.replace(moe, passes=SavedResults(tmp_path / "passes"))
+    moe = dataclasses.replace(moe, results=SavedResults(tmp_path / "passes"))
     rounded_moe = rounded(moe, "int4")
     packed: list[object] = []
     pack = quantization.quantize

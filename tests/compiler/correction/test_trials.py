@@ -29,7 +29,7 @@ def half_of(moe: MoeModel) -> tuple[torch.Tensor, Running]:
 def test_a_damaged_state_is_computed_again(moe_model: Models, tmp_path: Path) -> None:
     moe = moe_model("olmoe")
     ids, running = half_of(moe)
-    moe = dataclasses.replace(moe, passes=SavedResults(tmp_path / "passes"))
+    moe = dataclasses.replace(moe, results=SavedResults(tmp_path / "passes"))
     trials = CorrectionTrials(moe, ids, running, tokens_per_batch=64)
     none = [None] * len(moe.layers)
     whole = trials.losses(none, keep=True)
@@ -48,7 +48,7 @@ def test_a_trial_from_a_kept_state_equals_a_whole_run(
     fitted = fit_corrections(moe, ids, running, mode="affine").layers
     whole = CorrectionTrials(moe, ids, running, tokens_per_batch=64)
     if in_files:
-        moe = dataclasses.replace(moe, passes=SavedResults(tmp_path / "passes"))
+        moe = dataclasses.replace(moe, results=SavedResults(tmp_path / "passes"))
     trials = CorrectionTrials(moe, ids, running, tokens_per_batch=64)
     assert torch.equal(trials.losses(fitted, keep=True), whole.losses(fitted))
     starts: list[int] = []

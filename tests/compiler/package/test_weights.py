@@ -292,10 +292,15 @@ Change = Callable[[MoeModel, AllocationPlan], tuple[MoeModel, AllocationPlan, Se
 NOTHING: Sequence[object] = [np.zeros(3)]
 FORMS = Quantization("int4", "float32", {}, (BlockFormat(4, 32),))
 
+
+def of_checkpoint(moe: MoeModel, **changed: object) -> MoeModel:
+    return dataclasses.replace(moe, checkpoint=dataclasses.replace(moe.checkpoint, **changed))  # type: ignore[arg-type]
+
+
 CHANGES: dict[str, Change] = {
     "plan": lambda moe, plan: (moe, dataclasses.replace(plan, versions={"torch": "0"}), NOTHING),
     "correction": lambda moe, plan: (moe, plan, [np.float32([0, 0, 1e-9])]),
-    "checkpoint": lambda moe, plan: (dataclasses.replace(moe, fingerprint="1"), plan, NOTHING),
+    "checkpoint": lambda moe, plan: (of_checkpoint(moe, fingerprint="1"), plan, NOTHING),
     "rounding": lambda moe, plan: (dataclasses.replace(moe, quantization=FORMS), plan, NOTHING),
 }
 
@@ -320,7 +325,7 @@ def test_values_in_memory_and_files_and_code_change_the_key(
 ) -> None:
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(b"weights")
-    moe = dataclasses.replace(moe_model("olmoe"), folder=tmp_path)
+    moe = of_checkpoint(moe_model("olmoe"), folder=tmp_path)
     graph = small_graph([])
     keys = [weights_key(graph, moe, [])]
     graph.graph.initializers["w0"].const_value = ir.Tensor(np.ones(1000, np.float32), name="w0")

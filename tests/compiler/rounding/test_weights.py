@@ -11,14 +11,12 @@ import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoConfig
 
 from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.model.checkpoint import open_checkpoint
 from alloc_moe.compiler.model.loading import load_model
-from alloc_moe.compiler.model.moe_layers import find_moe_layers
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.model.skeleton import build_skeleton
 from alloc_moe.compiler.rounding.formats import choose_formats
 from alloc_moe.compiler.rounding.weights import float_weights, quantized
 from alloc_moe.compiler.verify.exact import exact_copy
@@ -48,9 +46,7 @@ def test_embeddings_take_eight_bits_and_the_head_those_of_the_type(
 
 
 def test_wide_rows_have_fewer_scales_but_in_embeddings_and_head() -> None:
-    config = AutoConfig.from_pretrained(TINY_MOE)  # hidden size 128
-    skeleton = build_skeleton(config, torch.float32)
-    chosen = choose_formats(skeleton, find_moe_layers(skeleton), "int4")
+    chosen = choose_formats(open_checkpoint(str(TINY_MOE)), "int4")  # hidden size 128
     blocks = {name.split(".")[-2]: form.block for name, form in chosen.weights.items()}
     attention = dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj"], 128)
     assert blocks == attention | {"embed_tokens": 64, "lm_head": 64}

@@ -287,16 +287,16 @@ def test_an_interrupted_profile_is_resumed(
     monkeypatch.setattr(sensitivity, "_SECONDS_PER_SAVE", 0.0)
     path = tmp_path / "p.json"
     saved: list[SensitivityProfile] = []
-    save = sensitivity._save
+    save = job.Job.save
 
-    def stop_after_two(profile: SensitivityProfile, path: Path) -> None:
-        save(profile, path)
+    def stop_after_two(self: job.Job, profile: SensitivityProfile) -> None:
+        save(self, profile)
         saved.append(profile)
         if len(saved) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sensitivity, "_save", stop_after_two)
+        patched.setattr(job.Job, "save", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             measure(path=path)
     partial = SensitivityProfile.from_json(path.read_text(), path=path).partial

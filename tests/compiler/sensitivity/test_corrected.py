@@ -267,13 +267,13 @@ def test_a_resumed_profile_with_corrections_is_identical(
     with monkeypatch.context() as patch:
         saves = iter(range(2))  # of nothing, and of the first layer
 
-        def stop(*args: object) -> None:
-            save(*args)  # type: ignore[arg-type]
+        def stop(self: job.Job, profile: SensitivityProfile) -> None:
+            save(self, profile)
             if next(saves, None) == 1:
                 raise _StopError
 
-        save = sensitivity._save
-        patch.setattr(sensitivity, "_save", stop)
+        save = job.Job.save
+        patch.setattr(job.Job, "save", stop)
         with pytest.raises(_StopError):
             measure(metric="kl", path=path)
     assert [row is None for row in json.loads(path.read_text())["costs"]] == [False, True, True]
@@ -291,14 +291,14 @@ def test_a_resumed_profile_of_one_pass_with_corrections_is_identical(
     moe = moe_model("olmoe")
     path = tmp_path / "profile.json"
     with monkeypatch.context() as patch:
-        save = sensitivity._save
+        save = job.Job.save
 
-        def stop(profile: SensitivityProfile, to: Path) -> None:
-            save(profile, to)
+        def stop(self: job.Job, profile: SensitivityProfile) -> None:
+            save(self, profile)
             if profile.partial is not None:
                 raise _StopError
 
-        patch.setattr(sensitivity, "_save", stop)
+        patch.setattr(job.Job, "save", stop)
         with pytest.raises(_StopError):
             measure_sensitivity(moe, CALIBRATION, metric=metric, correction="affine", path=path)
     resumed = measure_sensitivity(moe, CALIBRATION, metric=metric, correction="affine", path=path)

@@ -24,8 +24,8 @@ def test_the_default_is_what_alloc_compile_does() -> None:
     compiled = CompileOptions("model", "out.onnx", "0.5")
     assert (DEFAULT.metric, DEFAULT.redistribution, DEFAULT.correction) == (
         compiled.sensitivity,
-        compiled.redistribution,
-        compiled.correction,
+        compiled.plan.redistribution,
+        compiled.plan.correction,
     )
     assert not DEFAULT.apart
 
