@@ -96,7 +96,8 @@ def test_the_plan_is_executed_on_the_calibration_text(
 ) -> None:
     plan = compile_to(tmp_path / "out.onnx").plan
     session = open_session(tmp_path / "out.onnx", ep="cpu", count_activations=True)
-    text = pipeline.calibrate(moe_model("olmoe"), None, Console(quiet=True), tokens=256, seed=0)
+    options = CalibrationOptions(tokens=256)
+    text = pipeline.calibrate(moe_model("olmoe").checkpoint, options, Console(quiet=True))
     executed = session.run(text.ids).activations
     assert executed == pytest.approx([layer.k * 256 for layer in plan.layers], abs=1.5)  # near ties
 
