@@ -4,7 +4,7 @@
 paper's: perplexity with layer l at k, every later layer at top-1, every earlier one at K.
 ``output`` and ``fisher`` take one pass for all layers; see the modules that measure them. With a
 correction, the layer at k has the one fitted for it alone; the others have none. ``output`` and
-``fisher`` also tell what experts of 4 and 8 bits cost; see `sensitivity_bits`.
+``fisher`` also tell what experts of 4 and 8 bits cost; see `sensitivity.bits`.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def load(
             `load_tokenizer`.
         ep: Execution provider; ``auto`` is CUDA if it can be used, else the CPU.
         threads: Threads that share the work; by default one per physical core.
-        more_options: What else onnxruntime can be told, see `runtime.providers.session_options`.
+        more_options: What else onnxruntime can be told: see `execution.providers.session_options`.
 
     Raises:
         ArtifactError: Something is missing, damaged, or was not compiled by alloc-moe.

@@ -1,4 +1,4 @@
-r"""Single-stream decode and the dial: losses that no pool can help, as README's tables show them.
+r"""Single-stream decode and the dial: losses that no pool can help, in two tables.
 
 Artifacts are compiled at half of their activations and run on held-out text with one token per
 call, teacher-forced, as generation does; then the default artifact is turned to other budgets and

@@ -1,4 +1,4 @@
-"""Largest logit error of compiled artifacts against PyTorch, by family: the table in README.
+"""Largest logit error of compiled artifacts against PyTorch, by family.
 
 Small random checkpoints go through the compiler's stages: profile, allocation at 60 % of their
 activations, export, and then both lowerings and all redistributions, each artifact being verified

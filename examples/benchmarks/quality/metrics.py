@@ -1,4 +1,4 @@
-"""How well each sensitivity metric predicts what a plan costs: the table in README.
+"""How well each sensitivity metric predicts what a plan costs.
 
 Random plans at several budgets run in PyTorch on held-out text. What each adds to the loss is
 ranked against what the metrics predict, the sum of their costs over the layers, which is what the

@@ -1,4 +1,4 @@
-r"""What int8 and int4 cost in quality, at an equal plan: README's table of precisions.
+r"""What int8 and int4 cost in quality, at an equal plan, in one table.
 
 One plan per budget is made in float32, and compiled into an artifact of each precision, which
 onnxruntime then runs on held-out text; the last column is the plan that --dtype makes itself, with

@@ -93,7 +93,8 @@ def test_a_plan_runs_what_it_says(
 ) -> None:
     planned = make("0.5", redistribution, weights=weights, dial=False)
     plan, moe = planned.plan, moe_model("olmoe")
-    assert (plan.source, plan.redistribution, plan.weights) == ("small", redistribution, weights)
+    assert plan.source == moe.checkpoint.source
+    assert (plan.redistribution, plan.weights) == (redistribution, weights)
     assert (plan.budget.requested, plan.budget.original) == (0.5, 12)
     assert sum(layer.k for layer in plan.layers) == plan.budget.activations <= 6
     assert all(1 <= layer.k <= layer.k_original == 4 for layer in plan.layers)
