@@ -44,10 +44,10 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     }
     assert found == expected
     assert {
-        "alloc_moe/passes/policies/__init__.py",
-        "alloc_moe/compiler/calibration.txt",
-        "alloc_moe/compiler/report.css",
-        "alloc_moe/compiler/report.js",
+        "alloc_moe/passes/experts/policies/__init__.py",
+        "alloc_moe/compiler/calibration/built_in.txt",
+        "alloc_moe/compiler/sweep/report/page.css",
+        "alloc_moe/compiler/sweep/report/page.js",
         "alloc_moe/compiler/py.typed",
         "alloc_moe/passes/py.typed",
         "alloc_moe/runtime/py.typed",
