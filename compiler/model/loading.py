@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from alloc_moe.compiler.errors import CheckpointError
 from alloc_moe.compiler.model.checkpoint import open_checkpoint, read_generation_config
+from alloc_moe.compiler.model.checks.second_reading import check_readings
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.offloading import load_offloaded, wants_offloading
 from alloc_moe.compiler.model.quiet import LIBRARY_ERRORS, first_line, quiet
@@ -51,6 +52,7 @@ def load_model(
     Raises:
         CheckpointError: Files are missing, unreadable, or don't belong together.
         UnsupportedModelError: No MoE model, or one that can't be compiled.
+        VerificationError: Weights that aren't read by transformers differ from what it reads.
     """
     if console is not None:
         console.note(f"Loading {source}")
@@ -63,6 +65,8 @@ def load_model(
         moe = MoeModel(checkpoint, model, offloading=offloading)
     else:
         moe = MoeModel(checkpoint, _load_weights(checkpoint))
+    if moe.offloading is not None or checkpoint.reader.weights.quantization is not None:
+        check_readings(checkpoint)
     if console is not None:
         for note in checkpoint.notes:
             console.note(note)

@@ -6,7 +6,7 @@ import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from alloc_moe.compiler.errors import CheckpointError
 
@@ -90,7 +90,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _constant(name: str) -> float | NoReturn:
+def _constant(name: str) -> float:
     if name == "NaN":
         raise ValueError("it holds NaN, which is no number")
     return float(name)  # some configurations say Infinity

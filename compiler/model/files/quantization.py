@@ -97,8 +97,9 @@ def _block(found: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _refused(method: object, why: str = "") -> UnsupportedModelError:
-    name = _NAMES.get(method, method) if isinstance(method, str) else shown(method)
-    said = f"quant_method {name[:60]}" if not why and name == method else name
+    known = isinstance(method, str) and (bool(why) or method in _NAMES)
+    name = _NAMES.get(method, method[:60]) if isinstance(method, str) else shown(method)
+    said = name if known else f"quant_method {name}"
     return UnsupportedModelError(
         f"The checkpoint's weights are quantised by {said}{f' ({why})' if why else ''}, which "
         "can't be compiled. Give the model in bfloat16, float16 or float32, or quantised as fp8 "
