@@ -152,10 +152,10 @@ def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | Non
     """Return a scale for every weight."""
     scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
     rows, columns = shape[-2:]
-    if block is not None and scale.shape[-2:] == (-(-rows // block[0]), -(-columns // block[1])):
-        if scale.ndim == len(shape) and scale.numel() > 1:
-            row, column = torch.arange(rows) // block[0], torch.arange(columns) // block[1]
-            return scale[..., row[:, None], column[None, :]]
+    down, across = block or (rows, columns)
+    if scale.shape == (*shape[:-2], -(-rows // down), -(-columns // across)):
+        row, column = torch.arange(rows) // down, torch.arange(columns) // across
+        return scale[..., row[:, None], column[None, :]]
     return scale.reshape(*scale.shape, *[1] * (len(shape) - scale.ndim))
 
 
