@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from alloc_moe.compiler.errors import CheckpointError
 from alloc_moe.compiler.model.checkpoint import open_checkpoint, read_generation_config
@@ -93,7 +93,7 @@ def _load_weights(checkpoint: Checkpoint) -> PreTrainedModel:
             model: PreTrainedModel = kind.from_pretrained(
                 None, config=checkpoint.config, state_dict=tensors, dtype=torch.float32
             ).eval()
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, SafetensorError) as error:
         raise CheckpointError(
             f"transformers can't load the weights in {checkpoint.folder}: {first_line(error)}"
         ) from error

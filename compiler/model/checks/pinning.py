@@ -16,6 +16,9 @@ _FLAGS = {
 }
 """Left by training: the artifact has a cache and gives logits, whatever they say."""
 
+# What weights are no longer once they are read, and patches to transformers' own classes.
+_DROPPED = {"quantization_config", "fusion_config"}
+
 
 def pin_settings(config: PreTrainedConfig) -> None:
     """Let transformers choose its own kernels, and the model return logits and a cache.
@@ -30,8 +33,8 @@ def pin_settings(config: PreTrainedConfig) -> None:
         for name, value in _FLAGS.items():
             if getattr(part, name, value) != value:
                 setattr(part, name, value)
-        if "quantization_config" in vars(part):
-            del part.quantization_config
+        for name in _DROPPED & vars(part).keys():
+            delattr(part, name)
 
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:

@@ -74,7 +74,11 @@ def _read_entries(path: Path, size: int) -> tuple[dict[str, Any], int]:
             raise ValueError(f"its header would have {length} bytes, the file has {size}")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"its header has {length} bytes, at most {MAX_HEADER_BYTES} are read")
-        return parse_object(file.read(length)), 8 + length
+        entries = parse_object(file.read(length))
+    metadata = entries.get(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"its {_METADATA} is {shown(metadata)}")
+    return entries, 8 + length
 
 
 def _tensor(path: Path, key: str, entry: Any, start: int) -> StoredTensor:
