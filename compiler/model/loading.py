@@ -17,6 +17,7 @@ from alloc_moe.compiler.model.checks.second_reading import check_readings
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.offloading import load_offloaded, wants_offloading
 from alloc_moe.compiler.model.quiet import LIBRARY_ERRORS, first_line, quiet
+from alloc_moe.compiler.model.skeleton import forget_earlier_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +99,7 @@ def _load_weights(checkpoint: Checkpoint) -> PreTrainedModel:
             f"transformers can't load the weights in {checkpoint.folder}: {first_line(error)}"
         ) from error
     model.generation_config = read_generation_config(checkpoint)
+    forget_earlier_lengths(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that no parameter is made of: refused, or said."""
+"""What of a checkpoint doesn't get into the model: refused, or said."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN = 3
 def leftover_notes(
     folder: Path, reader: CheckpointReader, model: PreTrainedModel, decoder: str, layers: int
 ) -> Iterator[str]:
-    """Yield what is to be said of tensors that aren't read.
+    """Yield what is to be said of files and tensors that aren't read.
 
     Args:
         folder: The checkpoint.
@@ -63,6 +63,11 @@ def leftover_notes(
     if rest:
         some = ", ".join(rest[:_SHOWN]) + (", ..." if len(rest) > _SHOWN else "")
         yield f"{len(rest)} tensors of the checkpoint belong to no weight and are left out: {some}"
+    if not (folder / "tokenizer.json").is_file():
+        yield (
+            "The checkpoint has no tokenizer.json, which running an artifact needs: with -o DIR/ it "
+            "is made of the files that are there and written beside the artifact"
+        )
     if (folder / "adapter_config.json").exists():
         yield (
             "The adapter beside the weights (adapter_config.json) is left out: to have it in the "
