@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Tensors of layers that predict more than one token, in DeepSeek-V3's, GLM-4.5's and kin's names.
 _PREDICTORS = (".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.")
+_NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 _SHOWN = 3
 
 
@@ -35,13 +36,12 @@ def leftover_notes(
         CheckpointError: There are weights of more decoder layers than config.json says.
     """
     unread = [name for name in reader.unread if not reader.weights.only_for_activations(name)]
-    # Names in the checkpoint may lack the first part, or have another.
-    stack = re.compile(rf"(?:^|\.){re.escape(decoder.rpartition('.')[2])}\.(\d+)\.")
+    stacks = _stored_stacks(reader, model, decoder)
     further: dict[int, list[str]] = {}
     for name in unread:
-        match = stack.search(name)
-        if match and int(match[1]) >= layers:
-            further.setdefault(int(match[1]), []).append(name)
+        match = _NUMBERED.match(name)
+        if match and match[1] in stacks and int(match[2]) >= layers:
+            further.setdefault(int(match[2]), []).append(name)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     extra = set()
     for index, names in sorted(further.items()):
@@ -65,14 +65,21 @@ def leftover_notes(
         yield f"{len(rest)} tensors of the checkpoint belong to no weight and are left out: {some}"
     if not (folder / "tokenizer.json").is_file():
         yield (
-            "The checkpoint has no tokenizer.json, which running an artifact needs: with -o DIR/ it "
-            "is made of the files that are there and written beside the artifact"
+            "The checkpoint has no tokenizer.json, which running an artifact needs: with -o DIR/ "
+            "it is made of the files that are there and written beside the artifact"
         )
     if (folder / "adapter_config.json").exists():
         yield (
             "The adapter beside the weights (adapter_config.json) is left out: to have it in the "
             "artifact, merge it into the model first (merge_and_unload of PEFT)"
         )
+
+
+def _stored_stacks(reader: CheckpointReader, model: PreTrainedModel, decoder: str) -> set[str]:
+    """Return what comes before a decoder layer's number in the checkpoint's own names."""
+    names = [name for name in model.state_dict() if name.startswith(f"{decoder}.")]
+    matches = (_NUMBERED.match(key) for name in names for key in reader.keys_of(name))
+    return {match[1] for match in matches if match}
 
 
 def _matches(name: str, patterns: list[str] | tuple[str, ...]) -> bool:

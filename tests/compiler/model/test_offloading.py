@@ -152,7 +152,6 @@ def test_plans_and_corrections_are_the_same(
             CALIBRATION,
             parse_budget("0.6", most),
             PlanOptions(redistribution),
-            source="model",
             profile=measure_sensitivity(
                 moe, CALIBRATION, metric="fisher", redistribution=redistribution
             ),

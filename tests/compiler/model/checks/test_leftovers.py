@@ -61,6 +61,12 @@ def test_layers_that_predict_further_tokens_are_said(
     assert "Layer 3 of the checkpoint predicts further tokens" in capsys.readouterr().err
 
 
+def test_layers_of_another_part_are_said(copy: Path) -> None:
+    add(copy, "vision_tower.layers.9.weight")
+    [note] = load_model(str(copy)).checkpoint.notes
+    assert note.startswith("1 tensors of the checkpoint belong to no weight")
+
+
 def test_tensors_of_no_weight_are_said(copy: Path) -> None:
     add(copy, "a.inv_freq", "b", "model.c", "model.d")
     assert load_model(str(copy)).checkpoint.notes == (
