@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
 from alloc_moe.compiler.model import architectures
+from alloc_moe.compiler.model.checks.leftovers import leftover_notes
+from alloc_moe.compiler.model.checks.pinning import pin_settings
+from alloc_moe.compiler.model.checks.settings import (
+    check_architecture,
+    check_number_of_layers,
+    check_sizes,
+)
+from alloc_moe.compiler.model.files.json_files import read_json_object
+from alloc_moe.compiler.model.files.stored import open_weights
+from alloc_moe.compiler.model.files.weight_files import CONFIG, fingerprint
 from alloc_moe.compiler.model.moe_layers import find_moe_layers
-from alloc_moe.compiler.model.quiet import first_line, quiet
-from alloc_moe.compiler.model.reader import CheckpointReader, find_shards, fingerprint
+from alloc_moe.compiler.model.quiet import LIBRARY_ERRORS, first_line, quiet
+from alloc_moe.compiler.model.reader import CheckpointReader, differently_tied
+from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.model.skeleton import build_skeleton
 
 if TYPE_CHECKING:
@@ -35,6 +46,7 @@ class Checkpoint:
     ``source`` is what the user called it, ``folder`` where it lies. ``skeleton`` is its model in
     float32 without weights, ``reader`` reads single ones of them; ``fingerprint`` is a hash of
     configuration and weights. ``layers`` are its MoE layers, in the order in which tokens pass.
+    ``notes`` say what of it is left out.
     """
 
     source: str
@@ -46,6 +58,7 @@ class Checkpoint:
     layers: tuple[MoeLayer, ...]
     reader: CheckpointReader
     trust_remote_code: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -61,11 +74,21 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
         UnsupportedModelError: No MoE model, or one that can't be compiled.
     """
     folder = resolve_folder(source)
+    settings = read_json_object(folder / CONFIG)
+    weights = open_weights(folder, settings)
+    check_sizes(settings)
+    check_number_of_layers(settings, weights)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    find_shards(folder)
+    check_architecture(config, weights)
     skeleton = build_skeleton_or_refuse(config, trust_remote_code=trust_remote_code)
     layers = find_moe_layers(skeleton)
-    reader = CheckpointReader(folder, skeleton)
+    reader = CheckpointReader(weights, skeleton)
+    if differently_tied(skeleton, reader):
+        # As transformers does: weights that are there and differ are not replaced by each other.
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+        skeleton = build_skeleton_or_refuse(config, trust_remote_code=trust_remote_code)
+        reader = CheckpointReader(weights, skeleton)
+    stack = find_decoder_layers(skeleton, layers[0])
     return Checkpoint(
         source=source,
         folder=folder,
@@ -74,9 +97,17 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
         skeleton=skeleton,
         layers=layers,
         reader=reader,
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint(weights.files),
         trust_remote_code=trust_remote_code,
+        notes=tuple(
+            leftover_notes(folder, reader, skeleton, _name_of(stack, skeleton), len(stack))
+        ),
     )
+
+
+def _name_of(module: torch.nn.Module, model: PreTrainedModel) -> str:
+    name: str = next(name for name, found in model.named_modules() if found is module)
+    return name
 
 
 def resolve_folder(source: str) -> Path:
@@ -87,7 +118,12 @@ def resolve_folder(source: str) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / CONFIG).is_file():
+            if (path / "adapter_config.json").is_file():
+                raise CheckpointError(
+                    f"{path} holds an adapter (adapter_config.json), no model. Merge it into its "
+                    "base model with merge_and_unload() of PEFT, and give the folder of that."
+                )
             raise CheckpointError(
                 f"{path} has no config.json, so it is no checkpoint in the Hugging Face layout. "
                 "Give the folder that save_pretrained wrote."
@@ -123,8 +159,10 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except LIBRARY_ERRORS as error:
         raise UnsupportedModelError(
             f"transformers can't read {folder / 'config.json'}: {first_line(error)} "
             "Use a model type that transformers 5 knows, or --trust-remote-code for your own."
@@ -132,7 +170,30 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     reason = architectures.UNSUPPORTED.get(config.model_type, "")
     if reason:
         raise UnsupportedModelError(f"{config.model_type} can't be compiled: {reason}.")
+    pin_settings(config)
     return config
+
+
+def read_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    """Return generation_config.json; without one what config.json says of generation.
+
+    Raises:
+        CheckpointError: It has settings that can't be.
+    """
+    folder = checkpoint.folder
+    try:
+        with quiet():
+            try:
+                return GenerationConfig.from_pretrained(folder, local_files_only=True)
+            except OSError:  # there is none: what transformers does then
+                return GenerationConfig.from_pretrained(
+                    folder, config_file_name=CONFIG, _from_model_config=True, local_files_only=True
+                )
+    except LIBRARY_ERRORS as error:
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'} can't be read: {first_line(error)}. Correct or "
+            "remove it."
+        ) from error
 
 
 def build_skeleton_or_refuse(
@@ -146,10 +207,10 @@ def build_skeleton_or_refuse(
     try:
         with quiet():
             return build_skeleton(config, torch.float32, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+    except LIBRARY_ERRORS as error:
         raise UnsupportedModelError(
             f"{config.model_type} is no causal language model that transformers can build: "
-            f"{first_line(error)}"
+            f"{first_line(error)} Is its config.json complete, and as it was published?"
         ) from error
 
 
@@ -157,7 +218,7 @@ def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedToken
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except LIBRARY_ERRORS as error:
         raise CheckpointError(
             f"{folder} has no tokenizer that transformers can load "
             f"({first_line(error)}). Put tokenizer.json and tokenizer_config.json there."

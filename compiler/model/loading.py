@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError, safe_open
 
 from alloc_moe.compiler.errors import CheckpointError
-from alloc_moe.compiler.model.checkpoint import open_checkpoint
+from alloc_moe.compiler.model.checkpoint import open_checkpoint, read_generation_config
+from alloc_moe.compiler.model.checks.second_reading import check_readings
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.offloading import load_offloaded, wants_offloading
-from alloc_moe.compiler.model.quiet import first_line, quiet
+from alloc_moe.compiler.model.quiet import LIBRARY_ERRORS, first_line, quiet
+from alloc_moe.compiler.model.skeleton import forget_earlier_lengths
 from alloc_moe.compiler.workspace.results import SavedResults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from alloc_moe.compiler.model.checkpoint import Checkpoint
+    from alloc_moe.compiler.model.files.stored import StoredWeights
     from alloc_moe.compiler.records import OffloadMode
     from alloc_moe.runtime.console import Console
 
@@ -49,6 +54,7 @@ def load_model(
     Raises:
         CheckpointError: Files are missing, unreadable, or don't belong together.
         UnsupportedModelError: No MoE model, or one that can't be compiled.
+        VerificationError: Weights that aren't read by transformers differ from what it reads.
     """
     if console is not None:
         console.note(f"Loading {source}")
@@ -59,7 +65,11 @@ def load_model(
         moe = MoeModel(checkpoint, model, offloading=offloading, results=SavedResults(results))
     else:
         moe = MoeModel(checkpoint, _load_weights(checkpoint))
+    if moe.offloading is not None or checkpoint.reader.weights.quantization is not None:
+        check_readings(checkpoint)
     if console is not None:
+        for note in checkpoint.notes:
+            console.note(note)
         _describe(moe, console)
     return moe
 
@@ -76,18 +86,40 @@ def _describe(moe: MoeModel, console: Console) -> None:
 
 
 def _load_weights(checkpoint: Checkpoint) -> PreTrainedModel:
-    folder = checkpoint.folder
+    """Let transformers load the tensors of the files that were chosen, and no others."""
+    kind = type(checkpoint.skeleton)
     try:
-        with quiet():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=checkpoint.trust_remote_code,
+        with quiet(), _tensors(checkpoint.reader.weights) as tensors:
+            model: PreTrainedModel = kind.from_pretrained(
+                None, config=checkpoint.config, state_dict=tensors, dtype=torch.float32
             ).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*LIBRARY_ERRORS, SafetensorError) as error:
         raise CheckpointError(
-            f"transformers can't load the weights in {folder}: {first_line(error)}"
+            f"transformers can't load the weights in {checkpoint.folder}: {first_line(error)}"
         ) from error
+    model.generation_config = read_generation_config(checkpoint)
+    forget_earlier_lengths(model)
     return model
+
+
+@contextlib.contextmanager
+def _tensors(weights: StoredWeights) -> Iterator[dict[str, Any]]:
+    """Yield key -> what gives the tensor when it is sliced, as transformers takes it."""
+    with contextlib.ExitStack() as stack:
+        tensors: dict[str, Any] = {}
+        for path in weights.files.paths:
+            shard = stack.enter_context(safe_open(str(path), framework="pt"))
+            found = {key: shard.get_slice(key) for key in shard.keys() if key in weights}  # noqa: SIM118
+            tensors.update(found)
+        yield tensors | {name: _Dequantized(weights, name) for name in weights.quantized}
+
+
+@dataclass(frozen=True)
+class _Dequantized:
+    """A quantised tensor whose floats are made when they are asked for."""
+
+    weights: StoredWeights
+    name: str
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        return self.weights.load(self.name)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from transformers import GenerationConfig
 
+from alloc_moe.compiler.model.checkpoint import read_generation_config
 from alloc_moe.compiler.model.layer_weights import WeightSource, offload_layer, resident
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.model.skeleton import build_empty
@@ -93,10 +93,7 @@ def load_offloaded(checkpoint: Checkpoint, *, forced: bool) -> tuple[PreTrainedM
     _read_all_but(model, source, prefix)
     for index, layer in enumerate(stack):
         offload_layer(layer, source, f"{prefix}{index}.")
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    except OSError:  # the checkpoint has none: transformers then takes it from the configuration
-        model.generation_config = GenerationConfig.from_model_config(config)
+    model.generation_config = read_generation_config(checkpoint)
     start = time.monotonic()
     with resident(stack[layers[0].decoder_layer]):
         seconds = (time.monotonic() - start) * len(stack)

@@ -8,7 +8,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as transformers_logging
+
+LIBRARY_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError),
+    *(RuntimeError, AssertionError, ImportError, StrictDataclassError),
+)
+"""What transformers and torch raise for files whose content they can't use."""
 
 
 @contextlib.contextmanager

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    SkipParameters,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -27,23 +24,20 @@ from transformers.core_model_loading import (
 )
 
 from alloc_moe.compiler.errors import CheckpointError
+from alloc_moe.compiler.model.quiet import first_line
 from alloc_moe.compiler.model.skeleton import parameter_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
+    from alloc_moe.compiler.model.files.stored import StoredWeights
+
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile wraps them: save model._orig_mod instead",
+    "base_model.model.": "PEFT wraps them: merge_and_unload() the model and save that",
+    "module.": "DataParallel wraps them: save model.module instead",
+    "_fsdp_wrapped_module.": "FSDP wraps them: save the model's full state",
 }
-_SAMPLES = 64
-_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -55,164 +49,51 @@ class _Source:
     first_target: str
 
 
-def find_shards(folder: Path) -> dict[str, Path]:
-    """Return checkpoint key -> safetensors file.
-
-    Raises:
-        CheckpointError: No safetensors weights, a shard is missing, or one can't be read.
-    """
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-            shards = {key: folder / name for key, name in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index} is no safetensors index ({error!r}). Download it again."
-            ) from error
-        return _check_shards(folder, shards)
-    single = folder / _SINGLE
-    if single.is_file():
-        return dict.fromkeys(_shard_keys(single), single)
-    other = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-        path.name for path in folder.glob("*.pt*")
-    )
-    found = f"only {', '.join(other[:3])}, which may run code when read" if other else "none"
-    raise CheckpointError(
-        f"{folder} has no safetensors weights ({_SINGLE} or {_INDEX}); found {found}. "
-        "Save the model with save_pretrained of transformers 5, which writes safetensors."
-    )
-
-
-def _check_shards(folder: Path, shards: dict[str, Path]) -> dict[str, Path]:
-    for path in sorted(set(shards.values())):
-        if not path.is_file():
-            raise CheckpointError(
-                f"Shard {path.name} is named in {_INDEX} but missing in {folder}. "
-                "Download it again."
-            )
-        missing = {key for key, shard in shards.items() if shard == path} - set(_shard_keys(path))
-        if missing:
-            raise CheckpointError(
-                f"Shard {path} lacks {len(missing)} tensors that {_INDEX} places there, "
-                f"{min(missing)} among them. Download it again."
-            )
-    return shards
-
-
-def _shard_keys(path: Path) -> list[str]:
-    with open_shard(path) as shard:
-        return list(shard.keys())
-
-
-def open_shard(path: Path) -> Any:
-    """Open a safetensors file.
-
-    Raises:
-        CheckpointError: The file is truncated or no safetensors file.
-    """
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"The shard {path} can't be read ({error}). It may be truncated: download it again."
-        ) from error
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash that changes when the configuration or the weights do.
-
-    Configuration and safetensors headers are hashed whole, the weights by 64 blocks of 64 KiB
-    spread over each file: a full hash of a 30 GB checkpoint would take longer than its profile.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(header))
-            step = max((size - 8 - header) // _SAMPLES, _SAMPLE_BYTES)
-            for offset in range(8 + header, size, step):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 class CheckpointReader:
-    """Reads single parameters of `model` from the safetensors files in `folder`.
+    """Reads single parameters of `model` from a checkpoint's safetensors files.
+
+    ``unread`` are the tensors that no parameter is made of.
 
     Args:
-        folder: The checkpoint.
+        weights: The checkpoint's tensors.
         model: The model's structure; its weights are not used and may be meta tensors.
 
     Raises:
-        CheckpointError: A file can't be read, or parameters have no source in the checkpoint.
+        CheckpointError: Parameters have no source in the checkpoint, or none of their type or
+            shape.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        self.folder = folder
-        self._shards = find_shards(folder)
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+    def __init__(self, weights: StoredWeights, model: PreTrainedModel) -> None:
+        self.weights = weights
         self._model = model
         self._sources = self._map_sources()
         self._add_tied_names()
         missing = set(model.state_dict()) - set(self._sources)
         if missing:
             raise CheckpointError(
-                f"The checkpoint {folder} lacks {len(missing)} weights that "
+                f"The checkpoint {weights.files.folder} lacks {len(missing)} weights that "
                 f"{type(model).__name__} needs, {min(missing, key=dot_natural_key)} among them. "
-                "Is it complete, and of the architecture that config.json names?"
+                f"{_what_is_there(weights)}"
             )
+        read = {key for source in self._sources.values() for _, key in source.keys}
+        self.unread = sorted(set(weights) - read, key=dot_natural_key)
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return the parameter `name` as a new tensor of `dtype` on the CPU."""
         source = self._sources[name]
-        loads = [(pattern, key, functools.partial(self._load, key)) for pattern, key in source.keys]
+        loads = [
+            (pattern, key, functools.partial(self.weights.load, key))
+            for pattern, key in source.keys
+        ]
         stored = self._tied.get(name, name)
         return self._convert(source, loads)[stored].to(dtype).contiguous()
 
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """Return the tensors that a parameter is made of."""
+        return tuple(key for _, key in self._sources[name].keys)
+
     def __contains__(self, name: object) -> bool:
         return name in self._sources
-
-    def _load(self, key: str) -> torch.Tensor:
-        # Not mapped: a mapped shard keeps every page it has read until it is closed, and opening it
-        # for each of many small tensors would take longer than reading them.
-        path = self._shards[key]
-        start, entries = self._header(path)
-        entry = entries[key]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            with open_shard(path) as shard:
-                return shard.get_tensor(key).clone()  # type: ignore[no-any-return]
-        begin, end = entry["data_offsets"]
-        data = torch.empty(end - begin, dtype=torch.uint8)
-        try:
-            with path.open("rb") as file:
-                file.seek(start + begin)
-                size = file.readinto(data.numpy().data)
-        except OSError as error:
-            raise CheckpointError(f"{path} can't be read: {error}.") from error
-        if size != end - begin:
-            raise CheckpointError(
-                f"Tensor {key} in {path} can't be read (it has {size} of {end - begin} bytes). "
-                "Download it again."
-            )
-        return data.view(dtype).reshape(entry["shape"])
-
-    def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
-        """Return where a safetensors file's data begin, and what it says of each tensor."""
-        if path not in self._headers:
-            try:
-                with path.open("rb") as file:
-                    size = int.from_bytes(file.read(8), "little")
-                    self._headers[path] = 8 + size, json.loads(file.read(size))
-            except (OSError, ValueError) as error:
-                raise CheckpointError(
-                    f"The shard {path} can't be read ({error}). It may be truncated: download it "
-                    "again."
-                ) from error
-        return self._headers[path]
 
     def _convert(
         self, source: _Source, loads: Sequence[tuple[str, str, Callable[[], torch.Tensor]]]
@@ -230,6 +111,24 @@ class CheckpointReader:
             for name, value in converted.items()
         }
 
+    def _convert_shapes(self, source: _Source) -> dict[str, torch.Tensor]:
+        """Return what a conversion gives, as meta tensors."""
+        shapes = self.weights.shapes
+        metas = [
+            (pattern, key, functools.partial(torch.empty, shapes[key], device="meta"))
+            for pattern, key in source.keys
+        ]
+        try:
+            return self._convert(source, metas)
+        except (RuntimeError, ValueError, TypeError, LookupError, SkipParameters) as error:
+            first = source.keys[0][1]
+            raise CheckpointError(
+                f"The checkpoint's {first} of shape {tuple(shapes[first])} and the "
+                f"{len(source.keys) - 1} tensors like it can't be joined into "
+                f"{source.first_target} ({first_line(error)}). Weights and config.json don't "
+                "belong together."
+            ) from error
+
     def _map_sources(self) -> dict[str, _Source]:
         """Mirror transformers' convert_and_load_state_dict_in_model, without loading anything."""
         transforms = get_model_conversion_mapping(self._model)
@@ -242,22 +141,19 @@ class CheckpointReader:
         prefix = self._model.base_model_prefix
         grouped: dict[str, list[tuple[str, str]]] = {}
         used: dict[str, WeightConverter | None] = {}
-        for key in sorted(self._shards, key=dot_natural_key):
+        for key in sorted(self.weights, key=dot_natural_key):
             target, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if target not in state and key in state:
                 target, pattern = key, None
             if target in state:
+                self._check_type(key, target, state[target])
                 grouped.setdefault(target, []).append((pattern or key, key))
-                used[target] = by_pattern[pattern] if pattern is not None else None
+                # As there, the first key decides if a checkpoint holds a weight in two ways.
+                used.setdefault(target, by_pattern[pattern] if pattern is not None else None)
         sources: dict[str, _Source] = {}
-        shapes = self._shapes()
         for first, keys in grouped.items():
-            source = _Source(tuple(keys), used[first], first)
-            metas = [
-                (pattern, key, functools.partial(torch.empty, shapes[key], device="meta"))
-                for pattern, key in keys
-            ]
-            for name, value in self._convert(source, metas).items():
+            source = _Source(tuple(keys if used[first] else keys[:1]), used[first], first)
+            for name, value in self._convert_shapes(source).items():
                 if name not in state or value.shape != state[name].shape:
                     expected = tuple(state[name].shape) if name in state else "no such weight"
                     raise CheckpointError(
@@ -278,10 +174,37 @@ class CheckpointReader:
                     self._tied[name] = stored[0]
                     self._sources[name] = self._sources[stored[0]]
 
-    def _shapes(self) -> dict[str, list[int]]:
-        shapes: dict[str, list[int]] = {}
-        for path in sorted(set(self._shards.values())):
-            with open_shard(path) as shard:
-                for key in shard.keys():  # noqa: SIM118 (a safetensors file, not a dict)
-                    shapes[key] = shard.get_slice(key).get_shape()
-        return shapes
+    def _check_type(self, key: str, name: str, parameter: torch.Tensor) -> None:
+        """Refuse numbers that aren't the weights themselves: nothing would say so later."""
+        if parameter.is_floating_point() == self.weights.holds_floats(key):
+            return
+        wanted = "a float" if parameter.is_floating_point() else "a whole number"
+        told = self.weights.quantization
+        raise CheckpointError(
+            f"{key} is {self.weights.described(key)}, but {name} is {wanted}, and config.json "
+            f"{'names no quantization_config' if told is None else f'says {told.method}'}, which "
+            "doesn't tell how to read it. Give the original config.json, or the model in bfloat16."
+        )
+
+
+def differently_tied(model: PreTrainedModel, reader: CheckpointReader) -> bool:
+    """Whether parameters that the model shares are stored apart, with different values."""
+    for group in parameter_names(model):
+        stored = {reader.keys_of(name): name for name in group if name in reader}
+        if len(stored) > 1:
+            first, *others = (reader.read(name, torch.float32) for name in stored.values())
+            if not all(torch.equal(first, other) for other in others):
+                return True
+    return False
+
+
+def _what_is_there(weights: StoredWeights) -> str:
+    """Say what may have happened to the names of a checkpoint's tensors."""
+    for prefix, cause in _WRAPPERS.items():
+        if all(name.startswith(prefix) for name in weights):
+            return f"All its tensors begin with {prefix}, as {cause}."
+    some = ", ".join(sorted(weights, key=dot_natural_key)[:2])
+    return (
+        f"It has {len(weights.shapes)} tensors, such as {some}. "
+        "Is it complete, and of the architecture that config.json names?"
+    )

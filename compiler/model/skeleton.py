@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from alloc_moe.compiler.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -47,7 +52,51 @@ def build_empty(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()
+    forget_earlier_lengths(model)
     return model
+
+
+def forget_earlier_lengths(model: PreTrainedModel) -> None:
+    """Let dynamic rotary embeddings depend on the positions they are given, on nothing else.
+
+    transformers' remember the longest text so far, which is no function that a graph could be.
+    For a text and its continuation both give the same.
+
+    Raises:
+        UnsupportedModelError: They differ by layer.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict) and "dynamic" in kinds.values():
+            raise UnsupportedModelError(
+                f"{model.config.model_type} has rotary embeddings of type dynamic in some layers, "
+                "which isn't lowered."
+            )
+        if kinds == "dynamic":
+            module.forward = functools.partial(_rotate_by_length, module)
+
+
+def _rotate_by_length(
+    module: Any, x: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    length, longest = position_ids.max() + 1, module.original_max_seq_len
+    scaled, _ = ROPE_INIT_FUNCTIONS["dynamic"](
+        module.config, x.device, seq_len=length.clamp(min=longest)
+    )
+    frequencies = torch.where(length > longest, scaled, module.original_inv_freq.to(x.device))
+    rotate = inspect.unwrap(type(module).forward)
+    return rotate(_WithFrequencies(module, frequencies), x, position_ids)  # type: ignore[no-any-return]
+
+
+class _WithFrequencies:
+    """Stands for a module whose frequencies are others; writing to its own would be exported."""
+
+    def __init__(self, module: torch.nn.Module, inv_freq: torch.Tensor) -> None:
+        self._module = module
+        self.inv_freq = inv_freq
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def parameter_names(model: PreTrainedModel) -> list[tuple[str, ...]]:

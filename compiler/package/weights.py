@@ -52,9 +52,9 @@ def weights_key(graph: ir.Model, moe: MoeModel, inputs: Sequence[object]) -> str
     with _placed(graph, Path("weights")) as weights:
         proto = ir.to_proto(graph).SerializeToString(deterministic=True)
     values = [tensor.tobytes() for tensor, _ in weights if not isinstance(tensor, ir.LazyTensor)]
+    files = moe.checkpoint.reader.weights.files
     shards = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(moe.checkpoint.folder.glob("*.safetensors"))
+        (files.name(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files.paths
     ]
     numpy = importlib.metadata.version("numpy")
     return digest_of(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
@@ -212,6 +213,22 @@ def test_a_missing_tokenizer_is_reported(checkpoint: Callable[[str], Path], tmp_
         CheckpointError, match=r"has no tokenizer: none of merges\.txt, tokenizer\.json"
     ):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_a_tokenizer_in_two_files_is_converted(copy: Path, tmp_path: Path, kind: str) -> None:
+    model = json.loads((copy / "tokenizer.json").read_text())["model"]
+    before = load_model(str(copy)).checkpoint.tokenizer("a text of bytes: \u00e9").input_ids
+    (copy / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (copy / "merges.txt").write_text("#version: 0.2\n")
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    checkpoint = load_model(str(copy)).checkpoint
+    [note] = checkpoint.notes
+    assert "has no tokenizer.json" in note
+    checkpoint.tokenizer.save_pretrained(tmp_path / "bundle")
+    converted = Tokenizer.from_file(str(tmp_path / "bundle" / "tokenizer.json"))
+    assert converted.encode("a text of bytes: \u00e9").ids == before
 
 
 def test_a_slow_tokenizer_is_refused(

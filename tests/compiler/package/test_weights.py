@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 from alloc_moe.compiler.errors import OutputError
 from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package import weights as weights_file
@@ -293,14 +295,14 @@ NOTHING: Sequence[object] = [np.zeros(3)]
 FORMS = Quantization("int4", "float32", {}, (BlockFormat(4, 32),))
 
 
-def of_checkpoint(moe: MoeModel, **changed: object) -> MoeModel:
-    return dataclasses.replace(moe, checkpoint=dataclasses.replace(moe.checkpoint, **changed))  # type: ignore[arg-type]
+def other_checkpoint(moe: MoeModel) -> MoeModel:
+    return dataclasses.replace(moe, checkpoint=dataclasses.replace(moe.checkpoint, fingerprint="1"))
 
 
 CHANGES: dict[str, Change] = {
     "plan": lambda moe, plan: (moe, dataclasses.replace(plan, versions={"torch": "0"}), NOTHING),
     "correction": lambda moe, plan: (moe, plan, [np.float32([0, 0, 1e-9])]),
-    "checkpoint": lambda moe, plan: (of_checkpoint(moe, fingerprint="1"), plan, NOTHING),
+    "checkpoint": lambda moe, plan: (other_checkpoint(moe), plan, NOTHING),
     "rounding": lambda moe, plan: (dataclasses.replace(moe, quantization=FORMS), plan, NOTHING),
 }
 
@@ -321,11 +323,11 @@ def test_whatever_the_bytes_depend_on_changes_the_key(
 
 
 def test_values_in_memory_and_files_and_code_change_the_key(
-    moe_model: Callable[[str], MoeModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard = tmp_path / "model.safetensors"
-    shard.write_bytes(b"weights")
-    moe = of_checkpoint(moe_model("olmoe"), folder=tmp_path)
+    folder = Path(shutil.copytree(checkpoint("olmoe"), tmp_path / "copy"))
+    shard = folder / "model.safetensors"
+    moe = load_model(str(folder))
     graph = small_graph([])
     keys = [weights_key(graph, moe, [])]
     graph.graph.initializers["w0"].const_value = ir.Tensor(np.ones(1000, np.float32), name="w0")
