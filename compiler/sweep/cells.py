@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-
-from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate
+from alloc_moe.compiler.errors import OutputError, SweepError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.loading import load_model
-from alloc_moe.compiler.package.versions import versions
-from alloc_moe.compiler.errors import OutputError, SweepError
-from alloc_moe.compiler.sweep.methods import DEFAULT, Method
-from alloc_moe.compiler.planning.plan import make_planned
 from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.package.versions import versions
+from alloc_moe.compiler.planning.allocation import parse_budget
+from alloc_moe.compiler.planning.plan import make_planned
 from alloc_moe.compiler.records import (
     CalibrationOptions,
     CorrectionMode,
@@ -35,10 +33,10 @@ from alloc_moe.compiler.records import (
     Redistribution,
     SensitivityProfile,
 )
-from alloc_moe.compiler.workspace.files import save_text
-from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.sensitivity.corrected import measured_correction
 from alloc_moe.compiler.sensitivity.kept import measured_redistribution
+from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.sweep.methods import DEFAULT, Method
 from alloc_moe.compiler.sweep.records import (
     CalibrationText,
     Cell,
@@ -46,9 +44,10 @@ from alloc_moe.compiler.sweep.records import (
     Sensitivity,
     SweepResults,
 )
+from alloc_moe.compiler.workspace.files import save_text
+from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.bench import machine
 from alloc_moe.runtime.measure.evaluate import default_window, evaluate_artifact
-from alloc_moe.runtime.execution.session import open_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
