@@ -43,10 +43,10 @@ def switch_folder(staged: Path, files: Iterable[Path], output: Output) -> None:
         OSError: Something could not be done; `restore_folder` undoes what was.
     """
     target, finished = output.place, staged / NEW
-    finished.mkdir()
     files = list(files)
-    _write_manifest(finished, files)
-    for file in files:
+    _write_manifest(staged, files)
+    finished.mkdir()
+    for file in (staged / MANIFEST, *files):  # first of all what says that the others are ours
         os.replace(file, finished / file.name)
     sync(finished)
     if not os.path.lexists(target):
@@ -88,7 +88,7 @@ def _replace_in_two(staged: Path, finished: Path, target: Path) -> None:
 
 
 def _write_manifest(folder: Path, files: Iterable[Path]) -> None:
-    """Say what will be in a folder before it is there."""
+    """Say what will be in the bundle before it is there."""
     sizes = {}
     for file in files:
         for path in sorted(file.rglob("*")) if file.is_dir() else [file]:

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from alloc_moe.compiler.errors import OutputError, VerificationError
-from alloc_moe.compiler.package.folder import NEW, OLD, SURELY_OURS, restore_folder, switch_folder
+from alloc_moe.compiler.package.folder import (
+    MANIFEST,
+    NEW,
+    OLD,
+    SURELY_OURS,
+    restore_folder,
+    switch_folder,
+)
 from alloc_moe.compiler.package.pair import BACK, BRIDGE, SWITCH, restore_pair, switch_pair
 from alloc_moe.compiler.package.paths import Output, data_path, staging_path
 from alloc_moe.compiler.package.weights import drop_journals, resumable_files
@@ -54,17 +61,17 @@ def staging(output: Output, *, note: Callable[[str], None] | None = None) -> Ite
                     f"{folder} holds {', '.join(strangers)}, which alloc-compile did not write "
                     "there. Move it away, or choose another output."
                 )
+        failed = True
         try:
             yield folder
-            drop_journals(folder)
+            failed = False
         except VerificationError:
-            drop_journals(folder)
+            failed = False
             raise
         finally:
             # The artifact is there, or an error is on its way that says more.
             with contextlib.suppress(OSError, OutputError):
-                _restore(folder, output)
-                _remove_or_tell(found, output, note)
+                _end(found, output, note, resumable=failed)
 
 
 def restore(output: Output) -> None:
@@ -125,7 +132,19 @@ def left_bytes(output: Output) -> int:
     return sum(file.stat().st_size for file in resumable_files(folder))
 
 
-def _remove_or_tell(found: OpenFolder, output: Output, note: Callable[[str], None] | None) -> None:
+def _end(
+    found: OpenFolder,
+    output: Output,
+    note: Callable[[str], None] | None,
+    *,
+    resumable: bool,
+) -> None:
+    """Remove the folder, or say what it still holds."""
+    if not found.is_at_its_path():
+        return  # somebody moved it, and what is there now isn't ours
+    if not resumable:
+        drop_journals(found.path)
+    _restore(found.path, output)
     strangers = _clear(found, output)
     if remove_if_empty(found) or note is None:
         return
@@ -187,4 +206,4 @@ def _names(output: Output) -> set[str]:
     data = data_path(Path(graph)).name
     journal = f"{data}.journal"
     own = {graph, f".exact.{graph}", data, journal, f".{journal}.partial", BRIDGE, BACK}
-    return own | {f".{SWITCH}.partial"} | SURELY_OURS
+    return own | {f".{SWITCH}.partial", f".{MANIFEST}.partial"} | SURELY_OURS

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ from alloc_moe.compiler.sweep.records import (
     Sensitivity,
     SweepResults,
 )
-from alloc_moe.compiler.workspace.files import save_text
+from alloc_moe.compiler.workspace.files import save_text, temporary_folder
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.bench import machine
 from alloc_moe.runtime.measure.evaluate import default_window, evaluate_artifact
@@ -288,8 +287,8 @@ class _Work:
             self._graph = export_model(self._moe, dtype="float32")
         plan, corrections = planned.plan, planned.corrections
         model = specialize(self._graph, plan, device="cpu", corrections=corrections)
-        with tempfile.TemporaryDirectory(dir=self._options.folder) as folder:
-            path = Path(folder) / "model.onnx"
+        with temporary_folder(self._options.folder, ".cell-") as folder:
+            path = folder / "model.onnx"
             package.save_graph(model, path)
             session = open_session(
                 path,

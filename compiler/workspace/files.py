@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +46,21 @@ def cant_write(
     full = isinstance(error, OSError) and error.errno in _FULL
     help_ = f"Free some space, or {then}." if full else f"{then[:1].upper()}{then[1:]}."
     return OutputError(f"{what} can't be saved as {path}: {reason}. {help_}")
+
+
+@contextlib.contextmanager
+def temporary_folder(folder: Path | None, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in another, or where temporary files go, that is gone after the block.
+
+    Raises:
+        OutputError: It can't be made.
+    """
+    with explained("Temporary files", folder or Path(tempfile.gettempdir())):
+        temporary = tempfile.TemporaryDirectory(
+            dir=folder, prefix=prefix, ignore_cleanup_errors=True
+        )
+    with temporary as name:
+        yield Path(name)
 
 
 def owned(info: os.stat_result, path: Path) -> bool:

@@ -16,6 +16,8 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
+_ONLY_ITSELF = {"follow_symlinks": False} if os.link in os.supports_follow_symlinks else {}
+
 
 def exchange(first: Path, second: Path) -> bool:
     """Let two paths swap what they lead to, in one step; False where no system call does that.
@@ -40,9 +42,8 @@ def _is_linux() -> bool:
 
 def link(path: Path, name: Path) -> bool:
     """Give a file, or a link itself, a second name; False where the file system has no such."""
-    only_itself = {"follow_symlinks": False} if os.link in os.supports_follow_symlinks else {}
     try:
-        os.link(path, name, **only_itself)
+        os.link(path, name, **_ONLY_ITSELF)
     except OSError as error:
         if error.errno in _NO_LINKS:
             return False
