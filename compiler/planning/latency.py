@@ -20,12 +20,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import CostError
 from alloc_moe.compiler.planning.shapes import ExpertShape
-from alloc_moe.compiler.workspace.files import (
-    check_format,
-    explained,
-    save_text,
-    temporary_folder,
-)
+from alloc_moe.compiler.workspace.files import check_format, explained, save_text, temporary_folder
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.lower import Allocation
