@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate
+from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate, encoder
 from alloc_moe.compiler.errors import OutputError, SweepError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
@@ -47,9 +46,11 @@ from alloc_moe.compiler.workspace.files import save_text, temporary_folder
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.bench import machine
 from alloc_moe.runtime.measure.evaluate import default_window, evaluate_artifact
+from alloc_moe.runtime.text.reading import MOST_BYTES, TextError, open_text, read_ids
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from alloc_moe.runtime.console import Console
     from alloc_moe.runtime.execution.session import Output
@@ -131,19 +132,26 @@ def run_sweep(options: SweepOptions, console: Console, *, command: str) -> Sweep
 class _Scored:
     name: str
     sha256: str
-    ids: list[int]
+    ids: NDArray[np.intc]
 
 
 def _scored_text(options: SweepOptions, moe: MoeModel) -> _Scored:
     try:
-        data = options.text.read_bytes()
-        text = data.decode()
-    except (OSError, UnicodeDecodeError) as error:
+        with open_text(options.text) as file:
+            encode = encoder(moe.checkpoint.tokenizer)
+            text = read_ids(file, encode, most_tokens=options.text_tokens, digest_all=True)
+    except OSError as error:
         raise SweepError(
-            f"The text {options.text} can't be read: {error}. Give a UTF-8 file."
+            f"The text {options.text} can't be read: {error.strerror}. Give a UTF-8 file."
         ) from error
-    ids = moe.checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return _Scored(options.text.name, hashlib.sha256(data).hexdigest(), ids[: options.text_tokens])
+    except TextError as error:
+        raise SweepError(f"The text {options.text} {error}") from error
+    if text.cut:
+        raise SweepError(
+            f"The text {options.text} is longer than {MOST_BYTES >> 20} MiB. "
+            "Give --text-tokens, or a part of it."
+        )
+    return _Scored(options.text.name, text.sha256, text.ids)
 
 
 def _read_cells(path: Path) -> dict[str, Any]:
