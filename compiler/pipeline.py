@@ -293,5 +293,5 @@ def _build(
     plan = dataclasses.replace(plan, verify=verification.to_plan())
     package.stamp(path, plan)
     if output.bundle:
-        package.write_bundle_files(staged, moe, model, plan)
+        package.write_bundle_files(staged / package.FILES, moe, model, plan)
     return plan, verification

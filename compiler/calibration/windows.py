@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from alloc_moe.compiler.errors import CalibrationError
+from alloc_moe.runtime.text.reading import (
+    MOST_BYTES,
+    Encode,
+    Encoded,
+    TextError,
+    TextIds,
+    open_text,
+    read_ids,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -91,8 +100,8 @@ def load_calibration(
     """
     if tokens < 2:
         raise CalibrationError(f"Calibration needs at least 2 tokens, not {tokens}.")
-    data = _read(source, tokens)
-    encoded = _encode(data, source, tokenizer, config)
+    text = _read(source, tokens, tokenizer)
+    encoded = _checked(text, source, config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = min(_SEQUENCE_LENGTH, positions or _SEQUENCE_LENGTH, tokens, len(encoded))
     available = len(encoded) // length
@@ -106,10 +115,11 @@ def load_calibration(
             available * length,
         )
     windows = encoded[: available * length].reshape(available, length)
-    ids = windows[np.random.default_rng(seed).permutation(available)[:wanted]]
+    drawn = windows[np.random.default_rng(seed).permutation(available)[:wanted]]
+    ids = drawn.astype(np.int64)
     return CalibrationSet(
         ids=ids,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=text.sha256,
         seed=seed,
         tokens=ids.size,
         sequence_length=length,
@@ -117,45 +127,60 @@ def load_calibration(
     )
 
 
-def _read(source: str | Path, tokens: int) -> bytes:
+def _read(source: str | Path, tokens: int, tokenizer: PreTrainedTokenizerBase) -> TextIds:
     path = Path(source)
+    encode = encoder(tokenizer)
     match = _DATASET.fullmatch(str(source))
-    if match and not path.exists() and not path.parent.is_dir() and path.suffix != ".txt":
-        return _read_dataset(match["id"], match["config"], tokens * _CHARACTERS_PER_TOKEN)
     try:
-        return path.read_bytes()
+        if match and not path.exists() and not path.parent.is_dir() and path.suffix != ".txt":
+            characters = tokens * _CHARACTERS_PER_TOKEN
+            data = _read_dataset(match["id"], match["config"], characters)
+            return read_ids(io.BytesIO(data), encode, most_bytes=max(MOST_BYTES, len(data)))
+        with open_text(path) as file:
+            text = read_ids(file, encode)
     except OSError as error:
         raise CalibrationError(
             f"The calibration text {source} can't be read: {error.strerror}. "
             "Give a text file, or a dataset of the Hugging Face hub as owner/name."
         ) from error
+    except TextError as error:
+        raise CalibrationError(f"The calibration text {source} {error}") from error
+    if text.cut:
+        logger.warning(
+            "The calibration text %s is longer than %d MiB, from which windows are drawn.",
+            source,
+            MOST_BYTES >> 20,
+        )
+    return text
 
 
-def _encode(
-    data: bytes, source: str | Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
-) -> npt.NDArray[np.int64]:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"The calibration text {source} is not UTF-8: byte {error.start} is "
-            f"0x{data[error.start]:02x}. Convert it to UTF-8."
-        ) from error
-    if not text.strip():
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Return the tokenizer as `read_ids` takes it: without tokens that no text has."""
+    places = {"return_offsets_mapping": True} if getattr(tokenizer, "is_fast", False) else {}
+
+    def encode(text: str) -> Encoded:
+        found = tokenizer(text, add_special_tokens=False, verbose=False, **places)
+        return found["input_ids"], found["offset_mapping"] if places else None
+
+    return encode
+
+
+def _checked(text: TextIds, source: str | Path, config: PreTrainedConfig) -> npt.NDArray[np.intc]:
+    if text.blank:
         raise CalibrationError(f"The calibration text {source} is empty.")
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < 2:
+    if len(text.ids) < 2:
         raise CalibrationError(
-            f"The calibration text {source} has {len(ids)} token; at least 2 are needed, "
+            f"The calibration text {source} has {len(text.ids)} token; at least 2 are needed, "
             "and thousands to tell layers apart."
         )
     vocabulary = config.get_text_config().vocab_size
-    if max(ids) >= vocabulary:
+    largest = int(text.ids.max())
+    if largest >= vocabulary:
         raise CalibrationError(
-            f"The tokenizer gives token {max(ids)}, but the model's vocabulary has {vocabulary} "
+            f"The tokenizer gives token {largest}, but the model's vocabulary has {vocabulary} "
             "tokens: it is the tokenizer of another model. Put the model's own beside its weights."
         )
-    return np.array(ids, dtype=np.int64)
+    return text.ids
 
 
 def _read_dataset(dataset_id: str, config: str | None, characters: int) -> bytes:

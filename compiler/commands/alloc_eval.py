@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
 
@@ -22,14 +22,13 @@ from alloc_moe.runtime.commands.options import (
 from alloc_moe.runtime.console import Console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
     from alloc_moe.runtime.artifact.plan import AllocationPlan
     from alloc_moe.runtime.execution.providers import Provider
     from alloc_moe.runtime.measure.evaluate import Evaluation
+    from alloc_moe.runtime.text.reading import Encode, Encoded
 
 
 @click.command(
@@ -82,13 +81,13 @@ def eval_command(
     The text is one sequence, taken in windows; each token but the first is scored once, with a
     context of at least window - stride tokens. A window is one call with a batch of one.
     """
-    text = _read(text_file)
+    _open(text_file).close()  # what can't be opened is told before a model is loaded
     settings = _Settings(window, stride, tokens, decode, budget)
     if _is_artifact(Path(target)):
         if plan_file is not None:
             raise click.UsageError("--plan is for original models; an artifact has its own plan.")
         evaluation, plan = _evaluate_artifact(
-            console, target, text, settings, ep=ep, threads=threads, tokenizer=tokenizer
+            console, target, text_file, settings, ep=ep, threads=threads, tokenizer=tokenizer
         )
     else:
         if decode:
@@ -96,7 +95,7 @@ def eval_command(
         if budget is not None and plan_file is None:
             raise click.UsageError("--budget is for artifacts, and for models with a --plan.")
         evaluation, plan = _evaluate_model(
-            console, target, text, settings, plan_file, trust_remote_code=trust_remote_code
+            console, target, text_file, settings, plan_file, trust_remote_code=trust_remote_code
         )
     data = {**_data(target, evaluation, plan), "budget": budget, "price": settings.price(plan)}
     console.result(_summary(evaluation, plan, budget), data)
@@ -123,21 +122,42 @@ def _is_artifact(path: Path) -> bool:
     return path.suffix == ".onnx" or (path / MODEL_FILE).is_file()
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, encode: Encode, tokens: int | None) -> NDArray[np.intc]:
+    """Return the ids of a text's first tokens, of all if that isn't said."""
     from alloc_moe.runtime.errors import AllocMoeError
+    from alloc_moe.runtime.text.reading import MOST_BYTES, TextError, read_ids
+
+    with _open(path) as file:
+        try:
+            text = read_ids(file, encode, most_tokens=tokens, newlines=True)
+        except TextError as error:
+            raise AllocMoeError(f"The text {path} {error}") from error
+    if text.cut:
+        raise AllocMoeError(
+            f"The text {path} is longer than {MOST_BYTES >> 20} MiB. "
+            "Give --tokens, or a part of it."
+        )
+    return text.ids
+
+
+def _open(path: Path) -> BinaryIO:
+    from alloc_moe.runtime.errors import AllocMoeError
+    from alloc_moe.runtime.text.reading import TextError, open_text
 
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return open_text(path)
+    except OSError as error:
         raise AllocMoeError(
-            f"The text {path} can't be read: {error}. Give a UTF-8 file."
+            f"The text {path} can't be read: {error.strerror}. Give a UTF-8 file."
         ) from error
+    except TextError as error:
+        raise AllocMoeError(f"The text {path} {error}") from error
 
 
 def _evaluate_artifact(
     console: Console,
     target: str,
-    text: str,
+    text_file: Path,
     settings: _Settings,
     *,
     ep: Provider,
@@ -149,8 +169,13 @@ def _evaluate_artifact(
     from alloc_moe.runtime.text.tokenizer import load_tokenizer
 
     session = open_session(target, ep=ep, threads=threads, count_activations=True)
-    ids = load_tokenizer(session.files, tokenizer).encode(text, add_special_tokens=False).ids
-    ids = ids[: settings.tokens]
+    found = load_tokenizer(session.files, tokenizer)
+
+    def encode(text: str) -> Encoded:
+        encoded = found.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    ids = _read(text_file, encode, settings.tokens)
     with console.progress("Evaluating", len(ids) - 1, unit="tokens") as progress:
         evaluation = evaluate_artifact(
             session,
@@ -167,7 +192,7 @@ def _evaluate_artifact(
 def _evaluate_model(
     console: Console,
     target: str,
-    text: str,
+    text_file: Path,
     settings: _Settings,
     plan_file: Path | None,
     *,
@@ -178,6 +203,7 @@ def _evaluate_model(
     need_compile_extra()
     import torch
 
+    from alloc_moe.compiler.calibration.windows import encoder
     from alloc_moe.compiler.model.loading import load_model
     from alloc_moe.compiler.reference.experts import allocated
     from alloc_moe.compiler.reference.plans import read_plan, trained_plan
@@ -188,8 +214,7 @@ def _evaluate_model(
     plan = (
         trained_plan(moe.checkpoint) if plan_file is None else read_plan(plan_file, moe.checkpoint)
     )
-    encoded = moe.checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)
-    ids: Sequence[int] = encoded["input_ids"][: settings.tokens]
+    ids = _read(text_file, encoder(moe.checkpoint.tokenizer), settings.tokens)
     context = getattr(moe.config.get_text_config(), "max_position_embeddings", None)
     window = default_window(context) if settings.window is None else settings.window
     stride = max(window // 2, 1) if settings.stride is None else settings.stride

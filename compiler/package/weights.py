@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from alloc_moe.compiler.errors import OutputError
-from alloc_moe.compiler.workspace.files import save_text, sync
+from alloc_moe.compiler.workspace.files import create, save_text, sync
 from alloc_moe.compiler.workspace.results import digest_of
 
 if TYPE_CHECKING:
@@ -86,7 +86,12 @@ def resumable_files(folder: Path) -> set[Path]:
     """Return the files in `folder` that a later compile can go on from."""
     journals = list(folder.glob(f"*{_JOURNAL}"))
     pairs = [(journal.with_suffix(""), journal) for journal in journals]
-    return {file for pair in pairs if pair[0].is_file() for file in pair}
+    return {file for pair in pairs if all(map(_is_file, pair)) for file in pair}
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file itself: what a link leads to is none that a compile wrote."""
+    return path.is_file() and not path.is_symlink()
 
 
 def drop_journals(folder: Path) -> None:
@@ -130,7 +135,8 @@ def save_with_weights(
                     writer.append(tensor, end)
                     if advance is not None:
                         advance(place.nbytes)
-        ir.save(graph, path)
+        with _explained(path, key):
+            ir.save(graph, path)
 
 
 class _Writer:
@@ -151,7 +157,7 @@ class _Writer:
         return self
 
     def _open(self) -> BinaryIO:
-        file = self._data.open("r+b" if self.end else "wb")
+        file = self._data.open("r+b") if self.end else create(self._data)
         file.truncate(self.end)
         file.seek(self.end)
         return file

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import CostError
 from alloc_moe.compiler.planning.shapes import ExpertShape
-from alloc_moe.compiler.workspace.files import check_format, save_text
+from alloc_moe.compiler.workspace.files import check_format, explained, save_text, temporary_folder
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.lower import Allocation
@@ -127,8 +126,10 @@ def measure_layer(
         console: Where progress is told.
     """
     random = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".latency-") as temporary:
-        graph = write_layer(shape, Path(temporary), random)
+    with temporary_folder(folder, ".latency-") as temporary:
+        then = "choose a --profile on another disk, beside which they are measured"
+        with explained("A layer to measure", temporary, then=then):
+            graph = write_layer(shape, temporary, random)
         session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         feeds = [_feeds(shape, batch, random) for _ in range(_ROUTINGS)]
         if console is None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate
+from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate, encoder
 from alloc_moe.compiler.errors import OutputError, SweepError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
@@ -44,13 +42,15 @@ from alloc_moe.compiler.sweep.records import (
     Sensitivity,
     SweepResults,
 )
-from alloc_moe.compiler.workspace.files import save_text
+from alloc_moe.compiler.workspace.files import save_text, temporary_folder
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.bench import machine
 from alloc_moe.runtime.measure.evaluate import default_window, evaluate_artifact
+from alloc_moe.runtime.text.reading import MOST_BYTES, TextError, open_text, read_ids
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from alloc_moe.runtime.console import Console
     from alloc_moe.runtime.execution.session import Output
@@ -132,19 +132,26 @@ def run_sweep(options: SweepOptions, console: Console, *, command: str) -> Sweep
 class _Scored:
     name: str
     sha256: str
-    ids: list[int]
+    ids: NDArray[np.intc]
 
 
 def _scored_text(options: SweepOptions, moe: MoeModel) -> _Scored:
     try:
-        data = options.text.read_bytes()
-        text = data.decode()
-    except (OSError, UnicodeDecodeError) as error:
+        with open_text(options.text) as file:
+            encode = encoder(moe.checkpoint.tokenizer)
+            text = read_ids(file, encode, most_tokens=options.text_tokens, digest_all=True)
+    except OSError as error:
         raise SweepError(
-            f"The text {options.text} can't be read: {error}. Give a UTF-8 file."
+            f"The text {options.text} can't be read: {error.strerror}. Give a UTF-8 file."
         ) from error
-    ids = moe.checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return _Scored(options.text.name, hashlib.sha256(data).hexdigest(), ids[: options.text_tokens])
+    except TextError as error:
+        raise SweepError(f"The text {options.text} {error}") from error
+    if text.cut:
+        raise SweepError(
+            f"The text {options.text} is longer than {MOST_BYTES >> 20} MiB. "
+            "Give --text-tokens, or a part of it."
+        )
+    return _Scored(options.text.name, text.sha256, text.ids)
 
 
 def _read_cells(path: Path) -> dict[str, Any]:
@@ -288,8 +295,8 @@ class _Work:
             self._graph = export_model(self._moe, dtype="float32")
         plan, corrections = planned.plan, planned.corrections
         model = specialize(self._graph, plan, device="cpu", corrections=corrections)
-        with tempfile.TemporaryDirectory(dir=self._options.folder) as folder:
-            path = Path(folder) / "model.onnx"
+        with temporary_folder(self._options.folder, ".cell-") as folder:
+            path = folder / "model.onnx"
             package.save_graph(model, path)
             session = open_session(
                 path,

@@ -10,6 +10,8 @@ from unittest import mock
 
 import onnx_ir as ir
 
+from alloc_moe.compiler.workspace.files import explained
+
 _EXACT_EXPERTS = "ORT_QMOE_CPU_QNBIT_GEMM"
 
 
@@ -25,7 +27,8 @@ def exact_copy(path: Path) -> Iterator[Path]:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     copy = path.with_name(f".exact.{path.name}")
-    ir.save(model, copy)
+    with explained("A copy of the graph", copy, then="choose an output on another disk"):
+        ir.save(model, copy)
     try:
         with mock.patch.dict(os.environ, {_EXACT_EXPERTS: "fp32"}):
             yield copy

@@ -2,16 +2,100 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Mapping, Sequence
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alloc_moe.compiler.errors import OutputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def explained(what: str, path: Path, *, then: str = "choose another path") -> Iterator[None]:
+    """Make an OSError of the block one sentence on what can't be written.
+
+    Args:
+        what: What is written, for the message: ``The profile``.
+        path: Where to.
+        then: What helps, for the message.
+
+    Raises:
+        OutputError: In place of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cant_write(what, path, error, then=then) from error
+
+
+def cant_write(
+    what: str, path: Path, error: OSError | str, *, then: str = "choose another path"
+) -> OutputError:
+    """Return the error that says what can't be written, why, and what helps."""
+    reason = error if isinstance(error, str) else error.strerror or str(error)
+    full = isinstance(error, OSError) and error.errno in _FULL
+    help_ = f"Free some space, or {then}." if full else f"{then[:1].upper()}{then[1:]}."
+    return OutputError(f"{what} can't be saved as {path}: {reason}. {help_}")
+
+
+@contextlib.contextmanager
+def temporary_folder(folder: Path | None, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in another, or where temporary files go, that is gone after the block.
+
+    Raises:
+        OutputError: It can't be made.
+    """
+    with explained("Temporary files", folder or Path(tempfile.gettempdir())):
+        temporary = tempfile.TemporaryDirectory(
+            dir=folder, prefix=prefix, ignore_cleanup_errors=True
+        )
+    with temporary as name:
+        yield Path(name)
+
+
+def owned(info: os.stat_result, path: Path) -> bool:
+    """Whether what is at `path` belongs to this user.
+
+    Or to whom its folder belongs, who could replace it anyway: some file systems give all files to
+    one user.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    return info.st_uid in (os.geteuid(), path.absolute().parent.stat().st_uid)
+
+
+def discard(path: Path) -> None:
+    """Remove a file that an earlier run left under a name that only we write, if there is one.
+
+    Raises:
+        OutputError: It isn't ours: a link, a folder, or another user's.
+    """
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(info.st_mode) or not owned(info, path):
+        raise OutputError(
+            f"{path} is {_kind(info)}, where alloc-moe writes a file of its own. Move it away, "
+            "or choose another output."
+        )
+    path.unlink()
+
+
+def create(path: Path) -> BinaryIO:
+    """Return a new file under a name that only we write: never one that a link leads to."""
+    discard(path)
+    return path.open("xb")
 
 
 def save_text(text: str, path: Path, *, what: str) -> None:
@@ -25,17 +109,11 @@ def save_text(text: str, path: Path, *, what: str) -> None:
     Raises:
         OutputError: It can't be written there.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{what} can't be saved as {path}: {error.strerror}. Choose another path."
-        ) from error
+    name = f".{path.name}.partial"
+    with explained(what, path), _replacing(path, name) as partial, create(partial) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_tensors(tensors: Sequence[torch.Tensor], path: Path, *, what: str, then: str) -> None:
@@ -43,23 +121,42 @@ def save_tensors(tensors: Sequence[torch.Tensor], path: Path, *, what: str, then
 
     Args:
         tensors: In their order.
-        path: Where to; its folder is made.
+        path: Where to, in a folder that exists.
         what: What they are, for the message.
-        then: What helps if there is no space, for the message: ``choose another path``.
+        then: What helps, for the message: ``choose another path``.
 
     Raises:
         OutputError: They can't be written there.
     """
     # Processes that work together may save the same.
-    partial = path.with_suffix(f".{os.environ.get('RANK', '0')}.partial")
+    name = f"{path.stem}.{os.environ.get('RANK', '0')}.partial"
     try:
-        path.parent.mkdir(exist_ok=True)
-        save_file({str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{what} can't be saved as {path}: {error}. Free some space, or {then}."
-        ) from error
+        with explained(what, path, then=then), _replacing(path, name) as partial:
+            create(partial).close()
+            save_file({str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, partial)
+    except SafetensorError as error:  # a disk that is full, among others
+        raise cant_write(what, path, str(error), then=f"free some space, or {then}") from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, name: str) -> Iterator[Path]:
+    """Yield a path beside another, which it replaces if the block fills it, and then is gone."""
+    partial = path.with_name(name)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError):
+        with contextlib.suppress(OSError, OutputError):
+            discard(partial)
+        raise
+
+
+def _kind(info: os.stat_result) -> str:
+    if stat.S_ISLNK(info.st_mode):
+        return "a link"
+    if stat.S_ISDIR(info.st_mode):
+        return "a folder"
+    return "another user's file" if stat.S_ISREG(info.st_mode) else "no regular file"
 
 
 def load_tensors(path: Path) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import shutil
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +18,9 @@ import torch
 from safetensors import SafetensorError
 
 from alloc_moe.compiler.workspace.files import load_tensors, save_tensors
+from alloc_moe.compiler.workspace.folders import claim, is_ours, remove
+
+_OURS = re.compile(r"[0-9a-f]{32}\.(?:safetensors|\d+\.partial)")
 
 
 def results_path(output: Path) -> Path:
@@ -52,7 +55,7 @@ class SavedResults:
 
     def find(self, inputs: Sequence[object]) -> list[torch.Tensor] | None:
         """Return what was kept for equal `inputs`, if anything was."""
-        if self._folder is None:
+        if self._folder is None or not is_ours(self._folder):
             return None
         with contextlib.suppress(OSError, SafetensorError):
             return load_tensors(self._path(inputs))
@@ -62,19 +65,21 @@ class SavedResults:
         """Keep tensors until `delete`."""
         if self._folder is None:
             return
+        claim(self._folder)
         path = self._path(inputs)
         then = "choose an output on another disk"
         save_tensors(tensors, path, what="What was measured", then=then)
 
     def forget(self, inputs: Sequence[object]) -> None:
         """Drop what was kept for `inputs`."""
-        if self._folder is not None:
-            self._path(inputs).unlink(missing_ok=True)
+        if self._folder is not None and is_ours(self._folder):
+            with contextlib.suppress(OSError):  # it takes space, and does no harm
+                self._path(inputs).unlink()
 
     def delete(self) -> None:
         """Drop everything."""
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove(self._folder, _OURS)
 
     def _path(self, inputs: Sequence[object]) -> Path:
         assert self._folder is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,15 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from alloc_moe.compiler.errors import OutputError
-from alloc_moe.compiler.workspace.files import load_tensors, save_tensors, save_text
+from alloc_moe.compiler.workspace.files import explained, load_tensors, save_tensors, save_text
+from alloc_moe.compiler.workspace.folders import claim, is_ours, remove
 from alloc_moe.compiler.workspace.processes import Processes
 
 _PROGRESS = "progress.json"
+_OURS = re.compile(
+    r"progress\.json|\.progress\.json\.partial"
+    r"|(?:entering|gradient)-\d+-\d+of\d+\.(?:safetensors|\d+\.partial)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ class LayerStates:
         if found is not None and missing.item() == 0:
             return found
         if self._folder is not None:
+            claim(self._folder)
             if self._processes.writes:
-                (self._folder / _PROGRESS).unlink(missing_ok=True)
-            self._make_folder()
+                self._unlink(self._folder / _PROGRESS)
         return None
 
     def commit(self, progress: LayerProgress) -> None:
@@ -91,36 +95,32 @@ class LayerStates:
         """Forget the tensors of a name, if there are any."""
         self._memory.pop(name, None)
         if self._folder is not None:
-            self._path(name).unlink(missing_ok=True)
+            self._unlink(self._path(name))
 
     def delete(self) -> None:
         """Forget everything; each process does, as machines have disks of their own."""
         self._memory.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove(self._folder, _OURS)
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None
         rank, size = self._processes.rank, self._processes.size
         return self._folder / f"{name}-{rank + 1}of{size}.safetensors"
 
-    def _make_folder(self) -> None:
-        assert self._folder is not None
-        try:
-            self._folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"The folder {self._folder} for the states of the profile can't be made: "
-                f"{error.strerror}. Choose another path for the profile."
-            ) from error
+    def _unlink(self, path: Path) -> None:
+        with explained("The states of the profile", path):
+            path.unlink(missing_ok=True)
 
     def _readable(self, name: str) -> bool:
+        if self._folder is not None and not is_ours(self._folder):
+            return False
         with contextlib.suppress(OSError, SafetensorError, KeyError):
             return bool(self.load(name))
         return False
 
     def _read_progress(self) -> LayerProgress | None:
-        if self._folder is None or not self._processes.writes:
+        if self._folder is None or not self._processes.writes or not is_ours(self._folder):
             return None
         path = self._folder / _PROGRESS
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -66,7 +66,7 @@ class Evaluation:
 
 def evaluate(
     logits_of: LogitsFunction,
-    ids: Sequence[int],
+    ids: Sequence[int] | NDArray[np.integer],
     *,
     window: int,
     stride: int,
@@ -100,7 +100,7 @@ def evaluate(
 
 def evaluate_artifact(
     session: ArtifactSession,
-    ids: Sequence[int],
+    ids: Sequence[int] | NDArray[np.integer],
     *,
     window: int | None = None,
     stride: int | None = None,

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -10,11 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import OlmoeConfig
+from transformers import AutoConfig, AutoTokenizer, OlmoeConfig
 
+from alloc_moe.compiler.calibration import windows
 from alloc_moe.compiler.calibration.windows import CalibrationSet, load_calibration
 from alloc_moe.compiler.errors import CalibrationError
+from alloc_moe.runtime.text import reading
+from alloc_moe.runtime.text.reading import read_ids
 
+TINY_MOE = Path(__file__).parents[3] / "examples" / "tiny-moe"
+BUILT_IN = Path(windows.__file__).with_name("built_in.txt")
 Load = Callable[..., CalibrationSet]
 
 
@@ -94,6 +101,7 @@ def test_a_text_of_one_sentence_is_one_window(tmp_path: Path) -> None:
         (b" \n\n", "is empty"),
         (b"x", r"has 1 token; at least 2 are needed"),
         (b"abc\xff", "is not UTF-8: byte 3 is 0xff. Convert it"),
+        (b"\x7fELF\x00\x00", "has zero bytes, so it is no text"),
     ],
 )
 def test_useless_texts_are_rejected(tmp_path: Path, content: bytes, message: str) -> None:
@@ -110,6 +118,44 @@ def test_a_missing_file_and_a_folder_are_rejected(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(CalibrationError, match=r"folder/missing\.txt can't be read"):
         load("folder/missing.txt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+def test_a_pipe_is_rejected_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "text.txt")
+    with pytest.raises(CalibrationError, match=r"text\.txt is a pipe\. Write the text to a file"):
+        load(tmp_path / "text.txt")
+
+
+GOLDEN = {
+    TINY_MOE / "calibration.txt": ("c7e1d951238b", "37983c3ab2282040"),
+    TINY_MOE / "heldout.txt": ("5fa490c0e1ce", "0291069e57fcb12c"),
+    BUILT_IN: ("cf03a38b5de3", "1939df40f8a2ba88"),
+}
+
+
+@pytest.mark.parametrize("piece", [None, 1 << 15])
+@pytest.mark.parametrize(("path", "digests"), GOLDEN.items(), ids=lambda value: str(value)[-9:])
+def test_bundled_texts_give_the_windows_that_they_always_gave(
+    monkeypatch: pytest.MonkeyPatch, path: Path, digests: tuple[str, str], piece: int | None
+) -> None:
+    if piece:
+        monkeypatch.setattr(reading, "_PIECE", piece)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE)
+    config = AutoConfig.from_pretrained(TINY_MOE)
+    found = load_calibration(path, tokenizer, config, tokens=8192, seed=0)
+    assert found.ids.dtype == np.int64
+    ids = hashlib.sha256(found.ids.tobytes()).hexdigest()
+    assert (found.sha256[:12], ids[:16]) == digests
+
+
+def test_of_a_text_that_is_too_long_the_beginning_is_used_and_that_is_said(
+    text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(windows, "read_ids", functools.partial(read_ids, most_bytes=2048))
+    with caplog.at_level(logging.WARNING, "alloc_moe"):
+        assert load(text, tokens=2048).tokens == 2048
+    assert "text.txt is longer than 128 MiB, from which windows are drawn" in caplog.text
 
 
 def test_too_few_tokens_asked_for_are_rejected(text: Path) -> None:

@@ -17,7 +17,8 @@ from alloc_moe.compiler.errors import OutputError
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.package.output import Output, parse_output, staging
+from alloc_moe.compiler.package.output import Output, parse_output
+from alloc_moe.compiler.workspace.folders import claim
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE, PLAN_KEY, AllocationPlan
 
@@ -95,50 +96,7 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, force: bool) -> Non
             parse_output(f"{tmp_path}/{name}/", force=force)
 
 
-# staging
-
-
-def test_staging_is_empty_beside_the_output_and_gone_afterwards(tmp_path: Path) -> None:
-    output = Output(tmp_path / "out.onnx", bundle=False)
-    stale = tmp_path / ".out.onnx.partial"
-    (stale / "new").mkdir(parents=True)
-    (stale / "new" / "file").write_text("of a killed compile")
-    (stale / "out.onnx.data").write_text("of a killed compile")
-    with staging(output) as folder:
-        assert folder == stale
-        assert list(folder.iterdir()) == []
-        (folder / "out.onnx").write_text("unfinished")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    output = Output(tmp_path / "out.onnx", bundle=False)
-
-    def fail() -> None:
-        with staging(output) as folder:
-            (folder / "out.onnx").write_text("unfinished")
-            raise OutputError("stop")
-
-    with pytest.raises(OutputError, match="stop"):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_compiles_of_one_output_are_refused(tmp_path: Path) -> None:
-    output = Output(tmp_path / "out.onnx", bundle=False)
-    with staging(output) as folder:
-        (folder / "out.onnx").write_text("unfinished")
-        with (
-            pytest.raises(OutputError, match=r"Another compile is writing .*out\.onnx\. Wait"),
-            staging(output),
-        ):
-            pass
-        assert (folder / "out.onnx").read_text() == "unfinished"
-    with staging(output):
-        pass
-
-
-# publish
+# writing
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +221,22 @@ def test_what_a_killed_compile_left_counts_as_free(
 ) -> None:
     monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     output = package.parse_output(str(tmp_path / "out.onnx"), force=False)
-    (tmp_path / ".out.onnx.partial").mkdir()
-    (tmp_path / ".out.onnx.partial" / "out.onnx.data").write_bytes(bytes(50))
+    claim(tmp_path / ".out.onnx.partial")
+    for name in ("out.onnx.data", "out.onnx.data.journal"):
+        (tmp_path / ".out.onnx.partial" / name).write_bytes(bytes(25))
     package.check_space(output, 150)
     with pytest.raises(OutputError):
         package.check_space(output, 151)
+
+
+def test_what_lies_behind_a_planted_link_counts_as_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    output = package.parse_output(str(tmp_path / "out.onnx"), force=False)
+    claim(tmp_path / "other")
+    for name in ("out.onnx.data", "out.onnx.data.journal"):
+        (tmp_path / "other" / name).write_bytes(bytes(25))
+    (tmp_path / ".out.onnx.partial").symlink_to(tmp_path / "other")
+    with pytest.raises(OutputError):
+        package.check_space(output, 101)

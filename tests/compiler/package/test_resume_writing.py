@@ -16,6 +16,7 @@ from alloc_moe.compiler import compile, pipeline
 from alloc_moe.compiler.errors import OutputError, VerificationError
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package.output import Output, staging
+from alloc_moe.compiler.workspace.folders import MARK
 
 COMPILE = """
 import os, signal, sys
@@ -145,7 +146,7 @@ def test_weights_with_a_journal_outlast_an_error(tmp_path: Path) -> None:
 
     def run(error: BaseException | None) -> set[str]:
         with contextlib.suppress(BaseException), staging(output, note=notes.append) as folder:
-            found = {path.name for path in folder.iterdir()}
+            found = {path.name for path in folder.iterdir()} - {MARK}
             for name in (*weights, "out.onnx"):
                 (folder / name).write_text("new")
             if error is not None:

@@ -1,0 +1,48 @@
+"""Where an artifact goes, and the names of what lies there or is made beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alloc_moe.compiler.workspace.results import results_path
+from alloc_moe.runtime.artifact.plan import MODEL_FILE
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where an artifact goes: `path` is a folder if `bundle`, else an .onnx file."""
+
+    path: Path
+    bundle: bool
+
+    @property
+    def graph_name(self) -> str:
+        """The graph's file name inside its folder."""
+        return MODEL_FILE if self.bundle else self.path.name
+
+    @property
+    def place(self) -> Path:
+        """What is replaced: the path, or the folder that it leads to as a link."""
+        path = self.path.absolute()
+        return path.resolve() if self.bundle and path.is_symlink() else path
+
+    @property
+    def profile_path(self) -> Path:
+        """Where the sensitivity profile of a compile is kept unless the user says."""
+        return self.path.with_name(f"{self.path.name}.profile.json")
+
+    @property
+    def results_path(self) -> Path:
+        """Where a compile keeps what its passes found, until there is the artifact."""
+        return results_path(self.path)
+
+
+def data_path(graph: Path) -> Path:
+    """Return the external data file of an .onnx file."""
+    return graph.with_name(f"{graph.name}.data")
+
+
+def staging_path(output: Output) -> Path:
+    """Return the folder in which the artifact is made: beside it, so on the same file system."""
+    return output.place.with_name(f".{output.place.name}.partial")
