@@ -146,11 +146,10 @@ def _evaluate_artifact(
 ) -> tuple[Evaluation, AllocationPlan]:
     from alloc_moe.runtime.execution.session import open_session
     from alloc_moe.runtime.measure.evaluate import evaluate_artifact
-    from alloc_moe.runtime.text.tokenizer import load_tokenizer
+    from alloc_moe.runtime.text.tokenizer import encode, load_tokenizer
 
     session = open_session(target, ep=ep, threads=threads, count_activations=True)
-    ids = load_tokenizer(session.files, tokenizer).encode(text, add_special_tokens=False).ids
-    ids = ids[: settings.tokens]
+    ids = encode(load_tokenizer(session.files, tokenizer), text, special=False)[: settings.tokens]
     with console.progress("Evaluating", len(ids) - 1, unit="tokens") as progress:
         evaluation = evaluate_artifact(
             session,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,10 +194,16 @@ def save_graph(
     save_with_weights(graph, path, data_path(path), advance=advance, key=key)
 
 
-def stamp(path: Path, plan: AllocationPlan) -> None:
-    """Put the final plan into the metadata of a saved graph; its data stay as they are."""
+def stamp(path: Path, plan: AllocationPlan, metadata: Mapping[str, str] | None = None) -> None:
+    """Put the final plan into the metadata of a saved graph; its data stay as they are.
+
+    Args:
+        path: The graph's file.
+        plan: What was compiled in.
+        metadata: What else the metadata say of the artifact.
+    """
     model = ir.load(path)
-    model.metadata_props[PLAN_KEY] = plan.to_json()
+    model.metadata_props.update({PLAN_KEY: plan.to_json(), **(metadata or {})})
     ir.save(model, path)
 
 

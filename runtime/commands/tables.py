@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from alloc_moe.runtime.artifact.digest import DataDigest
 from alloc_moe.runtime.artifact.plan import AllocationPlan, PlannedLayer
 from alloc_moe.runtime.measure.bench import Measurement, Workload
 
 _BAR = 16
 
 
-def plan_table(plan: AllocationPlan, *, name: str) -> RenderableType:
-    """Return what a plan says: the budget, how it was decided, and a row per MoE layer."""
+def plan_table(
+    plan: AllocationPlan, *, name: str, digests: Mapping[str, DataDigest] = MappingProxyType({})
+) -> RenderableType:
+    """Return what a plan says: the budget, how it was decided, and a row per MoE layer.
+
+    Args:
+        plan: The plan.
+        name: The artifact's.
+        digests: What its data files must hold.
+    """
     budget = plan.budget
     planned, share = _mean(budget.activations), budget.activations / budget.original
     facts = {
@@ -30,6 +40,10 @@ def plan_table(plan: AllocationPlan, *, name: str) -> RenderableType:
         "sensitivity": _pairs(plan.sensitivity),
         "verified": _pairs(plan.verify),
         "versions": _pairs(plan.versions),
+        "data": ", ".join(
+            f"{file}, {digest.size} bytes in {len(digest.blocks)} blocks"
+            for file, digest in digests.items()
+        ),
     }
     listing = Table.grid(padding=(0, 2))
     for fact, value in facts.items():

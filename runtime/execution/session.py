@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.runtime.artifact.counting import counted_values, executed
 from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
-from alloc_moe.runtime.artifact.onnx_file import with_outputs
+from alloc_moe.runtime.artifact.onnx_file import with_data_names, with_outputs
 from alloc_moe.runtime.artifact.plan import (
     LOGITS_TO_KEEP_INPUT,
     PRICE_INPUT,
@@ -242,17 +242,32 @@ def open_session(
         GenerationError: onnxruntime has no such option.
     """
     files = find_artifact(path)
-    files.check_data()
-    # A model given as its content must be told where its data are.
-    folder = files.graph.parent if count_activations else None
+    model, folder = _model(files, files.check_data(), counting=count_activations)
     options = session_options(
         threads=threads, stop_spinning=stop_spinning, data_folder=folder, more=more_options
     )
-    model: str | bytes = str(files.graph)
-    if count_activations:
-        model = with_outputs(files.graph.read_bytes(), counted_values(files))
     session = create_session(model, options, ep=ep, name=files.graph)
     return ArtifactSession(session, files, counting=count_activations)
+
+
+def _model(
+    files: ArtifactFiles, data: Mapping[str, Path], *, counting: bool
+) -> tuple[str | bytes, Path | None]:
+    """Return the graph's path, or its content where that must change and where its data are."""
+    graph = files.graph
+    in_place = all(path == graph.parent / name for name, path in data.items())
+    if in_place and not counting:
+        return str(graph), None
+    content = graph.read_bytes()
+    if counting:
+        content = with_outputs(content, counted_values(files))
+    # onnxruntime follows no link out of the folder that it is told, as those of the hub's cache.
+    real = {name: path.resolve() for name, path in data.items()}
+    folders = {path.parent for path in real.values()} or {graph.parent}
+    names = {name: path.name for name, path in real.items() if path.name != name}
+    if names and len(folders) == 1:
+        content = with_data_names(content, names)
+    return content, folders.pop() if len(folders) == 1 else graph.parent
 
 
 def check_price(session: ArtifactSession, price: float | None) -> None:

@@ -15,7 +15,7 @@ from alloc_moe.runtime.execution.providers import Provider
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 from alloc_moe.runtime.text.generation import GREEDY, generate
 from alloc_moe.runtime.text.sampling import Sampling
-from alloc_moe.runtime.text.tokenizer import TextStream, load_tokenizer
+from alloc_moe.runtime.text.tokenizer import TextStream, encode, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ class TextModel:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the start token if the tokenizer adds one."""
-        ids: list[int] = self.tokenizer.encode(text).ids
-        return ids
+        return encode(self.tokenizer, text)
 
     def generate(
         self,
@@ -135,9 +134,8 @@ def load(
     model = TextModel(session, load_tokenizer(session.files, tokenizer))
     if not model.eos_ids:
         logger.warning(
-            "No configuration beside %s or in %s names the token that ends a text, so texts go on "
-            "to the most tokens asked for.",
+            "Neither %s nor a configuration beside it names the token that ends a text, so texts "
+            "go on to the most tokens asked for.",
             session.files.graph,
-            session.plan.source,
         )
     return model
