@@ -93,7 +93,7 @@ def open_artifact(
         tokenizer=loaded,
         prefix_id=_prefix(loaded, _special_tokens(session.files, tokenizer), eos_ids, source=path),
         eos_ids=eos_ids,
-        context_length=session.files.context_length(),
+        context_length=session.context_length,
         price=price,
     )
 

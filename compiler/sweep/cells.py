@@ -308,7 +308,7 @@ class _Work:
                 for histogram, rows in zip(histograms, output.rows, strict=True):
                     histogram += np.bincount(rows, minlength=len(histogram))
 
-            window = default_window(session.files.context_length())
+            window = default_window(session.context_length)
             found = evaluate_artifact(
                 session,
                 self._scored.ids,

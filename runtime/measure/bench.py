@@ -147,7 +147,7 @@ def _check(sessions: Sequence[ArtifactSession], workload: Workload) -> None:
             raise GenerationError(f"{name} is {value}. Give {minimum} or more.")
     longest = max(workload.prompt_tokens, workload.past + workload.new_tokens)
     for session in sessions:
-        limit = session.files.context_length()
+        limit = session.context_length
         if limit is not None and longest > limit:
             raise GenerationError(
                 f"The context of {session.files.graph} holds {limit} tokens, the benchmark needs "

@@ -125,7 +125,7 @@ def evaluate_artifact(
     Raises:
         GenerationError: The text is too short, or the window longer than the model's context.
     """
-    limit = session.files.context_length()
+    limit = session.context_length
     window = default_window(limit) if window is None else window
     if limit is not None and window > limit:
         raise GenerationError(

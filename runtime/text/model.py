@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from alloc_moe.runtime.artifact.dial import price_of
+from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.providers import Provider
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 from alloc_moe.runtime.text.generation import GREEDY, generate
@@ -48,7 +49,7 @@ class TextModel:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         *,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
@@ -70,6 +71,7 @@ class TextModel:
         Raises:
             GenerationError: A prompt is empty or too long, or the budget is not on the dial.
         """
+        prompts = _texts(prompts)
         price = None if budget is None else price_of(self.session.plan, budget)
         prompt_ids = [self.encode(prompt) for prompt in prompts]
         streams = [TextStream(self.tokenizer, ids) for ids in prompt_ids]
@@ -105,6 +107,17 @@ class TextModel:
             )
             for row, prompt in enumerate(prompts)
         ]
+
+
+def _texts(prompts: Iterable[str]) -> list[str]:
+    """Return prompts as a list; arrays of texts have their own kind of text."""
+    if isinstance(prompts, str | bytes):
+        raise GenerationError("The prompts are one text. Give a list of prompts.")
+    texts = list(prompts)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise GenerationError(f"Prompt {number} is of type {type(text).__name__}. Give text.")
+    return list(map(str, texts))
 
 
 def load(
