@@ -6,14 +6,16 @@ import json
 
 import click
 
+from alloc_moe.runtime.commands.failures import Command
 from alloc_moe.runtime.commands.options import common_options, examples
 from alloc_moe.runtime.console import Console
 
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "alloc-inspect out.onnx", "alloc-inspect bundle/ --json", "alloc-inspect out.onnx --check"
-    )
+    ),
 )
 @click.argument("artifact", type=click.Path())
 @click.option(

@@ -53,8 +53,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the loss; infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """The exponential of the loss; infinite where that overflows, NaN where that is."""
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
     @property
     def activations_per_token(self) -> tuple[float, ...] | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.errors import ArtifactError, GenerationError
+from alloc_moe.runtime.errors import GenerationError
+from alloc_moe.runtime.execution.finite import check_finite
 
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller; sorting so few is quick
 
@@ -61,11 +62,7 @@ def sample(
         ArtifactError: Logits are not numbers.
     """
     best: NDArray[np.int64] = logits.argmax(axis=-1)  # of a row with NaN: the first NaN
-    if not np.isfinite(logits[np.arange(len(best)), best]).all():
-        raise ArtifactError(
-            "The model computed logits that are no finite numbers. If it was compiled to float16, "
-            "its values may be too large for that: compile it to float32 or bfloat16."
-        )
+    check_finite(logits[np.arange(len(best)), best], "The model computed logits")
     if sampling.temperature == 0:
         return best
     return np.array(
