@@ -46,6 +46,7 @@ from alloc_moe.compiler.sweep.records import (
     Sensitivity,
     SweepResults,
 )
+from alloc_moe.runtime.artifact.shapes import ShapeError, mapping, measured, read_json, record, rows
 from alloc_moe.runtime.measure.bench import machine
 from alloc_moe.runtime.measure.evaluate import default_window, evaluate_artifact
 from alloc_moe.runtime.execution.session import open_session
@@ -56,6 +57,16 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.console import Console
     from alloc_moe.runtime.execution.session import Output
 
+_CELLS = mapping(
+    record(
+        {
+            "loss": measured,
+            "per_layer": rows(measured),
+            "planned": rows(measured),
+            "histogram": rows(rows(measured)),
+        }
+    )
+)
 _CONTEXT = 64  # tokens that a window shares with the one before
 
 
@@ -153,11 +164,12 @@ def _read_cells(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+        found: dict[str, Any] = read_json(path, _CELLS)
+    except (OSError, ShapeError) as error:
         raise SweepError(
-            f"{path} holds no results of a sweep ({error!r}). Delete it to measure them again."
+            f"{path} holds no results of a sweep ({error}). Delete it to measure them again."
         ) from error
+    return found
 
 
 class _Work:

@@ -88,6 +88,13 @@ def number(least: float = -1e300, most: float = 1e300) -> Shape:
     return check
 
 
+def measured(value: Any, where: str) -> Any:
+    """Take what was measured, which may have come out as NaN or infinite."""
+    if type(value) is not float:
+        return number()(value, where)
+    return value
+
+
 def whole(least: int = -_MOST_WHOLE, most: int = _MOST_WHOLE) -> Shape:
     """Take a whole number in a range."""
 
@@ -97,6 +104,13 @@ def whole(least: int = -_MOST_WHOLE, most: int = _MOST_WHOLE) -> Shape:
         return value
 
     return check
+
+
+def boolean(value: Any, where: str) -> Any:
+    """Take true or false."""
+    if not isinstance(value, bool):
+        raise _wrong(value, where, "true or false")
+    return value
 
 
 def string(most: int = _MOST_TEXT) -> Shape:
@@ -151,13 +165,23 @@ def rows(item: Shape, *, least: int = 0, most: int = 1 << 16) -> Shape:
     return check
 
 
-def record(required: Mapping[str, Shape], other: Mapping[str, Shape] | None = None) -> Shape:
-    """Take an object with these fields and perhaps others; fields of no known name are left out."""
+def record(
+    required: Mapping[str, Shape],
+    other: Mapping[str, Shape] | None = None,
+    *,
+    closed: bool = False,
+) -> Shape:
+    """Take an object with these fields and perhaps others.
+
+    Fields of no known name are left out, or if it is `closed`, refused.
+    """
     known = {**required, **(other or {})}
 
     def check(value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _no_object(value, where)
+        if closed and (unknown := sorted(value.keys() - known.keys())):
+            raise ShapeError(f"it has the unknown field {f'{where}.{unknown[0]}'.lstrip('.'):.80}")
         for name in required:
             if name not in value:
                 raise ShapeError(f"it lacks {f'{where}.{name}'.lstrip('.')}")

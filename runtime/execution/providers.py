@@ -69,7 +69,8 @@ def session_options(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if data_folder is not None:
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(data_folder.resolve())
+            "session.model_external_initializers_file_folder_path",
+            utf8_path(data_folder.resolve()),
         )
     for name, value in (more or {}).items():
         if "." in name:
@@ -77,6 +78,20 @@ def session_options(
         else:
             _set(options, name, value)
     return options
+
+
+def utf8_path(path: Path) -> str:
+    """Return a path as onnxruntime takes it, whatever locale it was decoded by.
+
+    Raises:
+        ArtifactError: It is no UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeError as error:
+        raise ArtifactError(
+            f"onnxruntime can't open {str(path)!r}, whose name is no UTF-8. Rename it."
+        ) from error
 
 
 def _check_threads(threads: int) -> None:

@@ -32,6 +32,7 @@ from alloc_moe.runtime.execution.providers import (
     create_session,
     ort_message,
     session_options,
+    utf8_path,
 )
 
 
@@ -285,7 +286,7 @@ def _model(
     graph = files.graph
     in_place = all(path == graph.parent / name for name, path in data.items())
     if in_place and not counting:
-        return str(graph), None
+        return utf8_path(graph), None
     content = graph.read_bytes()
     if counting:
         content = with_outputs(content, counted_values(files))
