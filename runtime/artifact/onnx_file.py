@@ -23,7 +23,7 @@ _KEY, _VALUE = 1, 2  # of metadata and external data entries
 _VALUE_NAME = 1
 
 _MOST_BYTES = 2**31 - 1  # protobuf's own limit
-_MOST_FIELDS = 4_000_000
+_MOST_FIELDS = 1_500_000  # a real graph has some ten thousand
 _SHIFTS = range(0, 70, 7)  # a number has 64 bits, so ten bytes at most
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
