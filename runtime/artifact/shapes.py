@@ -246,8 +246,8 @@ def _encodable(value: str) -> bool:
 
 def _range(least: float, most: float) -> str:
     if most in (1e300, _MOST_WHOLE):
-        return "" if least in (-1e300, -_MOST_WHOLE) else f"of {least:g} or more"
-    return f"from {least:g} to {most:g}"
+        return "" if least in (-1e300, -_MOST_WHOLE) else f"of {least} or more"
+    return f"from {least} to {most}"
 
 
 def _wrong(value: Any, where: str, expected: str) -> ShapeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, TypeVar
@@ -96,8 +97,10 @@ def common_options(function: Callable[Concatenate[Console, P], R]) -> Callable[P
                 sys.exit(INTERRUPTED)
             except BaseException as error:
                 message = foreign(error)
-                if debug or message is None:
+                if message is None:
                     raise
+                if debug:
+                    traceback.print_exc()
                 raise click.ClickException(printable(message)) from error
 
     return command
