@@ -181,7 +181,9 @@ def record(
         if not isinstance(value, dict):
             raise _no_object(value, where)
         if closed and (unknown := sorted(value.keys() - known.keys())):
-            raise ShapeError(f"it has the unknown field {f'{where}.{unknown[0]}'.lstrip('.'):.80}")
+            raise ShapeError(
+                f"it has the unknown field {f'{where}.{_quoted(unknown[0])}'.lstrip('.')}"
+            )
         for name in required:
             if name not in value:
                 raise ShapeError(f"it lacks {f'{where}.{name}'.lstrip('.')}")
@@ -204,7 +206,9 @@ def mapping(item: Shape, *, most: int = 1 << 16) -> Shape:
         if len(value) > most:
             raise _wrong(value, where, f"an object of at most {most} fields")
         return {
-            name(key, f"a name in {where or 'it'}"): item(each, f"{where}.{key:.40}".lstrip("."))
+            name(key, f"a name in {where or 'it'}"): item(
+                each, f"{where}.{_quoted(key)}".lstrip(".")
+            )
             for key, each in value.items()
         }
 
@@ -253,6 +257,11 @@ def _range(least: float, most: float) -> str:
 def _wrong(value: Any, where: str, expected: str) -> ShapeError:
     name = where or "it"
     return ShapeError(f"{name:.200} is {_shown(value)}, where {expected.strip()} is expected")
+
+
+def _quoted(name: str) -> str:
+    """Return a name of the file's own choice on one short line."""
+    return json.dumps(name[:_SHOWN])[1:-1]
 
 
 def _no_object(value: Any, where: str) -> ShapeError:
