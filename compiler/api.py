@@ -7,11 +7,21 @@ compiled = compile("examples/tiny-moe", budget=0.5, output="out.onnx")
 
 from __future__ import annotations
 
-import difflib
-import numbers
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from alloc_moe.compiler.choices import (
+    MOST_SEED,
+    MOST_TEXT,
+    SIZED,
+    budget_text,
+    check_choice,
+    check_mixed_bits,
+    check_names,
+    check_plan,
+    finite,
+    whole,
+)
 from alloc_moe.compiler.errors import OptionsError
 from alloc_moe.compiler.records import (
     Allocation,
@@ -34,10 +44,6 @@ from alloc_moe.runtime.console import Console
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.records import Compiled, SensitivityProfile
-
-_SCORED = ("price", "threshold", "top-p", "ratio")  # compare scores, so that a cap is of use
-_WITHOUT_ALLOCATION = ("price", "top-p", "ratio")  # divide the budget among layers themselves
-_SIZED = ("fisher", "output")  # metrics that measure the sizes of experts
 
 
 def compile(
@@ -114,15 +120,15 @@ def compile(
     from alloc_moe.compiler.pipeline import compile_model
 
     if mixed_bits:
-        _check_mixed_bits(dtype, cost, allocation, sensitivity, redistribute)
+        check_mixed_bits(dtype, cost, allocation, sensitivity, redistribute)
     cost = cost or ("bytes" if mixed_bits else "activations")
-    sized = sensitivity in _SIZED or allocation == "uniform"
+    sized = sensitivity in SIZED or allocation == "uniform"
     if redistribute is None:
         redistribute = "price" if sized and cost == "activations" else "threshold"
     options = CompileOptions(
         model=str(model),
         output=_with_slash(output),
-        budget=_budget(budget),
+        budget=budget_text(budget),
         calibration=_calibration(calibration, tokens, seed),
         sensitivity=sensitivity,
         profile=None if profile is None else Path(profile),
@@ -132,23 +138,23 @@ def compile(
             correction=correct,
             allocation=allocation,
             cost=cost,
-            cost_batch=cost_batch,
-            cap=cap,
-            refine=refine,
-            refine_seconds=60 * refine_minutes,
+            cost_batch=whole("--cost-batch", cost_batch, 1, 65536),
+            cap=None if cap is None else finite("--cap", cap, 1, 1e6),
+            refine=whole("--refine", refine, 0, 100_000),
+            refine_seconds=60 * finite("--refine-minutes", refine_minutes, 0, 1e6, above=True),
         ),
-        target=TargetOptions(dtype, int(block), mixed_bits, cache, device),
+        target=TargetOptions(dtype, whole("--block", block), mixed_bits, cache, device),
         offload=offload,
         trust_remote_code=trust_remote_code,
         force=force,
     )
-    _check_names(options, sensitivity, offload)
+    check_names(options, sensitivity, offload)
     if redistribute == "price" and not sized:
         raise OptionsError(
             f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
-            f"doesn't measure. Use {' or '.join(_SIZED)}, or another --redistribute."
+            f"doesn't measure. Use {' or '.join(SIZED)}, or another --redistribute."
         )
-    _check_plan(options.plan)
+    check_plan(options.plan)
     if cache == "int8" and (device == "cuda" or dtype in ("float16", "bfloat16")):
         raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")
     return compile_model(options, console or Console(quiet=True))
@@ -242,7 +248,7 @@ def profile_options(
         OptionsError: There is no such choice.
     """
     if redistribute is None:
-        redistribute = "price" if sensitivity in _SIZED else "threshold"
+        redistribute = "price" if sensitivity in SIZED else "threshold"
     options = ProfileOptions(
         model=str(model),
         path=None if output is None else Path(output),
@@ -251,20 +257,24 @@ def profile_options(
         redistribution=redistribute,
         correction=correct,
         dtype=dtype,
-        block=int(block),
+        block=whole("--block", block),
         offload=offload,
         trust_remote_code=trust_remote_code,
     )
-    _check("--sensitivity", sensitivity, get_args(Metric))
-    _check("--redistribute", redistribute, get_args(Redistribution))
-    _check("--correct", correct, get_args(CorrectionMode))
-    _check("--dtype", dtype, ("float32", "int8", "int4"))
-    _check("--offload", offload, get_args(OffloadMode))
+    check_choice("--sensitivity", sensitivity, get_args(Metric))
+    check_choice("--redistribute", redistribute, get_args(Redistribution))
+    check_choice("--correct", correct, get_args(CorrectionMode))
+    check_choice("--dtype", dtype, ("float32", "int8", "int4"))
+    check_choice("--offload", offload, get_args(OffloadMode))
     return options
 
 
 def _calibration(text: str | Path | None, tokens: int, seed: int) -> CalibrationOptions:
-    return CalibrationOptions(None if text is None else str(text), int(tokens), int(seed))
+    return CalibrationOptions(
+        None if text is None else str(text),
+        whole("--tokens", tokens, 2, MOST_TEXT),
+        whole("--seed", seed, 0, MOST_SEED),
+    )
 
 
 def _with_slash(output: str | Path) -> str:
@@ -272,77 +282,3 @@ def _with_slash(output: str | Path) -> str:
     if isinstance(output, Path) and output.suffix != ".onnx":
         return f"{output}/"
     return str(output)
-
-
-def _budget(budget: float | str) -> str:
-    """Return a budget as the command takes it: with a point it is a fraction."""
-    if isinstance(budget, str):
-        return budget
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-        raise OptionsError(
-            f"The budget {budget!r} is no number. Give a fraction such as 0.5, or a whole number."
-        )
-    return str(int(budget) if isinstance(budget, numbers.Integral) else float(budget))
-
-
-def _check_names(options: CompileOptions, sensitivity: str, offload: str) -> None:
-    plan, target = options.plan, options.target
-    for name, value, choices in (
-        ("--sensitivity", sensitivity, get_args(Metric)),
-        ("--redistribute", plan.redistribution, get_args(Redistribution)),
-        ("--correct", plan.correction, get_args(CorrectionMode)),
-        ("--weights", plan.weights, get_args(Weights)),
-        ("--allocation", plan.allocation, get_args(Allocation)),
-        ("--cost", plan.cost, get_args(CostKind)),
-        ("--dtype", target.dtype, get_args(DType)),
-        ("--block", target.block, (16, 32, 64, 128)),
-        ("--cache", target.cache, get_args(CacheType)),
-        ("--device", target.device, get_args(Device)),
-        ("--offload", offload, get_args(OffloadMode)),
-    ):
-        _check(name, value, choices)
-
-
-def _check(option: str, value: object, choices: tuple[object, ...]) -> None:
-    if value in choices:
-        return
-    names = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(names)}."
-    raise OptionsError(f"{option} can't be {value!r}. {hint}")
-
-
-def _check_plan(plan: PlanOptions) -> None:
-    policy = plan.redistribution
-    if plan.cap is not None and policy not in _SCORED:
-        raise OptionsError(f"--cap is for {', '.join(_SCORED)}; {policy} is exact.")
-    if plan.cost != "activations" and policy in _WITHOUT_ALLOCATION:
-        raise OptionsError(
-            f"--cost {plan.cost} divides a budget among layers, which {policy} does by itself. Use "
-            "--redistribute threshold, batch, sequence or none."
-        )
-    if plan.refine and policy in ("top-p", "ratio"):
-        raise OptionsError(f"--redistribute {policy} leaves nothing to refine.")
-
-
-def _check_mixed_bits(
-    dtype: str, cost: str | None, allocation: str, sensitivity: str, redistribution: str | None
-) -> None:
-    """Refuse what --mixed-bits can't be combined with."""
-    for fault, advice in (
-        (dtype not in ("int8", "int4"), "needs --dtype int4 or int8"),
-        (cost not in (None, "bytes"), f"budgets bytes, so --cost {cost} can't be met"),
-        (allocation == "uniform", "goes by sensitivities, which --allocation uniform ignores"),
-        (
-            sensitivity not in _SIZED,
-            f"needs --sensitivity {' or '.join(_SIZED)}; {sensitivity} doesn't measure the "
-            "rounding of weights",
-        ),
-        (
-            redistribution in _WITHOUT_ALLOCATION,
-            f"divides a budget among layers, which {redistribution} does by itself. Use "
-            "--redistribute threshold, batch, sequence or none",
-        ),
-    ):
-        if fault:
-            raise OptionsError(f"--mixed-bits {advice}.")

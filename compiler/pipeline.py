@@ -21,6 +21,7 @@ from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.layer_progress import layers_progress
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.package.identity import tokenizer_metadata
 from alloc_moe.compiler.package.space import needed_space
 from alloc_moe.compiler.package.versions import versions
 from alloc_moe.compiler.package.weights import weights_key, written_bytes
@@ -291,7 +292,7 @@ def _build(
             cache_scales=scales,
         )
     plan = dataclasses.replace(plan, verify=verification.to_plan())
-    package.stamp(path, plan)
+    package.stamp(path, plan, tokenizer_metadata(moe.checkpoint, carried=not output.bundle))
     if output.bundle:
         package.write_bundle_files(staged / package.FILES, moe, model, plan)
     return plan, verification

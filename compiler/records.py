@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alloc_moe.compiler.errors import ProfileError
+from alloc_moe.runtime.artifact.shapes import (
+    ShapeError,
+    measured,
+    optional,
+    parse_json,
+    record,
+    rows,
+    string,
+    whole,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -257,30 +267,48 @@ class SensitivityProfile:
         return json.dumps({"format": 1, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str, *, path: Path) -> SensitivityProfile:
+    def from_json(cls, text: str | bytes, *, path: Path) -> SensitivityProfile:
         """Read back what `to_json` wrote.
 
         Raises:
             ProfileError: The text is no profile.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
-            data.pop("format")
-            for name in ("layer_names", "experts_per_token"):
-                data[name] = tuple(data[name])
-            data["costs"] = _rows(data["costs"])
-            # Files of earlier versions have none of these three, nor a correction.
-            data["bits"] = tuple(data.get("bits", ()))
-            data["expert_sizes"] = _rows(data.get("expert_sizes", [None] * len(data["costs"])))
-            if partial := data.pop("partial", None):
-                partial["layers"] = _rows(partial["layers"])
-                data["partial"] = PartialSums(**partial)
-            return cls(**data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            data: dict[str, Any] = parse_json(text, _PROFILE)
+        except ShapeError as error:
             raise ProfileError(
-                f"{path} is no sensitivity profile ({error!r}). Give another file, or delete it."
+                f"{path} is no sensitivity profile ({error}). Give another file, or delete it."
             ) from error
+        data.pop("format")
+        # Files of earlier versions have no sizes of experts.
+        data.setdefault("expert_sizes", (None,) * len(data["costs"]))
+        if partial := data.pop("partial", None):
+            data["partial"] = PartialSums(**partial)
+        return cls(**data)
 
 
-def _rows(rows: Sequence[Sequence[float] | None]) -> tuple[Any, ...]:
-    return tuple(None if row is None else tuple(row) for row in rows)
+_MOST = 1 << 20  # experts, and more than any layer has
+_ROW = rows(measured, most=_MOST)
+_PROFILE = record(
+    {
+        "format": whole(),
+        "metric": string(),
+        "model_fingerprint": string(),
+        "calibration_sha256": string(),
+        "tokens": whole(0),
+        "sequence_length": whole(0),
+        "seed": whole(),
+        "layer_names": rows(string()),
+        "experts_per_token": rows(whole(1, _MOST)),
+        "costs": rows(optional(_ROW)),
+        "baseline_loss": measured,
+        "seconds": measured,
+    },
+    {
+        "redistribution": string(),
+        "correction": string(),
+        "expert_sizes": rows(optional(_ROW)),
+        "partial": optional(record({"windows": whole(0), "loss": measured, "layers": rows(_ROW)})),
+        "bits": rows(whole(1, 64)),
+    },
+)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
+
+from alloc_moe.runtime.errors import AllocMoeError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 5.0
 _WIDTH_OF_FILES = 120
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class Console:
@@ -50,19 +57,21 @@ class Console:
             data: The same as one JSON object. Numbers that JSON lacks (NaN, infinity) become null.
         """
         if self.json_output:
-            click.echo(json.dumps(_without_nan(data), allow_nan=False))
+            _print(json.dumps(_without_nan(data), allow_nan=False) + "\n")
         elif isinstance(result, str):
-            click.echo(result)
+            _print(result + "\n")
         else:
             from rich.console import Console as RichConsole
 
-            width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
-            RichConsole(file=sys.stdout, width=width).print(result)
+            with _written():
+                width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
+                RichConsole(file=sys.stdout, width=width).print(result)
+                sys.stdout.flush()
 
     def stream(self, piece: str) -> None:
         """Print a piece of the result on stdout at once, unless --json."""
         if not self.json_output:
-            click.echo(piece, nl=False)
+            _print(piece)
 
     @contextmanager
     def progress(
@@ -125,8 +134,9 @@ class Console:
             self._live = None
 
     def _write(self, line: str) -> None:
+        line = printable(line)
         if self._live is None:
-            click.echo(line, err=True)
+            say(line)
         else:  # above the bar, which click.echo would tear
             self._live.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -178,6 +188,69 @@ class Progress:
         count = self.done - self._done_before
         seconds = time.monotonic() - self._start
         return f"{self._description}: {count} {self._unit} in {duration(seconds)}"
+
+
+def printable(text: str, *, keep: str = "\n\t") -> str:
+    """Return a text whose control characters are spelled out: a terminal would obey them.
+
+    That is of words that come from an artifact, a file or a command line; what turns the direction
+    of writing is among them.
+    """
+    if text.isascii() and text.isprintable():  # almost always
+        return text
+    return "".join(_spelled(c) if c not in keep and _controls(c) else c for c in text)
+
+
+def say(line: str) -> None:
+    """Print a line on stderr; where that is closed or full, the work matters more."""
+    try:
+        click.echo(line, err=True)
+    except (OSError, ValueError):
+        mute(sys.stderr)
+
+
+def mute(stream: IO[str] | None) -> None:
+    """Let a stream that can't be written lead nowhere, so that it doesn't fail again at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's has no descriptor
+        assert stream is not None
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _print(text: str) -> None:
+    """Print a piece of the result."""
+    with _written():
+        if sys.stdout.isatty():  # also the model's own text: a terminal must not obey it
+            text = "".join(_spelled(c) if _steers(c) else c for c in text)
+        click.echo(text, nl=False)
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    if sys.stdout is None:
+        raise AllocMoeError("The result can't be printed: stdout is closed.")
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader has enough: no error of anyone
+            raise
+        mute(sys.stdout)
+        raise AllocMoeError(
+            f"The result can't be printed: {error.strerror or error}. Send stdout elsewhere."
+        ) from error
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" and character not in "\n\t"
+
+
+def _controls(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Zl", "Zp") or character in _DIRECTIONS
+
+
+def _spelled(character: str) -> str:
+    return repr(character)[1:-1]
 
 
 def duration(seconds: float) -> str:

@@ -21,9 +21,9 @@ FORBIDDEN = {
 }
 ROOMS = {
     "compiler": (
-        *("errors", "records", "workspace", "model", "calibration", "rounding", "reference"),
-        *("correction", "sensitivity", "planning", "export", "verify", "package", "sweep"),
-        *("pipeline", "api", "evaluation", "commands"),
+        *("errors", "records", "choices", "workspace", "model", "calibration", "rounding"),
+        *("reference", "correction", "sensitivity", "planning", "export", "verify", "package"),
+        *("sweep", "pipeline", "api", "evaluation", "commands"),
     ),
     "passes": ("base", "blockwise", "linear", "experts", "attention", "interface", "default"),
     "runtime": ("errors", "console", "artifact", "execution", "text", "measure", "commands"),

@@ -11,6 +11,8 @@ import click
 
 from alloc_moe.compiler.commands.options import block_option, profiling_options, wrong_options
 from alloc_moe.compiler.errors import need_compile_extra
+from alloc_moe.runtime.commands.failures import Command
+from alloc_moe.runtime.commands.numeric import BudgetText, FiniteRange
 from alloc_moe.runtime.commands.options import common_options, examples
 from alloc_moe.runtime.console import Console
 
@@ -19,15 +21,17 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "alloc-compile examples/tiny-moe --budget 0.5 -o out.onnx",
         "alloc-compile allenai/OLMoE-1B-7B-0924 --budget 64 --calibration notes.txt -o bundle/",
-    )
+    ),
 )
 @click.argument("model")
 @click.option(
     "--budget",
     required=True,
+    type=BudgetText(),
     help="Expert activations per token: a fraction of the model's (0.5, 1.0), or their number over "
     "all layers (64). With another --cost: a fraction of what the model's experts cost.",
 )
@@ -58,7 +62,7 @@ if TYPE_CHECKING:
 @click.option(
     "--cost-batch",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 65536),
     default=1,
     show_default=True,
     help="Tokens in the decode step that --cost bytes or latency is for.",
@@ -66,20 +70,20 @@ if TYPE_CHECKING:
 @click.option(
     "--cap",
     metavar="FACTOR",
-    type=click.FloatRange(min=1.0),
+    type=FiniteRange(1, 1e6),
     help="No call runs more than this times a layer's experts per token. For price, threshold, "
     "top-p and ratio, which hold the budget in the mean only. Fixes the budget.",
 )
 @click.option(
     "--refine",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 100_000),
     default=0,
     help="Measure the N best plans as a whole, then move experts between layers while that helps.",
 )
 @click.option(
     "--refine-minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(0, 1e6, min_open=True),
     default=10.0,
     show_default=True,
     help="When to stop refining; the same command goes on from there.",

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
 
+from alloc_moe.runtime.commands.failures import Command
+from alloc_moe.runtime.commands.numeric import MOST_TEXT, tokens_type
 from alloc_moe.runtime.commands.options import (
     budget_option,
     common_options,
@@ -32,20 +34,27 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "alloc-eval out.onnx --text examples/tiny-moe/heldout.txt",
         "alloc-eval examples/tiny-moe --text examples/tiny-moe/heldout.txt",
-    )
+    ),
 )
 @click.argument("target", metavar="ARTIFACT_OR_MODEL")
 @click.option(
     "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text."
 )
 @click.option(
-    "--window", type=int, help="Tokens per call. Default: the model's context, 512 at most."
+    "--window",
+    type=tokens_type(2),
+    help="Tokens per call. Default: the model's context, 512 at most.",
 )
-@click.option("--stride", type=int, help="Tokens from window to window. Default: half a window.")
-@click.option("--tokens", type=click.IntRange(min=2), help="Take the text's first tokens only.")
+@click.option(
+    "--stride", type=tokens_type(), help="Tokens from window to window. Default: half a window."
+)
+@click.option(
+    "--tokens", type=click.IntRange(2, MOST_TEXT), help="Take the text's first tokens only."
+)
 @click.option("--decode", is_flag=True, help="Artifacts: one token per call, as generation does.")
 @click.option(
     "--plan",
@@ -81,6 +90,8 @@ def eval_command(
     The text is one sequence, taken in windows; each token but the first is scored once, with a
     context of at least window - stride tokens. A window is one call with a batch of one.
     """
+    from alloc_moe.runtime.execution.finite import check_finite
+
     _open(text_file).close()  # what can't be opened is told before a model is loaded
     settings = _Settings(window, stride, tokens, decode, budget)
     if _is_artifact(Path(target)):
@@ -97,6 +108,7 @@ def eval_command(
         evaluation, plan = _evaluate_model(
             console, target, text_file, settings, plan_file, trust_remote_code=trust_remote_code
         )
+    check_finite(evaluation.loss, f"{target} computed losses")
     data = {**_data(target, evaluation, plan), "budget": budget, "price": settings.price(plan)}
     console.result(_summary(evaluation, plan, budget), data)
 

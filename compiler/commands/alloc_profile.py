@@ -9,15 +9,17 @@ import click
 
 from alloc_moe.compiler.commands.options import block_option, profiling_options, wrong_options
 from alloc_moe.compiler.errors import need_compile_extra
+from alloc_moe.runtime.commands.failures import Command
 from alloc_moe.runtime.commands.options import common_options, examples
 from alloc_moe.runtime.console import Console
 
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "alloc-profile examples/tiny-moe -o profile.json --sensitivity ppl-suffix",
         "torchrun --no-python --nproc-per-node 2 alloc-profile examples/tiny-moe -o profile.json",
-    )
+    ),
 )
 @click.argument("model")
 @click.option(

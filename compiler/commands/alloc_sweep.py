@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from alloc_moe.compiler.errors import need_compile_extra
+from alloc_moe.runtime.commands.failures import Command
+from alloc_moe.runtime.commands.numeric import MOST_SEED, MOST_TEXT, BudgetText
 from alloc_moe.runtime.commands.options import common_options, examples, threads_option
 from alloc_moe.runtime.console import Console
 
@@ -16,19 +18,29 @@ _PLANS = "uniform,data-free,top-p,ratio,kl,ppl-suffix,batch,paper,threshold,pric
 
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "alloc-sweep examples/tiny-moe --text examples/tiny-moe/heldout.txt -o sweep",
         "alloc-sweep examples/tiny-moe --text notes.txt --budgets 0.5 "
         "--plans uniform,kl+batch,default -o sweep",
-    )
+    ),
 )
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
 @click.option(
     "--text", required=True, type=click.Path(path_type=Path), help="Held-out text, UTF-8."
 )
-@click.option("--text-tokens", type=click.IntRange(min=2), help="Take its first tokens only.")
-@click.option("--budgets", default="0.25,0.375,0.5,0.625,0.75", show_default=True)
+@click.option(
+    "--text-tokens", type=click.IntRange(2, MOST_TEXT), help="Take its first tokens only."
+)
+@click.option(
+    "--budgets",
+    default="0.25,0.375,0.5,0.625,0.75",
+    show_default=True,
+    callback=lambda context, option, text: tuple(
+        BudgetText().convert(part, option, context) for part in text.split(",")
+    ),
+)
 @click.option(
     "--plans",
     default=_PLANS,
@@ -40,7 +52,7 @@ _PLANS = "uniform,data-free,top-p,ratio,kl,ppl-suffix,batch,paper,threshold,pric
     "--seeds", default="0", show_default=True, help="Each picks other calibration text: 0,1,2."
 )
 @click.option("--calibration", metavar="FILE_OR_DATASET", help="As for alloc-compile.")
-@click.option("--tokens", type=click.IntRange(min=2), default=8192, show_default=True)
+@click.option("--tokens", type=click.IntRange(2, MOST_TEXT), default=8192, show_default=True)
 @threads_option
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint.")
 @common_options
@@ -51,7 +63,7 @@ def sweep_command(
     output: Path,
     text: Path,
     text_tokens: int | None,
-    budgets: str,
+    budgets: tuple[str, ...],
     plans: str,
     seeds: str,
     **options: Any,
@@ -72,7 +84,7 @@ def sweep_command(
     asked = SweepOptions(
         model,
         output,
-        tuple(budgets.split(",")),
+        budgets,
         tuple(dict.fromkeys(parse_method(plan) for plan in plans.split(","))),
         text,
         text_tokens,
@@ -80,7 +92,16 @@ def sweep_command(
         **options,
     )
     command = shlex.join(
-        ["alloc-sweep", model, "--text", str(text), "--plans", plans, "--budgets", budgets]
+        [
+            "alloc-sweep",
+            model,
+            "--text",
+            str(text),
+            "--plans",
+            plans,
+            "--budgets",
+            ",".join(budgets),
+        ]
         + (["--text-tokens", str(text_tokens)] if text_tokens else [])
         + ["--tokens", str(options["tokens"]), "--seeds", seeds, "-o", str(output)]
     )
@@ -100,6 +121,9 @@ def sweep_command(
 
 def _integers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        seeds = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is no list of whole numbers such as 0,1,2.") from error
+    if not all(0 <= seed <= MOST_SEED for seed in seeds):
+        raise click.BadParameter(f"{text!r} has a seed outside 0 to {MOST_SEED}.")
+    return seeds

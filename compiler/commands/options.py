@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from alloc_moe.runtime.commands.numeric import MOST_TEXT, seed_type
+
 _METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
 
 
@@ -22,13 +24,17 @@ def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--tokens",
-            type=click.IntRange(min=2),
+            type=click.IntRange(2, MOST_TEXT),
             default=8192,
             show_default=True,
             help="Calibration tokens.",
         ),
         click.option(
-            "--seed", default=0, show_default=True, help="Picks the windows of calibration text."
+            "--seed",
+            type=seed_type,
+            default=0,
+            show_default=True,
+            help="Picks the windows of calibration text.",
         ),
         click.option(
             "--sensitivity",

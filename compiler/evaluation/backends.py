@@ -5,7 +5,7 @@ Artifacts need neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from alloc_moe.runtime.artifact.dial import price_of
+from alloc_moe.runtime.artifact.files import read_settings
 from alloc_moe.runtime.artifact.plan import AllocationPlan
+from alloc_moe.runtime.artifact.shapes import either, optional, record, string
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.text.generation import Step
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.execution.providers import Provider
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKEN = optional(either(string(), record({"content": string()})))
+_TOKENS = record({}, {"bos_token": _TOKEN, "eos_token": _TOKEN})
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,9 @@ def open_artifact(
         plan=session.plan,
         step=step,
         tokenizer=loaded,
-        prefix_id=_prefix(
-            loaded, _tokenizer_config(session.files, tokenizer), eos_ids, source=path
-        ),
+        prefix_id=_prefix(loaded, _special_tokens(session.files, tokenizer), eos_ids, source=path),
         eos_ids=eos_ids,
-        context_length=session.files.context_length(),
+        context_length=session.context_length,
         price=price,
     )
 
@@ -173,23 +175,32 @@ def _torch_step(moe: MoeModel, plan: AllocationPlan, price: float | None) -> Ste
     return step
 
 
-def _tokenizer_config(files: ArtifactFiles, tokenizer: str | None) -> dict[str, Any]:
+def _special_tokens(files: ArtifactFiles, tokenizer: str | None) -> Mapping[str, str | None]:
+    """Return the texts of the tokens that start and end a text, as far as anything says."""
+    if tokenizer is None and (identity := files.tokenizer_identity()) is not None:
+        return {"bos_token": identity.bos_token, "eos_token": identity.eos_token}
     if tokenizer is None:
-        return files.find_json(_TOKENIZER_CONFIG)
-    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-    file = folder / _TOKENIZER_CONFIG
-    config: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return config
+        config = files.find_json(_TOKENIZER_CONFIG, _TOKENS)
+    else:
+        folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+        file = folder / _TOKENIZER_CONFIG
+        config = read_settings(file, _TOKENS) if file.is_file() else {}
+    return {
+        key: token["content"] if isinstance(token, dict) else token for key, token in config.items()
+    }
 
 
 def _prefix(
-    tokenizer: Tokenizer, config: dict[str, Any], eos_ids: frozenset[int], *, source: str
+    tokenizer: Tokenizer,
+    special: Mapping[str, str | None],
+    eos_ids: frozenset[int],
+    *,
+    source: str,
 ) -> int:
     """Return the start token, else the end token, as the harness does for its own models."""
     for key in ("bos_token", "eos_token"):
-        token = config.get(key)
-        text = token.get("content") if isinstance(token, dict) else token
-        number = None if text is None else tokenizer.token_to_id(str(text))
+        text = special.get(key)
+        number = None if text is None else tokenizer.token_to_id(text)
         if number is not None:
             return int(number)
     if not eos_ids:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,13 +108,18 @@ def save_graph(
     save_with_weights(graph, path, data_path(path), advance=advance, key=key)
 
 
-def stamp(path: Path, plan: AllocationPlan) -> None:
+def stamp(path: Path, plan: AllocationPlan, metadata: Mapping[str, str] | None = None) -> None:
     """Put the final plan into the metadata of a saved graph; its data stay as they are.
+
+    Args:
+        path: The graph's file.
+        plan: What was compiled in.
+        metadata: What else the metadata say of the artifact.
 
     Raises:
         OutputError: It can't be written.
     """
     model = ir.load(path)
-    model.metadata_props[PLAN_KEY] = plan.to_json()
+    model.metadata_props.update({PLAN_KEY: plan.to_json(), **(metadata or {})})
     with explained("The graph", path, then="choose an output on another disk"):
         ir.save(model, path)

@@ -26,6 +26,9 @@ import onnx_ir as ir
 from alloc_moe.compiler.errors import OutputError
 from alloc_moe.compiler.workspace.files import create, save_text, sync
 from alloc_moe.compiler.workspace.results import digest_of
+from alloc_moe.runtime.artifact.digest import BlockHasher, DataDigest, pieces, to_json
+from alloc_moe.runtime.artifact.plan import DATA_KEY
+from alloc_moe.runtime.artifact.shapes import ShapeError, read_json, record, string, whole
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
@@ -34,6 +37,7 @@ _INLINE = 256  # up to so many bytes a weight is in the graph itself
 _COMMIT_BYTES = 256 << 20
 _COMMIT_SECONDS = 5.0
 _JOURNAL = ".journal"
+_WRITTEN = record({"key": string(), "bytes": whole(0)})
 _SOURCES = ("compiler", "passes")
 
 
@@ -74,12 +78,11 @@ def _code() -> str:
 def written_bytes(data: Path, key: str) -> int:
     """Return how much of the file at `data` is surely what a compile with this key writes."""
     try:
-        journal = json.loads(_journal(data).read_text("utf-8"))
-        found, count = journal["key"], int(journal["bytes"])
+        journal = read_json(_journal(data), _WRITTEN)
         size = data.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ShapeError):
         return 0
-    return count if found == key and size >= count else 0
+    return int(journal["bytes"]) if journal["key"] == key and size >= journal["bytes"] else 0
 
 
 def resumable_files(folder: Path) -> set[Path]:
@@ -115,7 +118,8 @@ def save_with_weights(
     """Write an .onnx file and the file of its weights, one lazy weight in memory at a time.
 
     With a key it begins after what `written_bytes` finds, whose weights are not made again, and
-    keeps a journal for the next; `drop_journals` removes it.
+    keeps a journal for the next; `drop_journals` removes it. The file's digest goes into the
+    graph's metadata, and its seal is the end of the file.
 
     Args:
         graph: The model. None of its weights may be read from `data` itself.
@@ -128,22 +132,28 @@ def save_with_weights(
         OutputError: The disk is full or fails.
     """
     with _placed(graph, data) as weights:
-        with _Writer(data, key) as writer:
+        with _Writer(data, key, sum(place.nbytes for _, place in weights)) as writer:
             for tensor, place in weights:
                 end = (place.offset or 0) + place.nbytes
                 if end > writer.end:
                     writer.append(tensor, end)
                     if advance is not None:
                         advance(place.nbytes)
-        with _explained(path, key):
-            ir.save(graph, path)
+            digest = writer.seal()
+        graph.metadata_props[DATA_KEY] = to_json({data.name: digest})
+        try:
+            with _explained(path, key):
+                ir.save(graph, path)
+        finally:
+            del graph.metadata_props[DATA_KEY]  # the graph may be saved again with other weights
 
 
 class _Writer:
     """Appends weights to a file, after those that are there, and keeps its journal."""
 
-    def __init__(self, data: Path, key: str | None) -> None:
+    def __init__(self, data: Path, key: str | None, size: int) -> None:
         self._data, self._key = data, key
+        self._hasher = BlockHasher(size)
         self.end = self._committed = written_bytes(data, key) if key else 0
         self._last_commit = time.monotonic()
 
@@ -158,6 +168,8 @@ class _Writer:
 
     def _open(self) -> BinaryIO:
         file = self._data.open("r+b") if self.end else create(self._data)
+        for piece in pieces(file, self.end):
+            self._hasher.update(piece)
         file.truncate(self.end)
         file.seek(self.end)
         return file
@@ -167,13 +179,24 @@ class _Writer:
         # Made first, so that an OSError from here on is the output's.
         made = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
         with _explained(self._data, self._key):
-            self._out.write(_stored(made))
+            stored = _stored(made)
+            self._out.write(stored)
+            self._hasher.update(stored)
             if self._out.tell() != end:
                 raise RuntimeError(f"{tensor.name} ends at {self._out.tell()}, not at {end}.")
             self.end = end
             late = time.monotonic() - self._last_commit >= _COMMIT_SECONDS
             if late or end - self._committed >= _COMMIT_BYTES:
                 self._commit()
+
+    def seal(self) -> DataDigest:
+        """Write what binds the file to its graph behind the last weight, and return its digest."""
+        with _explained(self._data, self._key):
+            self._commit()
+            digest = self._hasher.digest(self._out)
+            self._out.seek(self.end)
+            self._out.write(digest.seal())
+        return digest
 
     def _commit(self) -> None:
         self._out.flush()

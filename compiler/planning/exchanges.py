@@ -19,7 +19,8 @@ import numpy as np
 
 from alloc_moe.compiler.errors import ProfileError
 from alloc_moe.compiler.planning.knapsack import Costs, best_allocations
-from alloc_moe.compiler.workspace.files import check_format, save_text
+from alloc_moe.compiler.planning.saved import FORMAT, read_losses
+from alloc_moe.compiler.workspace.files import save_text
 from alloc_moe.runtime.console import duration
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Plan = tuple[int, ...]
 Evaluate = Callable[[Plan], float]
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class _Memory:
         self.measured = 0
         self.recalled: set[Plan] = set()
         self._path = path
-        self._all = _read(path)
+        self._all = read_losses(path)
         self._losses = self._all.setdefault(fingerprint, {})
         self._before = frozenset(self._losses)
 
@@ -240,26 +240,10 @@ class _Memory:
         self.measured += 1
         self._losses[_name(plan)] = float(loss)
         if self._path is not None:
-            text = json.dumps({"format": _FORMAT, "losses": self._all}, indent=1)
+            text = json.dumps({"format": FORMAT, "losses": self._all}, indent=1)
             save_text(text + "\n", self._path, what="Measured losses")
         return float(loss)
 
 
 def _name(plan: Plan) -> str:
     return " ".join(map(str, plan))
-
-
-def _read(path: Path | None) -> dict[str, dict[str, float]]:
-    if path is None or not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        check_format(data, _FORMAT)
-        return {
-            fingerprint: {plan: float(loss) for plan, loss in losses.items()}
-            for fingerprint, losses in data["losses"].items()
-        }
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ProfileError(
-            f"{path} holds no measured losses ({error!r}). Delete it to measure them again."
-        ) from error

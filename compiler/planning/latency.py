@@ -19,8 +19,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import CostError
+from alloc_moe.compiler.planning.saved import FORMAT, read_latencies
 from alloc_moe.compiler.planning.shapes import ExpertShape
-from alloc_moe.compiler.workspace.files import check_format, explained, save_text, temporary_folder
+from alloc_moe.compiler.workspace.files import explained, save_text, temporary_folder
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.lower import Allocation
@@ -29,7 +30,6 @@ from alloc_moe.runtime.artifact.plan import DROPPED, ROUTER_PROBS
 if TYPE_CHECKING:
     from alloc_moe.runtime.console import Console
 
-_FORMAT = 1
 _ROUNDS = 15
 _SECONDS_PER_VISIT = 0.02
 _CALLS_PER_VISIT = 3  # at least
@@ -88,7 +88,7 @@ def measure_latencies(
             f"Latency is measured on the CPU, where onnxruntime's MoE operator has no {dtype}. "
             "Use --cost bytes, or --dtype float32."
         )
-    kept = _read(path)
+    kept = read_latencies(path)
     found: dict[ExpertShape, LayerLatency] = {}
     for shape in dict.fromkeys(shapes):
         key = _key(shape, dtype=dtype, batch=batch)
@@ -100,7 +100,7 @@ def measure_latencies(
         found[shape] = measure_layer(shape, batch=batch, folder=folder, console=console)
         if path is not None:
             kept.append({**key, **dataclasses.asdict(found[shape])})
-            text = json.dumps({"format": _FORMAT, "measurements": kept}, indent=1)
+            text = json.dumps({"format": FORMAT, "measurements": kept}, indent=1)
             save_text(text + "\n", path, what="The latencies")
     if console is not None:
         _report(found, console)
@@ -321,23 +321,6 @@ def _machine() -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor() or platform.machine()
     return f"{name}, {cores} cores"
-
-
-def _read(path: Path | None) -> list[dict[str, Any]]:
-    """Return the measurements that a file holds; none if there is no file yet."""
-    if path is None or not path.is_file():
-        return []
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        check_format(data, _FORMAT)
-        entries = [dict(entry) for entry in data["measurements"]]
-        for entry in entries:
-            _latency(entry)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CostError(
-            f"{path} holds no latencies ({error!r}). Delete it to measure them again."
-        ) from error
-    return entries
 
 
 def _latency(entry: Mapping[str, Any]) -> LayerLatency:

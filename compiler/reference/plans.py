@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget, PlannedLayer
+from alloc_moe.runtime.artifact.shapes import ShapeError, read_file
 from alloc_moe.runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def read_plan(path: Path, checkpoint: Checkpoint) -> AllocationPlan:
     """
     if path.suffix == ".json":
         try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_file(path)
+        except (OSError, ShapeError) as error:
             raise ArtifactError(f"The plan {path} can't be read: {error}.") from error
         plan = AllocationPlan.from_json(text)
     else:

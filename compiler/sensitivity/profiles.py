@@ -17,6 +17,7 @@ from alloc_moe.compiler.records import (
     SensitivityProfile,
 )
 from alloc_moe.compiler.sensitivity.sums import LayerSums
+from alloc_moe.runtime.artifact.shapes import ShapeError, read_file
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet
@@ -75,8 +76,8 @@ def read_profile(
         ProfileError: It can't be read, is damaged, or was measured differently than `expected`.
     """
     try:
-        found = SensitivityProfile.from_json(path.read_text("utf-8"), path=path)
-    except (OSError, UnicodeDecodeError) as error:
+        found = SensitivityProfile.from_json(read_file(path), path=path)
+    except (OSError, ShapeError) as error:
         raise ProfileError(f"The profile {path} can't be read: {error}.") from error
     differences = [
         words + _both(_in_words(found, name), _in_words(expected, name))

@@ -43,6 +43,7 @@ from alloc_moe.compiler.sweep.records import (
     SweepResults,
 )
 from alloc_moe.compiler.workspace.files import save_text, temporary_folder
+from alloc_moe.runtime.artifact.shapes import ShapeError, mapping, measured, read_json, record, rows
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.bench import machine
 from alloc_moe.runtime.measure.evaluate import default_window, evaluate_artifact
@@ -55,6 +56,16 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.console import Console
     from alloc_moe.runtime.execution.session import Output
 
+_CELLS = mapping(
+    record(
+        {
+            "loss": measured,
+            "per_layer": rows(measured),
+            "planned": rows(measured),
+            "histogram": rows(rows(measured)),
+        }
+    )
+)
 _CONTEXT = 64  # tokens that a window shares with the one before
 
 
@@ -159,11 +170,12 @@ def _read_cells(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+        found: dict[str, Any] = read_json(path, _CELLS)
+    except (OSError, ShapeError) as error:
         raise SweepError(
-            f"{path} holds no results of a sweep ({error!r}). Delete it to measure them again."
+            f"{path} holds no results of a sweep ({error}). Delete it to measure them again."
         ) from error
+    return found
 
 
 class _Work:
@@ -314,7 +326,7 @@ class _Work:
                 for histogram, rows in zip(histograms, output.rows, strict=True):
                     histogram += np.bincount(rows, minlength=len(histogram))
 
-            window = default_window(session.files.context_length())
+            window = default_window(session.context_length)
             found = evaluate_artifact(
                 session,
                 self._scored.ids,

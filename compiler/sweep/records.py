@@ -11,6 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from alloc_moe.compiler.errors import SweepError
+from alloc_moe.runtime.artifact.shapes import (
+    ShapeError,
+    boolean,
+    load_json,
+    mapping,
+    measured,
+    number,
+    optional,
+    record,
+    rows,
+    string,
+    whole,
+)
 
 FORMAT = 1
 
@@ -113,57 +126,87 @@ class SweepResults:
             SweepError: The text holds no results of a sweep.
         """
         try:
-            return _results(json.loads(text))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raw = load_json(text)
+            version = record({"format": whole()})(raw, "")["format"]
+            return _results(raw, version)
+        except ShapeError as error:
             raise SweepError(
-                f"{path} holds no results of a sweep ({error!r}). Give a sweep.json that "
+                f"{path} holds no results of a sweep ({error}). Give a sweep.json that "
                 "alloc-sweep wrote, or make it again."
             ) from error
 
 
-def _results(data: dict[str, Any]) -> SweepResults:
-    version = data.pop("format")
+def _number_or_null(value: Any, where: str) -> float:
+    """Take a number, or null for one that was not finite."""
+    return math.nan if value is None else float(measured(value, where))
+
+
+_ROW = rows(_number_or_null)
+_CELL = record(
+    {
+        "method": string(),
+        "budget": number(0),
+        "seed": whole(),
+        "allocation": string(),
+        "redistribution": string(),
+        "correction": string(),
+        "loss": _number_or_null,
+        "added_loss": _number_or_null,
+        "activations": _number_or_null,
+        "activations_per_layer": _ROW,
+        "planned_per_layer": _ROW,
+        "experts_per_token_histogram": rows(_ROW),
+    },
+    {"loss_decode": optional(measured), "default": boolean},
+    closed=True,
+)
+_SENSITIVITY = record(
+    {
+        "metric": string(),
+        "redistribution": string(),
+        "costs": rows(_ROW),
+        "seconds": measured,
+    },
+    {"correction": string()},
+    closed=True,
+)
+_TEXT = {"name": string(), "sha256": string(), "tokens": whole(0)}
+_RESULTS = record(
+    {
+        "format": whole(),
+        "model": string(),
+        "family": string(),
+        "layers": rows(string()),
+        "experts": rows(whole(1)),
+        "experts_per_token": rows(whole(1)),
+        "full_loss": _number_or_null,
+        "text": record(_TEXT, closed=True),
+        "calibration": record({**_TEXT, "seeds": rows(whole())}, closed=True),
+        "machine": mapping(string()),
+        "versions": mapping(string()),
+        "date": string(),
+        "command": string(),
+        "sensitivities": rows(_SENSITIVITY),
+        "cells": rows(_CELL),
+    },
+    closed=True,
+)
+
+
+def _results(raw: Any, version: int) -> SweepResults:
     if version != FORMAT:
-        raise ValueError(f"format {version}, expected {FORMAT}")
-    calibration = data.pop("calibration")
-    sensitivities, cells = data.pop("sensitivities"), data.pop("cells")
+        raise ShapeError(f"format {version}, expected {FORMAT}")
+    data = _RESULTS(raw, "")
+    data.pop("format")
     return SweepResults(
-        layers=tuple(data.pop("layers")),
-        experts=tuple(data.pop("experts")),
-        experts_per_token=tuple(data.pop("experts_per_token")),
-        text=ScoredText(**data.pop("text")),
-        calibration=CalibrationText(**{**calibration, "seeds": tuple(calibration["seeds"])}),
-        full_loss=_number(data.pop("full_loss")),
-        sensitivities=tuple(
-            Sensitivity(**{**item, "costs": _rows(item["costs"])}) for item in sensitivities
-        ),
-        cells=tuple(_cell(item) for item in cells),
-        **data,
-    )
-
-
-def _cell(item: dict[str, Any]) -> Cell:
-    return Cell(
         **{
-            **item,
-            **{name: _number(item[name]) for name in ("loss", "added_loss", "activations")},
-            "activations_per_layer": _row(item["activations_per_layer"]),
-            "planned_per_layer": _row(item["planned_per_layer"]),
-            "experts_per_token_histogram": _rows(item["experts_per_token_histogram"]),
+            **data,
+            "text": ScoredText(**data["text"]),
+            "calibration": CalibrationText(**data["calibration"]),
+            "sensitivities": tuple(Sensitivity(**item) for item in data["sensitivities"]),
+            "cells": tuple(Cell(**item) for item in data["cells"]),
         }
     )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _row(values: list[float | None]) -> tuple[float, ...]:
-    return tuple(_number(value) for value in values)
-
-
-def _rows(rows: list[list[float | None]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(_row(row) for row in rows)
 
 
 def _without_nan(value: Any) -> Any:  # any JSON value

@@ -95,7 +95,7 @@ def discard(path: Path) -> None:
 def create(path: Path) -> BinaryIO:
     """Return a new file under a name that only we write: never one that a link leads to."""
     discard(path)
-    return path.open("xb")
+    return path.open("x+b")
 
 
 def save_text(text: str, path: Path, *, what: str) -> None:

@@ -21,6 +21,15 @@ from safetensors import SafetensorError
 from alloc_moe.compiler.workspace.files import explained, load_tensors, save_tensors, save_text
 from alloc_moe.compiler.workspace.folders import claim, is_ours, remove
 from alloc_moe.compiler.workspace.processes import Processes
+from alloc_moe.runtime.artifact.shapes import (
+    ShapeError,
+    measured,
+    one_of,
+    read_json,
+    record,
+    rows,
+    whole,
+)
 
 _PROGRESS = "progress.json"
 _OURS = re.compile(
@@ -41,6 +50,17 @@ class LayerProgress:
     layer: int
     loss: float
     sums: tuple[tuple[float, ...], ...]
+
+
+_SAVED = record(
+    {
+        "identity": lambda value, _: value,  # only compared
+        "stage": one_of("forward", "backward"),
+        "layer": whole(0),
+        "loss": measured,
+        "sums": rows(rows(measured)),
+    }
+)
 
 
 class LayerStates:
@@ -123,10 +143,9 @@ class LayerStates:
         if self._folder is None or not self._processes.writes or not is_ours(self._folder):
             return None
         path = self._folder / _PROGRESS
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            data = json.loads(path.read_text("utf-8"))
+        with contextlib.suppress(OSError, ShapeError):
+            data = read_json(path, _SAVED)
             if data.pop("identity") == self._identity:
-                data["sums"] = tuple(map(tuple, data["sums"]))
                 return LayerProgress(**data)
         return None
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
+
+import numpy as np
 
 from alloc_moe.runtime.artifact.plan import AllocationPlan, DialPoint
 from alloc_moe.runtime.errors import GenerationError
@@ -65,10 +68,17 @@ def _points(plan: AllocationPlan) -> list[DialPoint]:
 def _activations(budget: str | float, original: int, legal: str) -> int:
     """The whole number that a budget stands for; digits with a decimal point are a fraction."""
     number: int | Fraction | None = None
-    if isinstance(budget, int):
-        number = budget
-    elif isinstance(budget, float):
-        number = Fraction(Decimal(repr(budget))) if math.isfinite(budget) else None
+    if isinstance(budget, np.ndarray) and budget.ndim == 0:
+        budget = budget[()]
+    if isinstance(budget, bool):
+        pass
+    elif isinstance(budget, numbers.Integral):
+        number = int(budget)
+    elif isinstance(budget, numbers.Real):
+        # As it is written: 0.7 in 32 bits is a little less, which would round down to less.
+        number = Fraction(Decimal(str(budget))) if math.isfinite(budget) else None
+    elif not isinstance(budget, str):
+        pass
     elif re.fullmatch(r"\d{1,18}", text := budget.strip(), re.ASCII):
         number = int(text)
     elif re.fullmatch(r"\d{1,18}\.\d*|\.\d+", text, re.ASCII):

@@ -1,101 +1,211 @@
-"""Where an artifact's files are: the graph, its data, and what lies beside it or at its source."""
+"""Where an artifact's files are: the graph, its data, and what lies beside it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alloc_moe.runtime.artifact.digest import DataDigest, difference, read_digests
 from alloc_moe.runtime.artifact.onnx_file import OnnxFile, read_onnx_file
-from alloc_moe.runtime.artifact.plan import GENERATION_KEY, MODEL_FILE, PLAN_KEY, AllocationPlan
+from alloc_moe.runtime.artifact.plan import (
+    GENERATION_KEY,
+    MODEL_FILE,
+    PLAN_FILE,
+    PLAN_KEY,
+    TOKENIZER_KEY,
+    AllocationPlan,
+)
+from alloc_moe.runtime.artifact.shapes import (
+    Shape,
+    ShapeError,
+    either,
+    optional,
+    parse_json,
+    read_json,
+    record,
+    rows,
+    string,
+    whole,
+)
 from alloc_moe.runtime.errors import ArtifactError
 
-# Where the end of text is looked up, in this order, and in which section of the file.
-_CONFIGURATIONS = (
-    ("generation_config.json", None),
-    ("config.json", None),
-    ("genai_config.json", "model"),
+_TOKEN = whole(0, 2**31)
+_LENGTH = optional(whole(1, 2**40))
+_EOS = {"eos_token_id": optional(either(_TOKEN, rows(_TOKEN)))}
+_GENAI = record({}, {"model": record({}, _EOS | {"context_length": _LENGTH})})
+_GENERATION = record({}, _EOS | {"context_length": _LENGTH})
+_CONFIG = record({}, _EOS | {"max_position_embeddings": _LENGTH})
+_TOKENIZER = record(
+    {"sha256": string(64), "files": rows(string(64))},
+    {"bos_token": optional(string()), "eos_token": optional(string())},
 )
 
 
 @dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer an artifact was compiled with, by hashes of it and of files that hold it."""
+
+    sha256: str
+    files: tuple[str, ...]
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+
+@dataclass(frozen=True)
 class ArtifactFiles:
-    """An artifact on disk: the graph's file, what was read of it, and the plan in its metadata."""
+    """An artifact on disk: the graph's file, what was read of it, and the plan in its metadata.
+
+    Nothing outside of the graph's own folder is looked at: the plan says where the model came from,
+    but an artifact of strangers may say anything.
+    """
 
     graph: Path
     onnx: OnnxFile
     plan: AllocationPlan
 
-    def check_data(self) -> None:
-        """Raise ArtifactError unless all external data files are there and complete."""
+    @property
+    def is_bundle(self) -> bool:
+        """Whether what lies beside the graph belongs to the artifact."""
+        return self.graph.name == MODEL_FILE and (self.graph.parent / PLAN_FILE).is_file()
+
+    def digests(self) -> dict[str, DataDigest]:
+        """Return what the data files must hold, by name; nothing if that wasn't recorded.
+
+        Raises:
+            ArtifactError: It can't be read.
+        """
+        return read_digests(self.onnx.metadata, graph=self.graph)
+
+    def data_paths(self) -> dict[str, Path]:
+        """Return where the external data files are, by the name that the graph has for them.
+
+        Raises:
+            ArtifactError: One is missing, or outside of the artifact's folder.
+        """
+        return {name: self._data_path(name) for name in self.onnx.data_files}
+
+    def check_data(self) -> dict[str, Path]:
+        """Return `data_paths`, whose files are complete and, as a glance shows, the right ones.
+
+        Raises:
+            ArtifactError: One is missing, cut off, or not what the graph was compiled with.
+        """
+        digests, paths = self.digests(), self.data_paths()
         for name, size in self.onnx.data_files.items():
-            path = self.graph.parent / name
-            if not path.is_file():
-                raise ArtifactError(
-                    f"{self.graph} needs its weights in {path}, which is missing. "
-                    "Copy it beside the artifact; the two belong together."
-                )
+            path = paths[name]
             if path.stat().st_size < size:
                 raise ArtifactError(
                     f"{path} has {path.stat().st_size} bytes, {self.graph.name} needs {size}. "
                     "The file was cut off, or belongs to another artifact: copy both again."
                 )
+            if name in digests and (problem := difference(path, digests[name])):
+                raise ArtifactError(
+                    f"{path} isn't what {self.graph.name} was compiled with: {problem}. Copy both "
+                    "again, they belong together; alloc-inspect --check says where they differ."
+                )
+        return paths
+
+    def _data_path(self, name: str) -> Path:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(
+                f"{self.graph} wants its weights from {name}, outside of its folder. "
+                "Don't run it; alloc-compile writes no such artifact."
+            )
+        # A link to the graph may stand alone, and a pair may have been renamed.
+        beside = self.graph.with_name(f"{self.graph.name}.data")
+        places = [self.graph.parent / name, self.graph.resolve().parent / name]
+        if len(self.onnx.data_files) == 1 and name in self.digests():
+            places.append(beside)
+        for place in places:
+            if place.is_file():
+                return place
+        raise ArtifactError(
+            f"{self.graph} needs its weights in {places[0]}, which is missing. "
+            "Copy it beside the artifact; the two belong together."
+        )
 
     def find(self, name: str) -> Path | None:
-        """Return the file of that name beside the artifact, else in its source folder, if any."""
-        for folder in (self.graph.parent, Path(self.plan.source)):
-            if (folder / name).is_file():
-                return folder / name
-        return None
+        """Return the file of that name beside the artifact, if there is one."""
+        path = self.graph.parent / name
+        return path if path.is_file() else None
 
-    def find_json(self, name: str) -> dict[str, Any]:
+    def find_json(self, name: str, shape: Shape) -> dict[str, Any]:
         """Return the content of a JSON file found like `find`; an empty object if there is none.
 
         Raises:
-            ArtifactError: The file is no JSON object.
+            ArtifactError: The file is no JSON object of this shape.
         """
         path = self.find(name)
-        if path is None:
-            return {}
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} can't be read as JSON: {error}.") from error
-        if not isinstance(data, dict):
-            raise ArtifactError(f"{path} holds no JSON object.")
-        return data
+        return {} if path is None else read_settings(path, shape)
 
     def eos_ids(self) -> frozenset[int]:
-        """Return the token ids that end a text; empty if no configuration file says so."""
-        for name, section in _CONFIGURATIONS:
-            ids = self._setting(name, section, "eos_token_id")
-            if ids is not None:
-                return _ids(ids)
-        return _ids(self._recorded("eos_token_id"))
+        """Return the token ids that end a text; empty if nothing says so."""
+        ids = self._first(
+            lambda: self.find_json("generation_config.json", _CONFIG).get("eos_token_id"),
+            lambda: self.find_json("config.json", _CONFIG).get("eos_token_id"),
+            lambda: self._genai().get("eos_token_id"),
+            key="eos_token_id",
+        )
+        if ids is None:
+            return frozenset()
+        return frozenset(ids if isinstance(ids, tuple) else [ids])
 
     def context_length(self) -> int | None:
         """Return the most tokens the model takes, prompt and answer together, if that is known."""
-        length = self._setting("config.json", None, "max_position_embeddings")
-        if length is None:
-            length = self._setting("genai_config.json", "model", "context_length")
-        if length is None:
-            length = self._recorded("context_length")
-        return length if isinstance(length, int) else None
+        length: int | None = self._first(
+            lambda: self.find_json("config.json", _CONFIG).get("max_position_embeddings"),
+            lambda: self._genai().get("context_length"),
+            key="context_length",
+        )
+        return length
 
-    def _recorded(self, key: str) -> Any:  # any JSON value
-        """Return what the metadata say of the model, for a graph that stands alone."""
-        return json.loads(self.onnx.metadata.get(GENERATION_KEY, "{}")).get(key)
+    def tokenizer_identity(self) -> TokenizerIdentity | None:
+        """Return which tokenizer the artifact was compiled with, if that was recorded."""
+        found = self._recorded(TOKENIZER_KEY, _TOKENIZER)
+        return TokenizerIdentity(**found) if found else None
 
-    def _setting(self, name: str, section: str | None, key: str) -> Any:  # any JSON value
-        settings = self.find_json(name)
-        return (settings.get(section, {}) if section else settings).get(key)
+    def _genai(self) -> dict[str, Any]:
+        model: dict[str, Any] = self.find_json("genai_config.json", _GENAI).get("model", {})
+        return model
+
+    def _first(self, *beside: Callable[[], Any], key: str) -> Any:  # any JSON value
+        """Return the first setting there is; files beside a bare graph may be another model's."""
+
+        def recorded() -> Any:  # any JSON value
+            return self._recorded(GENERATION_KEY, _GENERATION).get(key)
+
+        order = (*beside, recorded) if self.is_bundle else (recorded, *beside)
+        return next((found for look in order if (found := look()) is not None), None)
+
+    def _recorded(self, key: str, shape: Shape) -> dict[str, Any]:
+        """Return what the metadata say, for a graph that stands alone."""
+        try:
+            found: dict[str, Any] = parse_json(self.onnx.metadata.get(key, "null"), optional(shape))
+        except ShapeError as error:
+            raise ArtifactError(
+                f"{key} in the metadata of {self.graph} can't be read: {error}. "
+                "Copy the artifact again, or compile the model again."
+            ) from error
+        return found or {}
 
 
-def _ids(ids: int | list[int] | None) -> frozenset[int]:
-    if ids is None:
-        return frozenset()
-    return frozenset(ids if isinstance(ids, list) else [ids])
+def read_settings(path: Path, shape: Shape) -> dict[str, Any]:
+    """Return the fields of a JSON file that a shape names.
+
+    Raises:
+        ArtifactError: The file can't be read, or a field isn't what it must be.
+    """
+    try:
+        found: dict[str, Any] = read_json(path, shape)
+    except OSError as error:
+        raise ArtifactError(f"{path} can't be read: {error.strerror}.") from error
+    except ShapeError as error:
+        raise ArtifactError(
+            f"{path} can't be read as JSON: {error}. Put the model's own file there."
+        ) from error
+    return found
 
 
 def find_artifact(path: str | Path) -> ArtifactFiles:

@@ -6,8 +6,10 @@ and no memory, whatever the size of the model. Field numbers are those of onnx.p
 
 from __future__ import annotations
 
+import itertools
 import mmap
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,9 @@ _TENSOR_EXTERNAL_DATA = 13
 _KEY, _VALUE = 1, 2  # of metadata and external data entries
 _VALUE_NAME = 1
 
+_MOST_BYTES = 2**31 - 1  # protobuf's own limit
+_MOST_FIELDS = 1_500_000  # a real graph has some ten thousand
+_SHIFTS = range(0, 70, 7)  # a number has 64 bits, so ten bytes at most
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -43,8 +48,7 @@ def read_onnx_file(path: Path) -> OnnxFile:
         ArtifactError: There is no such file, or it is no ONNX file, or it was cut off.
     """
     try:
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = _mapped(path)
         return _read_model(memoryview(data))  # unmapped when the last view of it is gone
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no file {path}.") from error
@@ -54,6 +58,16 @@ def read_onnx_file(path: Path) -> OnnxFile:
         raise ArtifactError(
             f"{path} is no ONNX file, or a damaged one. Copy it again, or compile the model again."
         ) from error
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe might never end
+        raise ArtifactError(f"{path} can't be read: it is a folder, pipe or device, and no file.")
+    if status.st_size > _MOST_BYTES:
+        raise ValueError("larger than any ONNX file can be")
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def with_outputs(model: bytes, names: Iterable[str]) -> bytes:
@@ -67,74 +81,135 @@ def with_outputs(model: bytes, names: Iterable[str]) -> bytes:
     return model + _field(_MODEL_GRAPH, b"".join(outputs))
 
 
+def with_data_names(model: bytes, names: Mapping[str, str]) -> bytes:
+    """Return the serialized model with other names for its external data files.
+
+    Args:
+        model: The model.
+        names: The new name by the one that the graph has.
+    """
+
+    def tensor(body: memoryview) -> bytes:
+        return _rewritten(body, {_TENSOR_EXTERNAL_DATA: entry})
+
+    def entry(body: memoryview) -> bytes:
+        key, value = _entry(body)
+        if key != "location" or value not in names:
+            return bytes(body)
+        return _field(_KEY, b"location") + _field(_VALUE, names[value].encode())
+
+    def graph(body: memoryview) -> bytes:
+        return _rewritten(body, {_GRAPH_INITIALIZER: tensor})
+
+    return _rewritten(memoryview(model), {_MODEL_GRAPH: graph})
+
+
+def _rewritten(message: memoryview, rewrites: Mapping[int, Callable[[memoryview], bytes]]) -> bytes:
+    """Return a message with some of its length-delimited fields made anew."""
+    parts: list[bytes | memoryview] = []
+    copied = 0
+    for number, begin, start, end in _walk(message, _allowance()):
+        if start >= 0 and number in rewrites:
+            parts.append(message[copied:begin])
+            parts.append(_field(number, rewrites[number](message[start:end])))
+            copied = end
+    return b"".join([*parts, message[copied:]])
+
+
 def _read_model(model: memoryview) -> OnnxFile:
     metadata: dict[str, str] = {}
     data_files: dict[str, int] = {}
     node_outputs: set[str] = set()
     has_graph = False
-    for number, body in _fields(model):
+    allowance = _allowance()
+    for number, body in _fields(model, allowance):
         if number == _MODEL_METADATA:
             entry = _entry(body)
             metadata[entry[0]] = entry[1]
         elif number == _MODEL_GRAPH:
             has_graph = True
-            for part, content in _fields(body):
+            for part, content in _fields(body, allowance):
                 if part == _GRAPH_NODE:
-                    names = (name for field, name in _fields(content) if field == _NODE_OUTPUT)
-                    node_outputs.update(str(name, "utf-8") for name in names)
+                    for field, name in _fields(content, allowance):
+                        if field == _NODE_OUTPUT:
+                            node_outputs.add(str(name, "utf-8"))
                 elif part == _GRAPH_INITIALIZER:
-                    _add_data_file(content, data_files)
+                    _add_data_file(content, data_files, allowance)
     if not has_graph:
         raise ValueError("no graph")
     return OnnxFile(metadata, data_files, frozenset(node_outputs))
 
 
-def _add_data_file(tensor: memoryview, data_files: dict[str, int]) -> None:
+def _add_data_file(
+    tensor: memoryview, data_files: dict[str, int], allowance: Iterator[None]
+) -> None:
     """Note the file that holds a tensor, if any, and that the tensor's last byte must be in it."""
     entries = dict(
-        _entry(body) for field, body in _fields(tensor) if field == _TENSOR_EXTERNAL_DATA
+        _entry(body) for field, body in _fields(tensor, allowance) if field == _TENSOR_EXTERNAL_DATA
     )
     if location := entries.get("location"):
-        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-        data_files[location] = max(data_files.get(location, 0), end)
+        offset, length = (int(entries.get(key, 0)) for key in ("offset", "length"))
+        if min(offset, length) < 0:
+            raise ValueError("a tensor begins before its file")
+        data_files[location] = max(data_files.get(location, 0), offset + length)
 
 
 def _entry(body: memoryview) -> tuple[str, str]:
-    fields = {number: str(text, "utf-8") for number, text in _fields(body)}
+    fields = {number: str(text, "utf-8") for number, text in _fields(body, _allowance())}
     return fields.get(_KEY, ""), fields.get(_VALUE, "")
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+def _allowance() -> Iterator[None]:
+    """Return an iterator that ends after as many fields as no real graph has."""
+    return itertools.repeat(None, _MOST_FIELDS)
+
+
+def _fields(message: memoryview, allowance: Iterator[None]) -> Iterator[tuple[int, memoryview]]:
     """Yield number and body of a message's length-delimited fields; numbers are skipped."""
-    position, end = 0, len(message)
-    while position < end:
+    for number, _, start, end in _walk(message, allowance):
+        if start >= 0:
+            yield number, message[start:end]
+
+
+def _walk(message: memoryview, allowance: Iterator[None]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield of each field its number, where it begins, where its body begins, where it ends.
+
+    Without a length there is no body: it begins at -1.
+    """
+    position, size = 0, len(message)
+    for _ in allowance:
+        if position >= size:
+            break
+        begin, start = position, -1
         tag, position = _varint(message, position)
         kind = tag & 7
-        if kind == _VARINT:
+        if kind == _BYTES:
+            length, start = _varint(message, position)
+            position = start + length
+        elif kind == _VARINT:
             _, position = _varint(message, position)
         elif kind == _FIXED64:
             position += 8
         elif kind == _FIXED32:
             position += 4
-        elif kind == _BYTES:
-            length, position = _varint(message, position)
-            if position + length > end:
-                raise ValueError("a field ends after its message")
-            yield tag >> 3, message[position : position + length]
-            position += length
         else:
             raise ValueError(f"no protobuf: wire type {kind}")
+        if position > size:
+            raise ValueError("a field ends after its message")
+        yield tag >> 3, begin, start, position
+    else:
+        raise ValueError("more fields than any graph has")
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in _SHIFTS:
         byte = message[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-        shift += 7
+    raise ValueError("no protobuf: a number of more than ten bytes")
 
 
 def _field(number: int, body: bytes) -> bytes:

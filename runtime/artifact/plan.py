@@ -8,6 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from alloc_moe.runtime.artifact.shapes import (
+    ShapeError,
+    anything,
+    load_json,
+    mapping,
+    number,
+    one_of,
+    optional,
+    record,
+    rows,
+    string,
+    whole,
+)
 from alloc_moe.runtime.errors import ArtifactError
 
 FORMAT = 1
@@ -18,6 +31,13 @@ GENERATION_KEY = "alloc_moe.generation"
 SHARED_CACHE_KEY = "alloc_moe.shared_cache"
 """Key in the metadata of a graph that appends to its cache in place: inputs and outputs of the
 cache may be the same buffers, with room for more than the past. The value is the cache's type."""
+DATA_KEY = "alloc_moe.data"
+"""Key of the digests of the data files in the metadata, see `digest`."""
+TOKENIZER_KEY = "alloc_moe.tokenizer"
+"""Key in the metadata of what identifies the tokenizer: ``sha256`` of its serialisation,
+``files``, those of files that hold it, and its ``bos_token`` and ``eos_token``."""
+TOKENIZER_JSON_KEY = "alloc_moe.tokenizer_json"
+"""Key of the tokenizer itself in the metadata of a graph that stands alone."""
 PLAN_FILE = "allocation.json"
 """Name of the plan's file in a bundle folder."""
 MODEL_FILE = "model.onnx"
@@ -33,6 +53,8 @@ ROUTER_WEIGHTS = "alloc_moe.router_weights.{layer}"
 """Name of the value [tokens, experts] before a layer's QMoE op: weights, 0 if not run."""
 DROPPED = -1e4
 """What stands in the router probabilities for an expert that is not executed."""
+REDISTRIBUTIONS = ("price", "threshold", "batch", "sequence", "none", "top-p", "ratio")
+"""What a plan's redistribution can be."""
 _OPTIONAL = ("price", "overlap", "dial", "cap", "correction", "cost", "quantization")
 
 
@@ -113,49 +135,105 @@ class AllocationPlan:
         return json.dumps({"format": FORMAT, **data, **optional}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> AllocationPlan:
+    def from_json(cls, text: str | bytes) -> AllocationPlan:
         """Read back what `to_json` wrote; unknown keys are ignored.
 
         Raises:
             ArtifactError: The text is no plan, or its format is newer than this version's.
         """
         try:
-            data = json.loads(text)
-            if data["format"] != FORMAT:
+            raw = load_json(text)
+            version = _FORMAT(raw, "")["format"]
+            if version != FORMAT:
                 raise ArtifactError(
-                    f"The plan has format {data['format']}, this version reads {FORMAT}. "
+                    f"The plan has format {version}, this version reads {FORMAT}. "
                     "Update alloc-moe, or compile the model again."
                 )
+            data = _PLAN(raw, "")
             return cls(
-                source=data["source"],
-                budget=_pick(Budget, data["budget"]),
-                redistribution=data["redistribution"],
-                weights=data["weights"],
-                layers=tuple(_layer(layer) for layer in data["layers"]),
-                price=data.get("price"),
-                overlap=data.get("overlap"),
-                dial=tuple(_pick(DialPoint, point) for point in data.get("dial", ())),
-                cap=data.get("cap"),
-                correction=data.get("correction", {}),
-                cost=data.get("cost", {}),
-                quantization=data.get("quantization", {}),
-                sensitivity=data.get("sensitivity", {}),
-                verify=data.get("verify", {}),
-                versions=data.get("versions", {}),
+                **{
+                    **data,
+                    "budget": _budget(data["budget"]),
+                    "layers": tuple(
+                        _layer(layer, f"layers[{index}]")
+                        for index, layer in enumerate(data["layers"])
+                    ),
+                    "dial": tuple(DialPoint(**point) for point in data.get("dial", ())),
+                }
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"The allocation plan can't be read: {error!r}.") from error
+        except ShapeError as error:
+            raise ArtifactError(
+                f"The allocation plan can't be read: {error}. "
+                "Copy the artifact again, or compile the model again."
+            ) from error
 
 
-def _layer(data: Mapping[str, Any]) -> PlannedLayer:
-    layer: PlannedLayer = _pick(PlannedLayer, data)
-    return layer if layer.sizes is None else dataclasses.replace(layer, sizes=tuple(layer.sizes))
+_MOST = 1 << 20  # experts, layers times experts per token, and more of either than any model has
+_FORMAT = record({"format": whole()})
+_PLAN = record(
+    {
+        "source": string(),
+        "budget": record(
+            {
+                "requested": number(0),
+                "activations": number(0, _MOST),
+                "original": whole(1, _MOST),
+            }
+        ),
+        "redistribution": one_of(*REDISTRIBUTIONS),
+        "weights": one_of("keep", "renorm"),
+        "layers": rows(
+            record(
+                {
+                    "name": string(),
+                    "experts": whole(1, _MOST),
+                    "k_original": whole(1, _MOST),
+                    "k": number(0, _MOST),
+                },
+                {
+                    "threshold": optional(number()),
+                    "sizes": optional(rows(number(0), most=_MOST)),
+                    "bits": optional(whole(1, 64)),
+                },
+            ),
+            least=1,
+        ),
+    },
+    {
+        "price": optional(number(0)),
+        "overlap": optional(number(-1, 1)),
+        "dial": rows(record({"activations": number(0, _MOST), "price": number(0)})),
+        "cap": optional(number(1)),
+        "correction": mapping(anything),
+        "cost": mapping(anything),
+        "quantization": mapping(anything),
+        "sensitivity": mapping(anything),
+        "verify": mapping(anything),
+        "versions": mapping(string()),
+    },
+)
+
+
+def _budget(data: Mapping[str, Any]) -> Budget:
+    budget = Budget(**data)
+    if budget.activations > budget.original:
+        raise ShapeError(
+            f"budget.activations is {budget.activations}, above the original {budget.original}"
+        )
+    return budget
+
+
+def _layer(data: Mapping[str, Any], where: str) -> PlannedLayer:
+    layer = PlannedLayer(**data)
+    if not layer.k <= layer.k_original <= layer.experts:
+        raise ShapeError(
+            f"{where} gives k {layer.k} of {layer.k_original}, with {layer.experts} experts; "
+            "neither can be more than the next"
+        )
+    if layer.sizes is not None and len(layer.sizes) != layer.experts:
+        raise ShapeError(f"{where}.sizes has {len(layer.sizes)} items for {layer.experts} experts")
+    return layer
 
 
 def _without_unset(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if value not in (None, (), {})}
-
-
-def _pick(cls: type[Any], data: Mapping[str, Any]) -> Any:
-    names = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{key: value for key, value in data.items() if key in names})

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from alloc_moe.runtime.commands.failures import Command
+from alloc_moe.runtime.commands.numeric import MOST_RUNS, BudgetText, seed_type, tokens_type
 from alloc_moe.runtime.commands.options import (
     common_options,
     ep_option,
@@ -23,23 +25,39 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Command,
     epilog=examples(
         "alloc-bench full.onnx half.onnx --prompt-tokens 512 --past 512 --runs 7",
         "alloc-bench dial.onnx --budget 0.5 --budget 0.25",
-    )
+    ),
 )
 @click.argument("artifacts", type=click.Path(), nargs=-1, required=True)
-@click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Prefill's length.")
 @click.option(
-    "--past", type=int, default=128, show_default=True, help="Tokens before the first decoded."
+    "--prompt-tokens", type=tokens_type(), default=128, show_default=True, help="Prefill's length."
 )
-@click.option("--new-tokens", type=int, default=32, show_default=True, help="Tokens decoded.")
-@click.option("--runs", type=int, default=5, show_default=True, help="Runs after the warm-up.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the tokens.")
+@click.option(
+    "--past",
+    type=tokens_type(0),
+    default=128,
+    show_default=True,
+    help="Tokens before the first decoded.",
+)
+@click.option(
+    "--new-tokens", type=tokens_type(), default=32, show_default=True, help="Tokens decoded."
+)
+@click.option(
+    "--runs",
+    type=click.IntRange(1, MOST_RUNS),
+    default=5,
+    show_default=True,
+    help="Runs after the warm-up.",
+)
+@click.option("--seed", type=seed_type, default=0, show_default=True, help="Seed of the tokens.")
 @click.option(
     "--budget",
     "budgets",
     multiple=True,
+    type=BudgetText(),
     help="Measure the one ARTIFACT, which has a dial, at this budget too. Repeatable.",
 )
 @ep_option

@@ -6,18 +6,42 @@ import json
 
 import click
 
+from alloc_moe.runtime.commands.failures import Command
 from alloc_moe.runtime.commands.options import common_options, examples
 from alloc_moe.runtime.console import Console
 
 
-@click.command(epilog=examples("alloc-inspect out.onnx", "alloc-inspect bundle/ --json"))
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "alloc-inspect out.onnx", "alloc-inspect bundle/ --json", "alloc-inspect out.onnx --check"
+    ),
+)
 @click.argument("artifact", type=click.Path())
+@click.option(
+    "--check", is_flag=True, help="Instead read all data, and say whether they are as compiled."
+)
 @common_options
-def inspect_command(console: Console, artifact: str) -> None:
+def inspect_command(console: Console, artifact: str, check: bool) -> None:
     """Show what was decided when ARTIFACT was compiled; its weights aren't needed for that."""
+    from alloc_moe.runtime.artifact.checking import check_all
     from alloc_moe.runtime.artifact.files import find_artifact
     from alloc_moe.runtime.commands.tables import plan_table
 
     files = find_artifact(artifact)
+    if check:
+        checked = check_all(files)
+        sizes = ", ".join(f"{name} ({size} bytes)" for name, size in checked.items())
+        console.result(
+            f"{files.graph}: the data are as compiled: {sizes}",
+            {"artifact": str(files.graph), "checked": checked},
+        )
+        return
     data = {"artifact": str(files.graph), **json.loads(files.plan.to_json())}
-    console.result(plan_table(files.plan, name=str(files.graph)), data)
+    digests = files.digests()
+    console.result(plan_table(files.plan, name=str(files.graph), digests=digests), data)
+    if files.onnx.data_files and not digests:
+        console.note(
+            "An earlier version compiled it, without a digest: nothing shows whether its data are "
+            "the right ones."
+        )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from alloc_moe.runtime.commands.failures import Command
+from alloc_moe.runtime.commands.numeric import FiniteRange, seed_type, tokens_type
 from alloc_moe.runtime.commands.options import (
     budget_option,
     common_options,
@@ -17,6 +19,7 @@ from alloc_moe.runtime.commands.options import (
     session_option,
     threads_option,
 )
+from alloc_moe.runtime.commands.texts import argument_text, read_text
 from alloc_moe.runtime.console import Console, duration
 
 # numpy, onnxruntime, tokenizers and rich load inside the functions, to keep --help quick.
@@ -25,28 +28,40 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.text.model import Completion
 
 
-@click.command(epilog=examples("alloc-run out.onnx --prompt 'The committee' --max-new-tokens 64"))
+@click.command(
+    cls=Command, epilog=examples("alloc-run out.onnx --prompt 'The committee' --max-new-tokens 64")
+)
 @click.argument("artifact", type=click.Path())
-@click.option("--prompt", "prompts", multiple=True, help="Text to continue. Repeatable.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    callback=lambda _context, _option, texts: tuple(map(argument_text, texts)),
+    help="Text to continue. Repeatable.",
+)
 @click.option(
     "--prompt-file",
     "files",
     multiple=True,
-    type=click.File("rb"),
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
     help="File whose whole text is a prompt; - is stdin. Repeatable.",
 )
-@click.option("--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--max-new-tokens", type=tokens_type(), default=128, show_default=True)
 @click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
+    "--temperature",
+    type=FiniteRange(0, 1000),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token.",
 )
 @click.option(
     "--top-p",
-    type=float,
+    type=FiniteRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
     help="Draw from the likeliest tokens that make up this probability.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws.")
+@click.option("--seed", type=seed_type, default=0, show_default=True, help="Seed of the draws.")
 @budget_option
 @ep_option
 @threads_option
@@ -59,7 +74,7 @@ def run_command(
     console: Console,
     artifact: str,
     prompts: tuple[str, ...],
-    files: tuple[Any, ...],  # binary files, opened by click
+    files: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -78,7 +93,7 @@ def run_command(
     from alloc_moe.runtime.text.model import load
     from alloc_moe.runtime.text.sampling import Sampling
 
-    texts = [*prompts, *(_text(file) for file in files)]
+    texts = [*prompts, *map(read_text, files)]
     if not texts:
         raise click.UsageError("Give a --prompt or a --prompt-file.")
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
@@ -138,15 +153,6 @@ class _Clock:
             f"{seconds['prefill']:.2f} s; decode: {decoded} tokens in "
             f"{seconds['decode']:.2f} s{rate}."
         )
-
-
-def _text(file: Any) -> str:  # a binary file
-    from alloc_moe.runtime.errors import GenerationError
-
-    try:
-        return str(file.read(), "utf-8")
-    except UnicodeDecodeError as error:
-        raise GenerationError(f"{file.name} is no UTF-8 text: {error}.") from error
 
 
 def _labelled(completions: list[Completion]) -> list[str]:

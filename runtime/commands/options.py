@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, TypeVar
 
 import click
 
-from alloc_moe.runtime.console import Console
+from alloc_moe.runtime.commands.failures import foreign
+from alloc_moe.runtime.commands.numeric import BudgetText, Threads
+from alloc_moe.runtime.console import Console, printable, say
 from alloc_moe.runtime.errors import AllocMoeError
 
 P = ParamSpec("P")
@@ -29,7 +32,7 @@ ep_option = click.option(
 )
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=Threads(),
     help="Threads that share the work; by default one per physical core.",
 )
 session_option = click.option(
@@ -43,6 +46,7 @@ session_option = click.option(
 )
 budget_option = click.option(
     "--budget",
+    type=BudgetText(),
     help="Activations per token, for artifacts compiled with --redistribute price: a fraction of "
     "the full model's with a decimal point, or a whole number. Default: as compiled.",
 )
@@ -66,7 +70,8 @@ def common_options(function: Callable[Concatenate[Console, P], R]) -> Callable[P
         def run_command(console: Console, artifact: str) -> None: ...
 
     An `AllocMoeError` becomes one paragraph on stderr and exit code 1 (with --debug: a traceback),
-    Ctrl-C becomes one line and 130. Any other exception is a bug and keeps its traceback.
+    and so do errors of the system, of onnxruntime and of the tokenizer that nobody foresaw. Ctrl-C
+    becomes one line and 130. Any other exception is a bug and keeps its traceback.
     """
 
     @click.option(
@@ -86,10 +91,17 @@ def common_options(function: Callable[Concatenate[Console, P], R]) -> Callable[P
             except AllocMoeError as error:
                 if debug:
                     raise
-                raise click.ClickException(str(error)) from error
+                raise click.ClickException(printable(str(error))) from error
             except KeyboardInterrupt:
-                click.echo("Interrupted.", err=True)
+                say("Interrupted.")
                 sys.exit(INTERRUPTED)
+            except BaseException as error:
+                message = foreign(error)
+                if message is None:
+                    raise
+                if debug:
+                    traceback.print_exc()
+                raise click.ClickException(printable(message)) from error
 
     return command
 

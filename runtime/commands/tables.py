@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Group, OverflowMethod, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from alloc_moe.runtime.artifact.digest import DataDigest
 from alloc_moe.runtime.artifact.plan import AllocationPlan, PlannedLayer
+from alloc_moe.runtime.console import printable
 from alloc_moe.runtime.measure.bench import Measurement, Workload
 
 _BAR = 16
 
 
-def plan_table(plan: AllocationPlan, *, name: str) -> RenderableType:
-    """Return what a plan says: the budget, how it was decided, and a row per MoE layer."""
+def plan_table(
+    plan: AllocationPlan, *, name: str, digests: Mapping[str, DataDigest] = MappingProxyType({})
+) -> RenderableType:
+    """Return what a plan says: the budget, how it was decided, and a row per MoE layer.
+
+    Args:
+        plan: The plan.
+        name: The artifact's.
+        digests: What its data files must hold.
+    """
     budget = plan.budget
     planned, share = _mean(budget.activations), budget.activations / budget.original
     facts = {
@@ -30,10 +43,14 @@ def plan_table(plan: AllocationPlan, *, name: str) -> RenderableType:
         "sensitivity": _pairs(plan.sensitivity),
         "verified": _pairs(plan.verify),
         "versions": _pairs(plan.versions),
+        "data": ", ".join(
+            f"{file}, {digest.size} bytes in {len(digest.blocks)} blocks"
+            for file, digest in digests.items()
+        ),
     }
     listing = Table.grid(padding=(0, 2))
     for fact, value in facts.items():
-        listing.add_row(Text(fact, style="bold"), Text(value or "-", overflow="fold"))
+        listing.add_row(Text(fact, style="bold"), _text(value or "-", overflow="fold"))
     return Group(listing, Text(), _layers(plan))
 
 
@@ -48,7 +65,7 @@ def speed_table(
     table = Table(
         title=f"Tokens per second, median of {workload.runs} runs made in turns",
         caption=f"Prefill of {workload.prompt_tokens} tokens; decode of {workload.new_tokens} "
-        f"after {workload.past}.\n{_pairs(setting)}",
+        f"after {workload.past}.\n{escape(_pairs(setting))}",
         caption_justify="left",
     )
     table.add_column("artifact", overflow="fold")
@@ -63,7 +80,7 @@ def speed_table(
         ):
             spread = f"{min(speed.runs):.1f} - {max(speed.runs):.1f}"
             row += [f"{speed.median:.1f}", spread, f"{speed.ratio(reference):.2f}x"]
-        table.add_row(Text(artifact), *row)
+        table.add_row(_text(artifact), *row)
     return table
 
 
@@ -97,7 +114,7 @@ def _layers(plan: AllocationPlan) -> Table:
     table.add_column("share", no_wrap=True)
     for layer in plan.layers:
         table.add_row(
-            Text(layer.name),
+            _text(layer.name),
             str(layer.experts),
             str(layer.k_original),
             _mean(layer.k),
@@ -110,6 +127,11 @@ def _layers(plan: AllocationPlan) -> Table:
 
 def _threshold(layer: PlannedLayer) -> str:
     return "-" if layer.threshold is None else f"{layer.threshold:.4g}"
+
+
+def _text(words: str, *, overflow: OverflowMethod | None = None) -> Text:
+    """Return words of an artifact, of which a terminal must not obey any."""
+    return Text(printable(words, keep=""), overflow=overflow)
 
 
 def _bar(share: float) -> Text:
@@ -126,7 +148,8 @@ def _short(value: Any) -> str:  # any JSON value
     if isinstance(value, float):
         return f"{value:.4g}" if value else "0"
     if isinstance(value, list | tuple):
-        return "/".join(f"{name} x{value.count(name)}" for name in dict.fromkeys(value))
+        counts = Counter(map(str, value))
+        return "/".join(f"{name} x{count}" for name, count in counts.items())
     text = str(value)
     is_checksum = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
     return f"{text[:12]}..." if is_checksum else text

@@ -155,6 +155,20 @@ class Cache:
         """The columns there is room for before anything must be moved."""
         return self._mask.shape[1]
 
+    @property
+    def mask(self) -> NDArray[np.int64]:
+        """Which of its columns are real tokens [batch, length]."""
+        return self._mask[:, : self.length]
+
+    @property
+    def real_tokens(self) -> NDArray[np.int64]:
+        """How many of its columns are, per sequence."""
+        return self._real
+
+    def is_of(self, slots: Sequence[CacheSlot]) -> bool:
+        """Whether it was made for the session that has these slots."""
+        return self._slots is slots
+
     def fork(self) -> Cache:
         """Return a copy that can be continued on its own."""
         copy = Cache(self._slots, batch=self.batch, device=self._device)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,16 +23,21 @@ Provider = Literal["auto", "cpu", "cuda"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FATAL, _ERROR, _WARNING = 4, 3, 2  # onnxruntime's log severities; warning is its default
-_ORT_ERRORS = (
-    ort_errors.EPFail,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
+_MOST_PER_CORE = 8
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    *(
+        kind
+        for kind in vars(ort_errors).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ),
+    RuntimeError,  # what of C++ has no type of its own
 )
+"""What onnxruntime raises."""
+
+
+def most_threads() -> int:
+    """Return the most threads that can be asked for: many more than cores take forever."""
+    return _MOST_PER_CORE * (os.cpu_count() or 1)
 
 
 def session_options(
@@ -57,14 +63,14 @@ def session_options(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERROR
     if threads is not None:
-        if threads < 1:
-            raise GenerationError(f"{threads} threads can't run a model. Give 1 or more.")
+        _check_threads(threads)
         options.intra_op_num_threads = threads
     if stop_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if data_folder is not None:
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(data_folder.resolve())
+            "session.model_external_initializers_file_folder_path",
+            utf8_path(data_folder.resolve()),
         )
     for name, value in (more or {}).items():
         if "." in name:
@@ -74,6 +80,28 @@ def session_options(
     return options
 
 
+def utf8_path(path: Path) -> str:
+    """Return a path as onnxruntime takes it, whatever locale it was decoded by.
+
+    Raises:
+        ArtifactError: It is no UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeError as error:
+        raise ArtifactError(
+            f"onnxruntime can't open {str(path)!r}, whose name is no UTF-8. Rename it."
+        ) from error
+
+
+def _check_threads(threads: int) -> None:
+    if not 1 <= threads <= most_threads():
+        raise GenerationError(
+            f"{threads} threads can't run a model here. Give 1 to {most_threads()}, "
+            f"{_MOST_PER_CORE} per core."
+        )
+
+
 def _set(options: onnxruntime.SessionOptions, name: str, value: str) -> None:
     old = getattr(options, name, None)
     if name.startswith("_") or not isinstance(old, int):  # switches are integers too
@@ -81,10 +109,12 @@ def _set(options: onnxruntime.SessionOptions, name: str, value: str) -> None:
             f"onnxruntime's SessionOptions have no switch or number {name!r}. Entries of the "
             "session's configuration have a dot in their names, as session.intra_op.allow_spinning."
         )
+    if name.endswith("_num_threads") and value.isdecimal() and len(value) < 20 and int(value):
+        _check_threads(int(value))
     allowed = {"0": False, "1": True} if isinstance(old, bool) else None
     try:
         setattr(options, name, allowed[value] if allowed else int(value))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:  # the last of numbers that don't fit
         takes = "0 or 1" if allowed else "a whole number"
         raise GenerationError(f"{name} is {value!r}. It takes {takes}.") from error
 
@@ -138,9 +168,9 @@ def _on_cpu(
 ) -> onnxruntime.InferenceSession:
     try:
         return _session(model, options, [CPU])
-    except _ORT_ERRORS as error:
+    except ORT_ERRORS as error:
         raise ArtifactError(
-            f"onnxruntime {onnxruntime.__version__} can't load {name}: {_message(error)}"
+            f"onnxruntime {onnxruntime.__version__} can't load {name}: {ort_message(error)}"
         ) from error
 
 
@@ -153,8 +183,8 @@ def _on_cuda(
     try:
         with _silent_log():
             session = _session(model, options, [CUDA, CPU])
-    except _ORT_ERRORS as error:
-        return None, _message(error)
+    except ORT_ERRORS as error:
+        return None, ort_message(error)
     if CUDA in session.get_providers():
         return session, ""
     missing = printed.getvalue().strip().partition("\n")[0]
@@ -179,6 +209,6 @@ def _silent_log() -> Iterator[None]:
         onnxruntime.set_default_logger_severity(_WARNING)
 
 
-def _message(error: Exception) -> str:
+def ort_message(error: Exception) -> str:
     """Return onnxruntime's words without its codes, on one line."""
     return " ".join(str(error).rpartition("[ONNXRuntimeError] : ")[2].split())

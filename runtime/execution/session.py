@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from alloc_moe.runtime.artifact.counting import counted_values, executed
 from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
-from alloc_moe.runtime.artifact.onnx_file import with_outputs
+from alloc_moe.runtime.artifact.onnx_file import with_data_names, with_outputs
 from alloc_moe.runtime.artifact.plan import (
     LOGITS_TO_KEEP_INPUT,
     PRICE_INPUT,
@@ -24,7 +24,16 @@ from alloc_moe.runtime.artifact.plan import (
 )
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.cache import BFLOAT16, Cache, find_slots, is_past, present_name
-from alloc_moe.runtime.execution.providers import CUDA, Provider, create_session, session_options
+from alloc_moe.runtime.execution.inputs import new_mask, token_ids
+from alloc_moe.runtime.execution.providers import (
+    CUDA,
+    ORT_ERRORS,
+    Provider,
+    create_session,
+    ort_message,
+    session_options,
+    utf8_path,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class ArtifactSession:
             shared=self.shares_cache,
             path=files.graph,
         )
+        self.context_length = files.context_length()
         vocabulary = outputs["logits"].shape[-1]
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         self._session = session
@@ -91,15 +101,23 @@ class ArtifactSession:
             batch: The number of sequences.
             capacity: Columns to have room for from the start. A cache grows as it needs to, but
                 then it is copied, each time to twice its size.
+
+        Raises:
+            GenerationError: There is no sequence, or less than no room.
         """
+        if batch < 1 or capacity < 0:
+            raise GenerationError(
+                f"A cache for {batch} sequences and {capacity} columns can't be made. "
+                "Give 1 sequence or more, and 0 columns or more."
+            )
         device = "cpu" if self.shares_cache else self.device
         return Cache(self.slots, batch=batch, capacity=capacity, device=device)
 
     def run(
         self,
-        input_ids: NDArray[np.int64],
+        input_ids: ArrayLike,
         *,
-        attention_mask: NDArray[np.int64] | None = None,
+        attention_mask: ArrayLike | None = None,
         cache: Cache | None = None,
         price: float | None = None,
         logits_to_keep: int | None = None,
@@ -109,8 +127,9 @@ class ArtifactSession:
         Args:
             input_ids: [batch, sequence].
             attention_mask: [batch, cache.length + sequence], 1 = real token, 0 = padding, which is
-                on the left of each row or anywhere else. Only the last `sequence` columns are
-                looked at: the others were given when they were new. All ones by default.
+                on the left of each row or anywhere else. The columns before the last `sequence`
+                are as they were when they were new. All ones by default. A row without any real
+                token so far has logits that mean nothing, as all padding has.
             cache: From `empty_cache`, or the one of the call before; an empty one by default. The
                 call appends to it.
             price: For artifacts with a dial: of an activation, in place of the one compiled in. See
@@ -118,19 +137,23 @@ class ArtifactSession:
             logits_to_keep: Return logits of so many positions at the end; by default of all.
 
         Raises:
-            GenerationError: There is a price, but no dial; or tokens that compete for experts
-                would have to be run apart.
+            GenerationError: There is a price, but no dial; ids, mask and cache don't belong
+                together; the context is too short; or tokens that compete for experts would have to
+                be run apart.
+            ArtifactError: onnxruntime can't run the graph.
         """
         check_price(self, price)
-        batch, sequence = input_ids.shape
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise GenerationError(f"{logits_to_keep} logits can't be kept. Give 1 or more.")
+        ids = token_ids(input_ids, self.vocabulary)
+        batch, sequence = ids.shape
         if cache is None:
             cache = self.empty_cache(batch)
-        ids = np.ascontiguousarray(input_ids, np.int64)
-        new = (
-            np.ones((batch, sequence), np.int64)
-            if attention_mask is None
-            else np.asarray(attention_mask[:, -sequence:], np.int64)
-        )
+        elif not cache.is_of(self.slots):
+            raise GenerationError(
+                "The cache was made by another session. Give one of this session's empty_cache()."
+            )
+        new = new_mask(attention_mask, ids, cache, self.context_length)
         cache.reserve(cache.length + sequence)
         optional = (price, logits_to_keep)
         if self.shares_cache and batch > 1 and sequence > 1 and cache.length:
@@ -152,7 +175,13 @@ class ArtifactSession:
             binding.bind_output(name, "cpu")
         if not self.shares_cache:
             cache.bind(binding)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except ORT_ERRORS as error:
+            raise ArtifactError(
+                f"onnxruntime can't run {self.files.graph}: {ort_message(error)} "
+                "Compile the model again, or with another version of onnxruntime."
+            ) from error
         logits, probs, present = _split(binding.get_outputs(), len(self._counted))
         cache.append(new, None if self.shares_cache else present)
         kept = to_numpy(logits)
@@ -242,17 +271,32 @@ def open_session(
         GenerationError: onnxruntime has no such option.
     """
     files = find_artifact(path)
-    files.check_data()
-    # A model given as its content must be told where its data are.
-    folder = files.graph.parent if count_activations else None
+    model, folder = _model(files, files.check_data(), counting=count_activations)
     options = session_options(
         threads=threads, stop_spinning=stop_spinning, data_folder=folder, more=more_options
     )
-    model: str | bytes = str(files.graph)
-    if count_activations:
-        model = with_outputs(files.graph.read_bytes(), counted_values(files))
     session = create_session(model, options, ep=ep, name=files.graph)
     return ArtifactSession(session, files, counting=count_activations)
+
+
+def _model(
+    files: ArtifactFiles, data: Mapping[str, Path], *, counting: bool
+) -> tuple[str | bytes, Path | None]:
+    """Return the graph's path, or its content where that must change and where its data are."""
+    graph = files.graph
+    in_place = all(path == graph.parent / name for name, path in data.items())
+    if in_place and not counting:
+        return utf8_path(graph), None
+    content = graph.read_bytes()
+    if counting:
+        content = with_outputs(content, counted_values(files))
+    # onnxruntime follows no link out of the folder that it is told, as those of the hub's cache.
+    real = {name: path.resolve() for name, path in data.items()}
+    folders = {path.parent for path in real.values()} or {graph.parent}
+    names = {name: path.name for name, path in real.items() if path.name != name}
+    if names and len(folders) == 1:
+        content = with_data_names(content, names)
+    return content, folders.pop() if len(folders) == 1 else graph.parent
 
 
 def check_price(session: ArtifactSession, price: float | None) -> None:
@@ -264,7 +308,7 @@ def check_price(session: ArtifactSession, price: float | None) -> None:
             f"{session.files.graph} has its budget compiled in, so it can't be run at another. "
             "Compile it with --redistribute price and no cap, or leave the budget out."
         )
-    if not price >= 0:
+    if not 0 <= price < math.inf:
         raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")
 
 

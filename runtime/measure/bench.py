@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.finite import check_finite
 from alloc_moe.runtime.execution.session import ArtifactSession
 
 _UNKNOWN_VOCABULARY = 256  # ids that any model has
@@ -127,8 +128,10 @@ def _filled(
 
 def _prefill(session: ArtifactSession, prompt: NDArray[np.int64], price: float | None) -> float:
     start = time.perf_counter()
-    session.run(prompt, price=price, logits_to_keep=1)
-    return time.perf_counter() - start
+    output = session.run(prompt, price=price, logits_to_keep=1)
+    seconds = time.perf_counter() - start
+    check_finite(output.logits.max(), f"{session.files.graph} computed logits")
+    return seconds
 
 
 def _decode(
@@ -147,7 +150,7 @@ def _check(sessions: Sequence[ArtifactSession], workload: Workload) -> None:
             raise GenerationError(f"{name} is {value}. Give {minimum} or more.")
     longest = max(workload.prompt_tokens, workload.past + workload.new_tokens)
     for session in sessions:
-        limit = session.files.context_length()
+        limit = session.context_length
         if limit is not None and longest > limit:
             raise GenerationError(
                 f"The context of {session.files.graph} holds {limit} tokens, the benchmark needs "

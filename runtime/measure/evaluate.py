@@ -53,8 +53,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the loss; infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """The exponential of the loss; infinite where that overflows, NaN where that is."""
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
     @property
     def activations_per_token(self) -> tuple[float, ...] | None:
@@ -125,7 +125,7 @@ def evaluate_artifact(
     Raises:
         GenerationError: The text is too short, or the window longer than the model's context.
     """
-    limit = session.files.context_length()
+    limit = session.context_length
     window = default_window(limit) if window is None else window
     if limit is not None and window > limit:
         raise GenerationError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.inputs import prompt_ids
 from alloc_moe.runtime.execution.session import ArtifactSession
 from alloc_moe.runtime.text.sampling import Sampling, sample
 
@@ -25,7 +27,7 @@ Logits may be of the last positions only.
 
 def generate(
     session: ArtifactSession,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[ArrayLike],
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -38,10 +40,11 @@ def generate(
     Arguments and errors are those of `generate_steps`. ``on_token(row, token)`` is called for every
     token as soon as it is known.
     """
-    rows: list[list[int]] = [[] for _ in prompts]
+    given = prompt_ids(prompts)
+    rows: list[list[int]] = [[] for _ in given]
     steps = generate_steps(
         session,
-        prompts,
+        given,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         eos_ids=eos_ids,
@@ -58,7 +61,7 @@ def generate(
 
 def generate_steps(
     session: ArtifactSession,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[ArrayLike],
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -74,7 +77,7 @@ def generate_steps(
 
     Args:
         session: An artifact from `open_session`.
-        prompts: The token ids of each prompt, at least one.
+        prompts: The token ids of each prompt, lists or arrays.
         max_new_tokens: The most tokens a row gets.
         sampling: How tokens are chosen; greedy by default.
         eos_ids: Tokens that end a row; by default those that the model's configuration names.
@@ -83,6 +86,7 @@ def generate_steps(
     Raises:
         GenerationError: A prompt is empty, too long, or has ids that the model doesn't know.
     """
+    prompts = prompt_ids(prompts)
     _check(session, prompts, max_new_tokens=max_new_tokens)
     if not prompts:
         return
@@ -149,9 +153,9 @@ def _check(
     session: ArtifactSession, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
 ) -> None:
     """Raise GenerationError for what the model can't take."""
-    if max_new_tokens < 1:
+    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
         raise GenerationError(f"{max_new_tokens} new tokens were asked for. Ask for 1 or more.")
-    limit = session.files.context_length()
+    limit = session.context_length
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise GenerationError(f"Prompt {number} has no tokens. Give it some text.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,11 +11,12 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from alloc_moe.runtime.artifact.dial import price_of
+from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.providers import Provider
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 from alloc_moe.runtime.text.generation import GREEDY, generate
 from alloc_moe.runtime.text.sampling import Sampling
-from alloc_moe.runtime.text.tokenizer import TextStream, load_tokenizer
+from alloc_moe.runtime.text.tokenizer import TextStream, encode, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,11 @@ class TextModel:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the start token if the tokenizer adds one."""
-        ids: list[int] = self.tokenizer.encode(text).ids
-        return ids
+        return encode(self.tokenizer, text)
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         *,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
@@ -71,6 +71,7 @@ class TextModel:
         Raises:
             GenerationError: A prompt is empty or too long, or the budget is not on the dial.
         """
+        prompts = _texts(prompts)
         price = None if budget is None else price_of(self.session.plan, budget)
         prompt_ids = [self.encode(prompt) for prompt in prompts]
         streams = [TextStream(self.tokenizer, ids) for ids in prompt_ids]
@@ -108,6 +109,17 @@ class TextModel:
         ]
 
 
+def _texts(prompts: Iterable[str]) -> list[str]:
+    """Return prompts as a list; arrays of texts have their own kind of text."""
+    if isinstance(prompts, str | bytes):
+        raise GenerationError("The prompts are one text. Give a list of prompts.")
+    texts = list(prompts)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise GenerationError(f"Prompt {number} is of type {type(text).__name__}. Give text.")
+    return list(map(str, texts))
+
+
 def load(
     path: str | Path,
     *,
@@ -135,9 +147,8 @@ def load(
     model = TextModel(session, load_tokenizer(session.files, tokenizer))
     if not model.eos_ids:
         logger.warning(
-            "No configuration beside %s or in %s names the token that ends a text, so texts go on "
-            "to the most tokens asked for.",
+            "Neither %s nor a configuration beside it names the token that ends a text, so texts "
+            "go on to the most tokens asked for.",
             session.files.graph,
-            session.plan.source,
         )
     return model

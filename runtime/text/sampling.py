@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.errors import ArtifactError, GenerationError
+from alloc_moe.runtime.errors import GenerationError
+from alloc_moe.runtime.execution.finite import check_finite
 
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller; sorting so few is quick
 
@@ -41,12 +43,12 @@ class Sampling:
                 f"top-p {self.top_p} has no effect at temperature 0, which is greedy. "
                 "Give a temperature too, such as 0.8."
             )
-        if self.seed < 0:
-            raise GenerationError(f"The seed is {self.seed}. Give 0 or more.")
+        if not isinstance(self.seed, numbers.Integral) or self.seed < 0:
+            raise GenerationError(f"The seed is {self.seed}. Give a whole number, 0 or more.")
 
     def generators(self, rows: int) -> list[np.random.Generator]:
         """Return one random generator per row of a batch."""
-        return [np.random.Generator(np.random.PCG64([self.seed, row])) for row in range(rows)]
+        return [np.random.Generator(np.random.PCG64([int(self.seed), row])) for row in range(rows)]
 
 
 def sample(
@@ -60,11 +62,7 @@ def sample(
         ArtifactError: Logits are not numbers.
     """
     best: NDArray[np.int64] = logits.argmax(axis=-1)  # of a row with NaN: the first NaN
-    if not np.isfinite(logits[np.arange(len(best)), best]).all():
-        raise ArtifactError(
-            "The model computed logits that are no finite numbers. If it was compiled to float16, "
-            "its values may be too large for that: compile it to float32 or bfloat16."
-        )
+    check_finite(logits[np.arange(len(best)), best], "The model computed logits")
     if sampling.temperature == 0:
         return best
     return np.array(
@@ -95,7 +93,8 @@ def nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
 def _draw(logits: NDArray[np.floating], temperature: float, top_p: float, uniform: float) -> int:
     """Return the token at which the nucleus' cumulative probability passes ``uniform``."""
     scores = logits.astype(np.float64)
-    weights = np.exp((scores - scores.max()) / temperature)
+    with np.errstate(over="ignore"):  # at the least temperatures: exp(-inf) is 0 all the same
+        weights = np.exp((scores - scores.max()) / temperature)
     ids = nucleus(weights, top_p) if top_p < 1 else np.arange(len(weights))
     cumulative = weights[ids].cumsum()
     return int(ids[np.searchsorted(cumulative, uniform * cumulative[-1], side="right")])

@@ -2,43 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from alloc_moe.runtime.artifact.files import ArtifactFiles
-from alloc_moe.runtime.errors import ArtifactError
+from alloc_moe.runtime.artifact.files import ArtifactFiles, TokenizerIdentity
+from alloc_moe.runtime.artifact.plan import TOKENIZER_JSON_KEY
+from alloc_moe.runtime.artifact.shapes import read_file
+from alloc_moe.runtime.errors import AllocMoeError, ArtifactError, GenerationError
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
+_MOST_BYTES = 256 << 20
 _REPLACEMENT = "\ufffd"  # what half a UTF-8 character decodes to
 _CONTEXT = 12  # tokens kept as context; a multiple of 2, 3 and 4, the bytes of a character
 
 
 def load_tokenizer(files: ArtifactFiles, path: str | Path | None = None) -> Tokenizer:
-    """Return an artifact's tokenizer.
+    """Return an artifact's tokenizer: the one it carries, else the one that lies beside it.
+
+    Another than the artifact was compiled with would give other tokens, so one that happens to lie
+    there is not used.
 
     Args:
-        files: The artifact; the tokenizer is looked for beside it, then where its plan says that
-            the model came from.
-        path: A tokenizer.json, or a folder with one, to use instead.
+        files: The artifact.
+        path: A tokenizer.json, or a folder with one, to use instead, whatever it is.
 
     Raises:
-        ArtifactError: There is none, or it can't be read.
+        ArtifactError: There is none, it can't be read, or it isn't the artifact's.
     """
+    identity = files.tokenizer_identity()
+    carried = files.onnx.metadata.get(TOKENIZER_JSON_KEY)
+    if path is None and carried is not None:
+        return _tokenizer(carried, f"the tokenizer in {files.graph}")
     found = files.find(TOKENIZER_FILE) if path is None else _given(Path(path))
     if found is None:
         raise ArtifactError(
-            f"There is no {TOKENIZER_FILE} beside {files.graph}, nor in {files.plan.source}, where "
-            "the model came from. Copy it there or say where it is (--tokenizer)."
+            f"There is no {TOKENIZER_FILE} beside {files.graph}. Copy the model's there, or say "
+            "where it is (--tokenizer)."
         )
     try:
-        tokenizer = Tokenizer.from_file(str(found))
-    except Exception as error:  # the library raises nothing more specific
+        content = read_file(found, most=_MOST_BYTES)
+        tokenizer = _tokenizer(str(content, "utf-8"), found)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{found} can't be read as a tokenizer: {error}.") from error
-    tokenizer.no_truncation()  # these settings of training would cut or fill prompts
-    tokenizer.no_padding()
+    if identity is None or _is_the_same(content, tokenizer, identity):
+        return tokenizer
+    if path is None:
+        raise ArtifactError(
+            f"{found} isn't the tokenizer that {files.graph} was compiled with. "
+            "Put the model's own there, or say which one to use (--tokenizer)."
+        )
+    logger.warning("%s isn't the tokenizer that %s was compiled with.", found, files.graph)
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str, *, special: bool = True) -> list[int]:
+    """Return the token ids of a text, with the start token if the tokenizer adds one.
+
+    Raises:
+        GenerationError: It is no text, as halves of characters aren't, or the tokenizer fails.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError(
+            f"The text {text[:40]!r} has a character that UTF-8 can't write, at {error.start}. "
+            "Give UTF-8 text."
+        ) from error
+    with _failures("The tokenizer can't encode the text", GenerationError):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+
+def _tokenizer(content: str, name: str | Path) -> Tokenizer:
+    with _failures(f"{name} can't be read as a tokenizer", ArtifactError):
+        tokenizer = Tokenizer.from_str(content)
+        tokenizer.no_truncation()  # these settings of training would cut or fill prompts
+        tokenizer.no_padding()
+        return tokenizer
+
+
+@contextlib.contextmanager
+def _failures(what: str, kind: type[AllocMoeError]) -> Iterator[None]:
+    """Turn what the library raises, which is nothing specific, into an error of ours."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{what}: {error}.") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of its Rust code; no Exception
+            raise
+        raise kind(f"{what}: {error}.") from error
+
+
+def _is_the_same(content: bytes, tokenizer: Tokenizer, identity: TokenizerIdentity) -> bool:
+    if hashlib.sha256(content).hexdigest() in identity.files:
+        return True
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest() == identity.sha256
 
 
 def _given(path: Path) -> Path:

@@ -55,7 +55,7 @@ def test_an_unknown_end_of_text_is_warned_of(
     load(bundle, ep="cpu")
     assert not caplog.messages
     load(toy, tokenizer=bundle, ep="cpu")
-    assert "or in nowhere/toy names the token that ends a text" in caplog.text
+    assert "nor a configuration beside it names the token that ends a text" in caplog.text
 
 
 def test_an_empty_prompt_is_rejected(model: TextModel) -> None:

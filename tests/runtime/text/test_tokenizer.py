@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.artifact.plan import AllocationPlan
-from alloc_moe.runtime.errors import ArtifactError
-from alloc_moe.runtime.text.tokenizer import TextStream, load_tokenizer
+from alloc_moe.runtime.errors import ArtifactError, GenerationError
+from alloc_moe.runtime.text.tokenizer import TextStream, encode, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +101,120 @@ def files(toy: Path, plan: AllocationPlan, tmp_path: Path) -> ArtifactFiles:
     return dataclasses.replace(find_artifact(graph), plan=plan)
 
 
-def test_the_tokenizer_is_beside_the_artifact_or_at_its_source(
-    files: ArtifactFiles, byte_level: Tokenizer
+@pytest.fixture
+def own(byte_level: Tokenizer) -> Tokenizer:
+    """A copy, to be changed."""
+    return Tokenizer.from_str(byte_level.to_str())
+
+
+def with_metadata(files: ArtifactFiles, **metadata: object) -> ArtifactFiles:
+    texts = {f"alloc_moe.{key}": json.dumps(value) for key, value in metadata.items()}
+    onnx = dataclasses.replace(files.onnx, metadata={**files.onnx.metadata, **texts})
+    return dataclasses.replace(files, onnx=onnx)
+
+
+def identity_of(tokenizer: Tokenizer, *files: Path) -> dict[str, object]:
+    def sha256(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()
+
+    hashes = [sha256(file.read_bytes()) for file in files]
+    return {"sha256": sha256(tokenizer.to_str().encode()), "files": hashes}
+
+
+def test_the_tokenizer_is_beside_the_artifact(
+    files: ArtifactFiles, own: Tokenizer, tmp_path: Path
 ) -> None:
-    source, beside = Path(files.plan.source), files.graph.parent
-    byte_level.save(str(source / "tokenizer.json"))
-    assert load_tokenizer(files).get_vocab_size() == 257
-    byte_level.add_tokens(["more"])
-    byte_level.save(str(beside / "tokenizer.json"))
+    own.save(str(tmp_path / "tokenizer.json"))
+    own.add_tokens(["more"])
+    own.save(str(files.graph.parent / "tokenizer.json"))
     assert load_tokenizer(files).get_vocab_size() == 258
-    assert load_tokenizer(files, source).get_vocab_size() == 257
-    assert load_tokenizer(files, source / "tokenizer.json").get_vocab_size() == 257
+    assert load_tokenizer(files, tmp_path).get_vocab_size() == 257
+    assert load_tokenizer(files, tmp_path / "tokenizer.json").get_vocab_size() == 257
+
+
+def test_nothing_is_looked_for_where_the_plan_says_the_model_came_from(
+    files: ArtifactFiles, own: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(files.plan.source)
+    own.save(str(source / "tokenizer.json"))
+    (source / "config.json").write_text('{"eos_token_id": 7, "max_position_embeddings": 9}')
+    relative = dataclasses.replace(files, plan=dataclasses.replace(files.plan, source=source.name))
+    monkeypatch.chdir(source.parent)
+    for each in (files, relative):
+        with pytest.raises(ArtifactError, match=r"beside .*out\.onnx\. Copy .*--tokenizer"):
+            load_tokenizer(each)
+        assert each.eos_ids() == frozenset()
+        assert each.context_length() is None
+
+
+def test_a_tokenizer_that_the_artifact_carries_goes_before_any_other(
+    files: ArtifactFiles, own: Tokenizer
+) -> None:
+    carried = own.to_str()
+    own.add_tokens(["more"])
+    own.save(str(files.graph.parent / "tokenizer.json"))
+    carrying = with_metadata(files, tokenizer_json=json.loads(carried))
+    assert load_tokenizer(carrying).get_vocab_size() == 257
+    assert load_tokenizer(carrying, files.graph.parent).get_vocab_size() == 258
+
+
+def test_another_models_tokenizer_beside_the_artifact_is_not_used(
+    files: ArtifactFiles,
+    own: Tokenizer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    beside = files.graph.parent / "tokenizer.json"
+    own.save(str(beside), pretty=False)
+    for identity in (identity_of(own), {**identity_of(Tokenizer(own.model), beside)}):
+        known = with_metadata(files, tokenizer=identity)
+        assert load_tokenizer(known).get_vocab_size() == 257
+    own.save(str(beside), pretty=True)  # the same in other words
+    known = with_metadata(files, tokenizer=identity_of(own))
+    assert load_tokenizer(known).get_vocab_size() == 257
+    own.add_tokens(["more"])
+    own.save(str(beside))
+    with pytest.raises(ArtifactError, match=r"isn't the tokenizer that .*out\.onnx.*--tokenizer"):
+        load_tokenizer(known)
+    assert not caplog.messages
+    assert load_tokenizer(known, beside).get_vocab_size() == 258
+    assert "isn't the tokenizer" in caplog.text
+
+
+def test_what_the_artifact_says_of_its_end_goes_before_what_lies_beside_it(
+    files: ArtifactFiles,
+) -> None:
+    (files.graph.parent / "config.json").write_text(
+        '{"eos_token_id": 7, "max_position_embeddings": 9}'
+    )
+    assert (files.eos_ids(), files.context_length()) == ({7}, 9)
+    bare = with_metadata(files, generation={"eos_token_id": [3, 4], "context_length": None})
+    assert (bare.eos_ids(), bare.context_length()) == ({3, 4}, 9)
+    bundle = dataclasses.replace(bare, graph=files.graph.rename(files.graph.parent / "model.onnx"))
+    (files.graph.parent / "allocation.json").write_text("{}")
+    assert bundle.eos_ids() == {7}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("generation", {"eos_token_id": "x"}, r"eos_token_id is 'x', where a list of .*expected"),
+        ("generation", [1], "it is no JSON object but a list of 1 items"),
+        ("tokenizer", {"sha256": 5, "files": []}, "sha256 is 5, where a text"),
+        ("tokenizer", {"sha256": "5"}, "it lacks files"),
+    ],
+)
+def test_damaged_metadata_are_reported(
+    files: ArtifactFiles, key: str, value: object, message: str
+) -> None:
+    damaged = with_metadata(files, **{key: value})
+    with pytest.raises(ArtifactError, match=message):
+        damaged.eos_ids() if key == "generation" else load_tokenizer(damaged)
+
+
+def test_half_a_character_is_no_text(own: Tokenizer) -> None:
+    with pytest.raises(GenerationError, match="UTF-8 can't write, at 1"):
+        encode(own, "a\udce9")
 
 
 def test_truncation_and_padding_of_training_are_off(files: ArtifactFiles, bundle: Path) -> None:
@@ -119,13 +223,6 @@ def test_truncation_and_padding_of_training_are_off(files: ArtifactFiles, bundle
     tokenizer.enable_padding(length=9)
     tokenizer.save(str(files.graph.parent / "tokenizer.json"))
     assert len(load_tokenizer(files).encode("four!").ids) == 5
-
-
-def test_no_tokenizer_is_reported_with_both_places(files: ArtifactFiles) -> None:
-    with pytest.raises(
-        ArtifactError, match=r"beside .*out\.onnx, nor in .*checkpoint.*--tokenizer"
-    ):
-        load_tokenizer(files)
 
 
 def test_a_tokenizer_that_is_not_there_is_reported(files: ArtifactFiles, tmp_path: Path) -> None:
@@ -176,10 +273,10 @@ def test_end_of_text_is_what_the_configuration_says(
         ("config.json", {}, None),
     ],
 )
-def test_context_length_is_what_the_source_says(
+def test_context_length_is_what_the_configuration_says(
     files: ArtifactFiles, name: str, content: object, expected: int | None
 ) -> None:
-    (Path(files.plan.source) / name).write_text(json.dumps(content))
+    (files.graph.parent / name).write_text(json.dumps(content))
     assert files.context_length() == expected
 
 

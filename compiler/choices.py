@@ -1,0 +1,156 @@
+"""What options can be, alone and together: checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from typing import Any, get_args
+
+import numpy as np
+
+from alloc_moe.compiler.errors import OptionsError
+from alloc_moe.compiler.records import (
+    Allocation,
+    CacheType,
+    CompileOptions,
+    CorrectionMode,
+    CostKind,
+    Device,
+    DType,
+    Metric,
+    OffloadMode,
+    PlanOptions,
+    Redistribution,
+    Weights,
+)
+
+MOST_TEXT = 1 << 40
+"""The most tokens of a text."""
+MOST_SEED = 2**63 - 1
+SIZED = ("fisher", "output")
+"""The metrics that measure the sizes of experts."""
+_SCORED = ("price", "threshold", "top-p", "ratio")  # compare scores, so that a cap is of use
+_WITHOUT_ALLOCATION = ("price", "top-p", "ratio")  # divide the budget among layers themselves
+
+
+def budget_text(budget: Any) -> str:  # whatever a user gives
+    """Return a budget as the command takes it: with a point it is a fraction.
+
+    Raises:
+        OptionsError: It is no finite number.
+    """
+    if isinstance(budget, str):
+        return budget
+    number = _scalar(budget)
+    if isinstance(number, numbers.Integral):
+        return str(int(number))
+    if not isinstance(number, numbers.Real) or not math.isfinite(number):
+        raise OptionsError(
+            f"The budget {budget!r} is no number. Give a fraction such as 0.5, or a whole number."
+        )
+    # As it is written: 0.7 in 32 bits is a little less, which would round down to less.
+    return np.format_float_positional(
+        number if isinstance(number, np.floating) else np.float64(number), trim="0"
+    )
+
+
+def whole(option: str, value: Any, least: int = 0, most: int = MOST_SEED) -> int:
+    """Return a whole number in a range, of Python's kind.
+
+    Raises:
+        OptionsError: It is none.
+    """
+    number = _scalar(value)
+    if isinstance(number, str) and number.isdecimal():  # a choice of the command line
+        number = int(number)
+    if not isinstance(number, numbers.Integral) or not least <= int(number) <= most:
+        raise OptionsError(f"{option} is {value!r}. Give a whole number from {least} to {most}.")
+    return int(number)
+
+
+def finite(option: str, value: Any, least: float, most: float, *, above: bool = False) -> float:
+    """Return a finite number in a range, of Python's kind; `above` leaves out the least.
+
+    Raises:
+        OptionsError: It is none.
+    """
+    number = _scalar(value)
+    real = float(number) if isinstance(number, numbers.Real) else math.nan
+    if not least <= real <= most or (above and real == least):
+        start = f"above {least:g} and up" if above else f"from {least:g}"
+        raise OptionsError(f"{option} is {value!r}. Give a number {start} to {most:g}.")
+    return real
+
+
+def _scalar(value: Any) -> Any:
+    """Return the number in an array without dimensions; True and False are no numbers."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    return None if isinstance(value, bool | np.bool_) else value
+
+
+def check_names(options: CompileOptions, sensitivity: str, offload: str) -> None:
+    """Raise OptionsError for a choice that there isn't."""
+    plan, target = options.plan, options.target
+    for name, value, choices in (
+        ("--sensitivity", sensitivity, get_args(Metric)),
+        ("--redistribute", plan.redistribution, get_args(Redistribution)),
+        ("--correct", plan.correction, get_args(CorrectionMode)),
+        ("--weights", plan.weights, get_args(Weights)),
+        ("--allocation", plan.allocation, get_args(Allocation)),
+        ("--cost", plan.cost, get_args(CostKind)),
+        ("--dtype", target.dtype, get_args(DType)),
+        ("--block", target.block, (16, 32, 64, 128)),
+        ("--cache", target.cache, get_args(CacheType)),
+        ("--device", target.device, get_args(Device)),
+        ("--offload", offload, get_args(OffloadMode)),
+    ):
+        check_choice(name, value, choices)
+
+
+def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise OptionsError unless an option's value is one of its choices."""
+    if value in choices:
+        return
+    names = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(names)}."
+    raise OptionsError(f"{option} can't be {value!r}. {hint}")
+
+
+def check_plan(plan: PlanOptions) -> None:
+    """Raise OptionsError for options of the plan that exclude each other."""
+    policy = plan.redistribution
+    if plan.cap is not None and policy not in _SCORED:
+        raise OptionsError(f"--cap is for {', '.join(_SCORED)}; {policy} is exact.")
+    if plan.cost != "activations" and policy in _WITHOUT_ALLOCATION:
+        raise OptionsError(
+            f"--cost {plan.cost} divides a budget among layers, which {policy} does by itself. Use "
+            "--redistribute threshold, batch, sequence or none."
+        )
+    if plan.refine and policy in ("top-p", "ratio"):
+        raise OptionsError(f"--redistribute {policy} leaves nothing to refine.")
+
+
+def check_mixed_bits(
+    dtype: str, cost: str | None, allocation: str, sensitivity: str, redistribution: str | None
+) -> None:
+    """Refuse what --mixed-bits can't be combined with."""
+    for fault, advice in (
+        (dtype not in ("int8", "int4"), "needs --dtype int4 or int8"),
+        (cost not in (None, "bytes"), f"budgets bytes, so --cost {cost} can't be met"),
+        (allocation == "uniform", "goes by sensitivities, which --allocation uniform ignores"),
+        (
+            sensitivity not in SIZED,
+            f"needs --sensitivity {' or '.join(SIZED)}; {sensitivity} doesn't measure the "
+            "rounding of weights",
+        ),
+        (
+            redistribution in _WITHOUT_ALLOCATION,
+            f"divides a budget among layers, which {redistribution} does by itself. Use "
+            "--redistribute threshold, batch, sequence or none",
+        ),
+    ):
+        if fault:
+            raise OptionsError(f"--mixed-bits {advice}.")

@@ -1,0 +1,94 @@
+"""Numbers from Python and numpy as options, and those that are none."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alloc_moe.compiler import compile, profile
+from alloc_moe.compiler.choices import budget_text, finite, whole
+from alloc_moe.compiler.errors import OptionsError
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (0.5, "0.5"),
+        (1.0, "1.0"),
+        (np.float64(0.5), "0.5"),
+        (np.float32(0.7), "0.7"),
+        (np.float16(0.25), "0.25"),
+        (np.array(0.5), "0.5"),
+        (1e-7, "0.0000001"),
+        (24, "24"),
+        (np.int64(24), "24"),
+        (np.array(24), "24"),
+        (np.uint8(1), "1"),
+        ("0.5", "0.5"),
+    ],
+)
+def test_budgets_are_taken_as_they_are_written(budget: Any, text: str) -> None:
+    assert budget_text(budget) == text
+
+
+@pytest.mark.parametrize(
+    "budget", [True, np.bool_(1), None, math.nan, np.inf, np.array([0.5]), 1j, b"0.5", [0.5]]
+)
+def test_budgets_that_are_none_are_rejected(budget: Any) -> None:
+    with pytest.raises(OptionsError, match="is no number"):
+        budget_text(budget)
+
+
+@pytest.mark.parametrize("value", [5, np.int8(5), np.array(5), "5"])
+def test_whole_numbers_of_any_kind(value: Any) -> None:
+    assert whole("--tokens", value) == 5
+    assert type(whole("--tokens", value)) is int
+
+
+@pytest.mark.parametrize(
+    "value", [True, 5.0, np.float32(5), math.nan, -1, 10**30, "x", None, np.array([5])]
+)
+def test_what_is_no_whole_number_in_the_range(value: Any) -> None:
+    with pytest.raises(OptionsError, match="--tokens is"):
+        whole("--tokens", value)
+
+
+def test_finite_numbers_of_any_kind() -> None:
+    for value in (2, 2.0, np.float32(2), np.array(2), np.int64(2)):
+        assert finite("--cap", value, 1, 10) == 2
+        assert type(finite("--cap", value, 1, 10)) is float
+    for value in (math.nan, math.inf, 0.5, 11, True, "2", None, np.float32("nan")):
+        with pytest.raises(OptionsError, match="--cap is"):
+            finite("--cap", value, 1, 10)
+    with pytest.raises(OptionsError, match="above 0 and up to 10"):
+        finite("--refine-minutes", 0, 0, 10, above=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 1},
+        {"tokens": math.nan},
+        {"seed": -1},
+        {"cost_batch": 0},
+        {"cost_batch": 10**9},
+        {"cap": math.nan},
+        {"cap": 0.5},
+        {"refine": -1},
+        {"refine_minutes": math.inf},
+        {"refine_minutes": 0},
+        {"budget": math.nan},
+        {"block": 5},
+    ],
+    ids=str,
+)
+def test_no_compile_begins_with_absurd_numbers(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionsError):
+        compile("nowhere", output=tmp_path / "out.onnx", **options)
+    if options.keys() & {"tokens", "seed"}:
+        with pytest.raises(OptionsError):
+            profile("nowhere", **options)
