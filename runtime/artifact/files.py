@@ -76,7 +76,11 @@ class ArtifactFiles:
         Raises:
             ArtifactError: It can't be read.
         """
-        return read_digests(self.onnx.metadata, graph=self.graph)
+        digests = read_digests(self.onnx.metadata, graph=self.graph)
+        if len(digests) == len(self.onnx.data_files) == 1:
+            # While an artifact is replaced, its old graph names its data otherwise.
+            return dict(zip(self.onnx.data_files, digests.values(), strict=True))
+        return digests
 
     def data_paths(self) -> dict[str, Path]:
         """Return where the external data files are, by the name that the graph has for them.

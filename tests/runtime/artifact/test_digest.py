@@ -211,3 +211,30 @@ def test_a_damaged_digest_is_reported(
     ir.save(model, bound)
     with pytest.raises(ArtifactError, match=message):
         open_session(bound, ep="cpu")
+
+
+def test_data_that_a_graph_names_otherwise_are_checked_too(bound: Path) -> None:
+    """While an artifact is replaced, the old graph names its data otherwise."""
+    model = ir.load(bound)
+    (bound.parent / "out.onnx.data").rename(bound.parent / "aside")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                "aside",
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                base_dir=bound.parent,
+            )
+    proto = ir.to_proto(model)
+    bound.write_bytes(proto.SerializeToString())
+    files = find_artifact(bound)
+    assert files.check_data() == {"aside": bound.parent / "aside"}
+    data = bytearray((bound.parent / "aside").read_bytes())
+    data[0] ^= 1
+    (bound.parent / "aside").write_bytes(data)
+    with pytest.raises(ArtifactError, match="it was changed or damaged"):
+        files.check_data()
