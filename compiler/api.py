@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, get_args
 from alloc_moe.compiler.choices import (
     MOST_SEED,
     MOST_TEXT,
-    SIZED,
     budget_text,
     check_choice,
     check_mixed_bits,
@@ -24,6 +23,7 @@ from alloc_moe.compiler.choices import (
 )
 from alloc_moe.compiler.errors import OptionsError
 from alloc_moe.compiler.records import (
+    SIZED,
     Allocation,
     CacheType,
     CalibrationOptions,

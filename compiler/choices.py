@@ -11,6 +11,9 @@ import numpy as np
 
 from alloc_moe.compiler.errors import OptionsError
 from alloc_moe.compiler.records import (
+    COMMON,
+    SCORED,
+    SIZED,
     Allocation,
     CacheType,
     CompileOptions,
@@ -28,10 +31,6 @@ from alloc_moe.compiler.records import (
 MOST_TEXT = 1 << 40
 """The most tokens of a text."""
 MOST_SEED = 2**63 - 1
-SIZED = ("fisher", "output")
-"""The metrics that measure the sizes of experts."""
-_SCORED = ("price", "threshold", "top-p", "ratio")  # compare scores, so that a cap is of use
-_WITHOUT_ALLOCATION = ("price", "top-p", "ratio")  # divide the budget among layers themselves
 
 
 def budget_text(budget: Any) -> str:  # whatever a user gives
@@ -122,9 +121,9 @@ def check_choice(option: str, value: object, choices: tuple[object, ...]) -> Non
 def check_plan(plan: PlanOptions) -> None:
     """Raise OptionsError for options of the plan that exclude each other."""
     policy = plan.redistribution
-    if plan.cap is not None and policy not in _SCORED:
-        raise OptionsError(f"--cap is for {', '.join(_SCORED)}; {policy} is exact.")
-    if plan.cost != "activations" and policy in _WITHOUT_ALLOCATION:
+    if plan.cap is not None and policy not in SCORED:
+        raise OptionsError(f"--cap is for {', '.join(SCORED)}; {policy} is exact.")
+    if plan.cost != "activations" and policy in COMMON:
         raise OptionsError(
             f"--cost {plan.cost} divides a budget among layers, which {policy} does by itself. Use "
             "--redistribute threshold, batch, sequence or none."
@@ -147,7 +146,7 @@ def check_mixed_bits(
             "rounding of weights",
         ),
         (
-            redistribution in _WITHOUT_ALLOCATION,
+            redistribution in COMMON,
             f"divides a budget among layers, which {redistribution} does by itself. Use "
             "--redistribute threshold, batch, sequence or none",
         ),

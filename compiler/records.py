@@ -29,15 +29,24 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
 Allocation = Literal["sensitivity", "uniform"]
-Metric = Literal["kl", "ppl-suffix", "output", "fisher", "data-free"]
-Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
+Metric = Literal["fisher", "kl", "ppl-suffix", "output", "data-free"]
+Redistribution = Literal["price", "threshold", "batch", "sequence", "none", "top-p", "ratio"]
 Weights = Literal["keep", "renorm"]
-CorrectionMode = Literal["none", "gain", "affine"]
+CorrectionMode = Literal["affine", "gain", "none"]
 CostKind = Literal["activations", "bytes", "latency"]
 DType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 CacheType = Literal["float32", "int8"]
 Device = Literal["cpu", "cuda"]
 OffloadMode = Literal["auto", "never", "always"]
+
+SIZED: tuple[Metric, ...] = ("fisher", "output")
+"""Metrics that measure the sizes of experts, which ``price`` goes by."""
+
+SCORED: tuple[Redistribution, ...] = ("price", "threshold", "top-p", "ratio")
+"""Redistributions that compare scores with a threshold: they hold a budget in the mean only."""
+
+COMMON: tuple[Redistribution, ...] = ("price", "top-p", "ratio")
+"""Those of them with one threshold for all layers, which divides a budget among layers itself."""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from alloc_moe.compiler.records import CorrectionMode, Metric, OffloadMode, Redistribution
 from alloc_moe.runtime.commands.numeric import MOST_TEXT, seed_type
-
-_METRICS = click.Choice(["fisher", "kl", "ppl-suffix", "output", "data-free"])
 
 
 def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +37,7 @@ def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--sensitivity",
-            type=_METRICS,
+            type=click.Choice(get_args(Metric)),
             default="fisher",
             show_default=True,
             help="What fewer experts in a layer cost: the divergence from the full model as "
@@ -47,9 +46,7 @@ def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--redistribute",
-            type=click.Choice(
-                ["price", "threshold", "batch", "sequence", "none", "top-p", "ratio"]
-            ),
+            type=click.Choice(get_args(Redistribution)),
             help="Which of a token's experts run. One price for all layers and tokens; a threshold "
             "per layer; tokens compete within the call (batch) or the sequence; plain top-k "
             "(none); cumulative weight (top-p), or weight relative to the best expert's (ratio). "
@@ -58,7 +55,7 @@ def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--correct",
-            type=click.Choice(["affine", "gain", "none"]),
+            type=click.Choice(get_args(CorrectionMode)),
             default="affine",
             show_default=True,
             help="Change the experts' weights to make up for those that don't run: by a factor per "
@@ -67,7 +64,7 @@ def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--offload",
-            type=click.Choice(["auto", "never", "always"]),
+            type=click.Choice(get_args(OffloadMode)),
             default="auto",
             show_default=True,
             help="Read each decoder layer from disk when it runs, instead of holding the whole "

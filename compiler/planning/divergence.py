@@ -10,9 +10,10 @@ import torch
 
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.planning.thresholds import Setting, common_threshold, layer_thresholds
+from alloc_moe.compiler.records import SCORED
 from alloc_moe.compiler.reference.experts import allocated, replaced_experts
 from alloc_moe.compiler.reference.losses import divergence
-from alloc_moe.compiler.reference.policies import SCORED, LayerParameters
+from alloc_moe.compiler.reference.policies import LayerParameters
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet

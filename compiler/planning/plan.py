@@ -36,13 +36,14 @@ from alloc_moe.compiler.planning.thresholds import (
     measure_dial,
 )
 from alloc_moe.compiler.records import (
+    COMMON,
+    SCORED,
     Correction,
     CorrectionMode,
     Planned,
     PlanOptions,
-    Redistribution,
 )
-from alloc_moe.compiler.reference.policies import SCORED, layer_parameters
+from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.runtime.artifact.plan import DialPoint
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 _DIAL_TOKENS = 8192
 _OVERLAP_TOKENS = 4096
 _DIAL_GAP = 0.5  # activations between the plan's own point and the next
-_COMMON: tuple[Redistribution, ...] = ("price", "top-p", "ratio")
 
 
 def make_planned(
@@ -90,7 +90,7 @@ def make_planned(
     """
     most = [layer.experts_per_token for layer in moe.layers]
     # One threshold for all layers divides the budget itself, and spends all of it.
-    given = options.redistribution in _COMMON or budget.activations == budget.original
+    given = options.redistribution in COMMON or budget.activations == budget.original
     if allocation is None and given:
         allocation = uniform_allocation(most, int(budget.activations))
     plan = make_plan(
@@ -270,7 +270,7 @@ def _thresholds(
     if wanted.budget.activations == wanted.budget.original:
         trained = tuple(float(layer.k_original) for layer in wanted.layers)
         return Thresholds((keep_all(setting.redistribution),) * len(trained), trained)
-    if setting.redistribution in _COMMON:
+    if setting.redistribution in COMMON:
         return common_threshold(moe, ids, setting, wanted.budget.activations, advance=advance)
     ks = [layer.k for layer in wanted.layers]
     return layer_thresholds(moe, ids, setting, ks, advance=advance)

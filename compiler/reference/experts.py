@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from alloc_moe.compiler.records import Correction, MoeLayer, Redistribution, Weights
+from alloc_moe.compiler.records import SCORED, Correction, MoeLayer, Redistribution, Weights
 from alloc_moe.compiler.reference.policies import (
     POLICIES,
-    SCORED,
     LayerParameters,
     adjust_weights,
     rank_candidates,

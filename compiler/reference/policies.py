@@ -15,12 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from alloc_moe.compiler.records import Redistribution, Weights
+from alloc_moe.compiler.records import SCORED, Redistribution, Weights
 from alloc_moe.runtime.artifact.plan import AllocationPlan, PlannedLayer
 from alloc_moe.runtime.errors import ArtifactError
 
-SCORED: tuple[Redistribution, ...] = ("threshold", "price", "top-p", "ratio")
-"""The policies that compare scores with a threshold."""
 _TINY = 1e-30  # keeps 0 / 0 out where a token's weights are all zero
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alloc_moe.compiler.model.layer_progress import expected_time, layers_progress
-from alloc_moe.compiler.reference.policies import SCORED
+from alloc_moe.compiler.records import SCORED
 from alloc_moe.compiler.sensitivity.bits import Rounded, make_rounded
 from alloc_moe.compiler.sensitivity.corrected import Reduced, make_reduced
 from alloc_moe.compiler.sensitivity.sums import LayerSums

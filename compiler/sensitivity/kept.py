@@ -9,10 +9,9 @@ import torch
 
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.replay import DecoderStack
-from alloc_moe.compiler.records import Redistribution
+from alloc_moe.compiler.records import SCORED, Redistribution
 from alloc_moe.compiler.reference.experts import library_experts, replaced_experts
 from alloc_moe.compiler.reference.policies import (
-    SCORED,
     LayerParameters,
     keep_mask,
     rank_candidates,

@@ -25,6 +25,7 @@ from alloc_moe.compiler.model.layer_progress import forward_gflop
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.records import (
+    SIZED,
     CorrectionMode,
     Metric,
     PartialSums,
@@ -103,7 +104,7 @@ def measure_sensitivity(
     policy = measured_redistribution(redistribution)
     correction = measured_correction(metric, redistribution, correction)
     bits = tuple(form.bits for form in formats[0]) if formats else ()
-    assert not bits or metric in ("output", "fisher")
+    assert not bits or metric in SIZED
     profile = empty_profile(moe_model, calibration, metric, policy, correction, bits)
     if processes.writes and path is not None and path.exists():
         profile = read_profile(profile, path, moe_model.layers)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from alloc_moe.compiler.errors import SweepError
-from alloc_moe.compiler.records import CorrectionMode, Metric, Redistribution
+from alloc_moe.compiler.records import SCORED, CorrectionMode, Metric, Redistribution
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Method:
     @property
     def calibrated(self) -> bool:
         """Whether anything depends on the calibration text, and so on its seed."""
-        scored = self.redistribution in ("threshold", "price", "top-p", "ratio")
+        scored = self.redistribution in SCORED
         return self.metric is not None or scored or self.correction != "none"
 
 

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import VerificationError
-from alloc_moe.compiler.records import Verification
-from alloc_moe.compiler.reference.policies import SCORED
+from alloc_moe.compiler.records import SCORED, Verification
 from alloc_moe.compiler.rounding.weights import float_weights
 from alloc_moe.compiler.verify.artifact_run import ArtifactRun, run_by_segments, run_whole
 from alloc_moe.compiler.verify.exact import exact_copy

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.records import SCORED
 from alloc_moe.compiler.reference.policies import (
-    SCORED,
     LayerParameters,
     adjust_weights,
     keep_mask,

@@ -19,9 +19,15 @@ from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.divergence import Divergence
 from alloc_moe.compiler.planning.plan import make_planned
 from alloc_moe.compiler.planning.thresholds import Setting
-from alloc_moe.compiler.records import Planned, PlanOptions, Redistribution, SensitivityProfile
+from alloc_moe.compiler.records import (
+    SCORED,
+    Planned,
+    PlanOptions,
+    Redistribution,
+    SensitivityProfile,
+)
 from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import SCORED, layer_parameters
+from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.console import Console
 

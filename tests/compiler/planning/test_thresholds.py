@@ -24,9 +24,9 @@ from alloc_moe.compiler.planning.thresholds import (
     layer_thresholds,
     measure_dial,
 )
-from alloc_moe.compiler.records import Redistribution
+from alloc_moe.compiler.records import SCORED, Redistribution
 from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import SCORED, LayerParameters
+from alloc_moe.compiler.reference.policies import LayerParameters
 
 Models = Callable[[str], MoeModel]
 

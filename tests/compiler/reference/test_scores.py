@@ -10,14 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alloc_moe.compiler.records import Redistribution
-from alloc_moe.compiler.reference.policies import (
-    POLICIES,
-    SCORED,
-    LayerParameters,
-    keep_mask,
-    scores,
-)
+from alloc_moe.compiler.records import SCORED, Redistribution
+from alloc_moe.compiler.reference.policies import POLICIES, LayerParameters, keep_mask, scores
 
 REDISTRIBUTIONS: list[Redistribution] = ["none", "batch", "sequence"]
 
@@ -54,7 +48,7 @@ def test_scores_are_what_each_policy_compares() -> None:
     priced = scores("price", WEIGHTS, IDS, (1.0, 2.0, 4.0))
     assert priced.tolist() == [[0.5, 0.5, 0.5], [3.0, 0.125, 0.125]]
     assert scores("ratio", torch.zeros(1, 3), IDS[:1]).tolist() == [[0, 0, 0]]
-    with pytest.raises(ValueError, match="'batch' compares no scores; threshold, price"):
+    with pytest.raises(ValueError, match="'batch' compares no scores; price, threshold"):
         scores("batch", WEIGHTS, IDS)
 
 

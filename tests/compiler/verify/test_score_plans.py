@@ -21,7 +21,7 @@ from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.reference.policies import SCORED
+from alloc_moe.compiler.records import SCORED
 from alloc_moe.compiler.verify import parity as verify
 from alloc_moe.compiler.verify.parity import verify_artifact
 from alloc_moe.passes.interface.stamp_plan import StampPlanPass

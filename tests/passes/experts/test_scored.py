@@ -13,9 +13,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from alloc_moe.compiler.records import Redistribution, Weights
+from alloc_moe.compiler.records import SCORED, Redistribution, Weights
 from alloc_moe.compiler.reference.policies import (
-    SCORED,
     LayerParameters,
     adjust_weights,
     keep_mask,
