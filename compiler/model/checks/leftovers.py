@@ -57,12 +57,12 @@ def leftover_notes(
         indices = ", ".join(map(str, sorted(further)))
         yield (
             f"Layer {indices} of the checkpoint predicts further tokens (multi-token prediction), "
-            f"which generation doesn't need: its {len(extra)} tensors are left out"
+            f"which generation doesn't need: {len(extra)} of its tensors are left out"
         )
     rest = [name for name in unread if name not in extra]
     if rest:
         some = ", ".join(rest[:_SHOWN]) + (", ..." if len(rest) > _SHOWN else "")
-        yield f"{len(rest)} tensors of the checkpoint belong to no weight and are left out: {some}"
+        yield f"{len(rest)} of the checkpoint's tensors belong to no weight and are left out: {some}"
     if not (folder / "tokenizer.json").is_file():
         yield (
             "The checkpoint has no tokenizer.json, which running an artifact needs: with -o DIR/ "

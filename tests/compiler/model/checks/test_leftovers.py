@@ -56,7 +56,7 @@ def test_layers_that_predict_further_tokens_are_said(
     add(copy, "model.layers.3.eh_proj.weight", "model.layers.3.mlp.gate.weight")
     assert load_model(str(copy), Console()).checkpoint.notes == (
         "Layer 3 of the checkpoint predicts further tokens (multi-token prediction), which "
-        "generation doesn't need: its 2 tensors are left out",
+        "generation doesn't need: 2 of its tensors are left out",
     )
     assert "Layer 3 of the checkpoint predicts further tokens" in capsys.readouterr().err
 
@@ -64,13 +64,13 @@ def test_layers_that_predict_further_tokens_are_said(
 def test_layers_of_another_part_are_said(copy: Path) -> None:
     add(copy, "vision_tower.layers.9.weight")
     [note] = load_model(str(copy)).checkpoint.notes
-    assert note.startswith("1 tensors of the checkpoint belong to no weight")
+    assert note.startswith("1 of the checkpoint's tensors belong to no weight")
 
 
 def test_tensors_of_no_weight_are_said(copy: Path) -> None:
     add(copy, "a.inv_freq", "b", "model.c", "model.d")
     assert load_model(str(copy)).checkpoint.notes == (
-        "4 tensors of the checkpoint belong to no weight and are left out: a.inv_freq, b, "
+        "4 of the checkpoint's tensors belong to no weight and are left out: a.inv_freq, b, "
         "model.c, ...",
     )
 
