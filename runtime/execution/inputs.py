@@ -23,7 +23,7 @@ def token_ids(ids: ArrayLike, vocabulary: int | None) -> NDArray[np.int64]:
             f"The token ids have the shape {list(array.shape)}. Give [batch, sequence], with one "
             "sequence or more and one token or more."
         )
-    least, most = array.min(), array.max()
+    least, most = int(array.min()), int(array.max())
     if least < 0 or (vocabulary is not None and most >= vocabulary):
         wrong = least if least < 0 else most
         known = "0 or more" if vocabulary is None else f"from 0 to {vocabulary - 1}"
@@ -87,7 +87,8 @@ def _own(mask: ArrayLike, sequence: int, cache: Cache) -> NDArray[np.int64]:
             f"The attention mask has the shape {list(array.shape)}, where {list(shape)} is "
             "expected: [batch, cached and new tokens]."
         )
-    if not np.isin(array, (0, 1)).all():
+    new = array[:, cache.length :]
+    if ((new != 0) & (new != 1)).any():
         raise GenerationError(
             "The attention mask has other values than 0 and 1. Give 1 for real tokens, 0 for "
             "padding."
@@ -97,7 +98,7 @@ def _own(mask: ArrayLike, sequence: int, cache: Cache) -> NDArray[np.int64]:
             "The attention mask says other than before which cached tokens are real. Give the "
             "columns of earlier calls as they were."
         )
-    return np.asarray(array[:, cache.length :], np.int64)
+    return np.asarray(new, np.int64)
 
 
 def _integers(values: ArrayLike, what: str) -> NDArray[np.integer]:
@@ -105,6 +106,6 @@ def _integers(values: ArrayLike, what: str) -> NDArray[np.integer]:
         array = np.asarray(values)
     except (ValueError, OverflowError) as error:  # rows of several lengths; numbers too large
         raise GenerationError(f"{what} make no array: {error}.") from error
-    if array.size and not np.issubdtype(array.dtype, np.integer):
+    if array.size and array.dtype.kind not in "iu":
         raise GenerationError(f"{what} are of type {array.dtype}. Give whole numbers.")
     return array.astype(np.int64, casting="unsafe") if not array.size else array
