@@ -62,7 +62,8 @@ def leftover_notes(
     rest = [name for name in unread if name not in extra]
     if rest:
         some = ", ".join(rest[:_SHOWN]) + (", ..." if len(rest) > _SHOWN else "")
-        yield f"{len(rest)} of the checkpoint's tensors belong to no weight and are left out: {some}"
+        count = len(rest)
+        yield f"{count} of the checkpoint's tensors belong to no weight and are left out: {some}"
     if not (folder / "tokenizer.json").is_file():
         yield (
             "The checkpoint has no tokenizer.json, which running an artifact needs: with -o DIR/ "
