@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +113,3 @@ def _check_places(tensors: dict[str, StoredTensor], start: int, size: int) -> No
         end = tensor.end
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, the file at {size}")
-
-
-def merge_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return the tensors of several files; of one that is in two, the last, as transformers does.
-
-    Raises:
-        CheckpointError: A file can't be read.
-    """
-    return {key: tensor for path in paths for key, tensor in read_header(path).items()}
