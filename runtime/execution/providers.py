@@ -80,6 +80,13 @@ def session_options(
     return options
 
 
+def quiet_run() -> onnxruntime.RunOptions:
+    """Return options of a run whose errors are raised only, and not printed besides."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = _FATAL
+    return options
+
+
 def utf8_path(path: Path) -> str:
     """Return a path as onnxruntime takes it, whatever locale it was decoded by.
 

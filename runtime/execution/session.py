@@ -31,6 +31,7 @@ from alloc_moe.runtime.execution.providers import (
     Provider,
     create_session,
     ort_message,
+    quiet_run,
     session_options,
     utf8_path,
 )
@@ -78,6 +79,7 @@ class ArtifactSession:
         vocabulary = outputs["logits"].shape[-1]
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         self._session = session
+        self._run_options = quiet_run()
         optional = {value.name for value in session.get_overridable_initializers()}
         self.has_dial = PRICE_INPUT in optional
         self._keeps_logits = LOGITS_TO_KEEP_INPUT in optional
@@ -176,7 +178,7 @@ class ArtifactSession:
         if not self.shares_cache:
             cache.bind(binding)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run_options)
         except ORT_ERRORS as error:
             raise ArtifactError(
                 f"onnxruntime can't run {self.files.graph}: {ort_message(error)} "

@@ -189,6 +189,7 @@ def token_losses(logits: NDArray[np.floating], targets: NDArray[np.int64]) -> ND
         rows = logits[first : first + _ROWS].astype(np.float32)
         picked = np.take_along_axis(rows, targets[first : first + _ROWS, None], axis=1)[:, 0]
         largest = rows.max(axis=1)
-        sums = np.exp(rows - largest[:, None]).sum(axis=1, dtype=np.float64)
-        losses[first : first + _ROWS] = np.log(sums) + largest.astype(np.float64) - picked
+        with np.errstate(invalid="ignore"):  # infinite logits give a loss of NaN
+            sums = np.exp(rows - largest[:, None]).sum(axis=1, dtype=np.float64)
+            losses[first : first + _ROWS] = np.log(sums) + largest.astype(np.float64) - picked
     return losses

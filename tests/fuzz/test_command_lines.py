@@ -21,7 +21,7 @@ from alloc_moe.runtime.commands.alloc_inspect import inspect_command
 from alloc_moe.runtime.commands.alloc_run import run_command
 
 NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1", "2", "0.5", "1e400", "9" * 40, "1e9", "2000", "x"]
-WORDS = ["", "-", "--", "a", "é", "\udce9", "\x00", "\x1b[31m", "{folder}", "{text}", "a" * 5000]
+WORDS = ["", "-", "--", "a", "é", "\udce9", "\x1b[31m", "{folder}", "{text}", "a" * 5000]
 OPTIONS = {
     "run": ["--prompt", "--prompt-file", "--max-new-tokens", "--temperature", "--top-p", "--seed"],
     "eval": ["--text", "--window", "--stride", "--tokens", "--decode", "--plan"],
@@ -66,6 +66,7 @@ def test_any_words_after_any_command(
     for _ in range(data.draw(st.integers(1, 3))):
         option = data.draw(st.sampled_from(OPTIONS[name] + SHARED))
         value = data.draw(st.sampled_from(NUMBERS + WORDS) | st.text(max_size=4))
+        value = value.replace("\0", "")  # the system passes none on
         # The toy's context is short; what would take long is refused before anything runs.
         if option in ("--runs", "--new-tokens") and value in ("2000", "1e9"):
             value = "3"

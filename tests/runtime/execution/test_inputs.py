@@ -208,7 +208,10 @@ def test_seeds_that_are_none_are_rejected(seed: float) -> None:
 
 
 def test_what_onnxruntime_cannot_run_is_one_sentence(
-    bundle: Path, tmp_path: Path, make_toy: Callable[..., Path]
+    bundle: Path,
+    tmp_path: Path,
+    make_toy: Callable[..., Path],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = make_toy(tmp_path / "out.onnx")
     model = onnx.load(path, load_external_data=False)
@@ -223,6 +226,7 @@ def test_what_onnxruntime_cannot_run_is_one_sentence(
     with pytest.raises(ArtifactError, match=r"can't run .*out\.onnx: .*MatMul") as caught:
         session.run(np.array([[1, 2, 3]]))
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("threads", [0, -1, 257, 2000, 10**12])
