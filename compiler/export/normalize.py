@@ -30,14 +30,20 @@ def export_model(moe: MoeModel, *, dtype: DType) -> ir.Model:
     graph = export_graph(moe.checkpoint, dtype=activations)
     normalize_passes(moe.quantization.weights if moe.quantization else {})(graph)
     _check_inputs(graph, moe)
-    config = moe.config.get_text_config()
     graph.metadata_props[GENERATION_KEY] = json.dumps(
-        {
-            "eos_token_id": moe.eos_token_id,
-            "context_length": getattr(config, "max_position_embeddings", None),
-        }
+        {"eos_token_id": moe.eos_token_id, "context_length": _context_length(moe)}
     )
     return graph
+
+
+def _context_length(moe: MoeModel) -> int | None:
+    """Return how many positions the model takes; dynamic rotary embeddings stretch beyond them."""
+    config = moe.config.get_text_config()
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if length is not None and rotary.get("rope_type") == "dynamic":
+        return int(length * float(rotary.get("factor", 1.0)))
+    return length
 
 
 def _check_inputs(graph: ir.Model, moe: MoeModel) -> None:
