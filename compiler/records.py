@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
 Allocation = Literal["sensitivity", "uniform"]
-Metric = Literal["fisher", "kl", "ppl-suffix", "output", "data-free"]
-Redistribution = Literal["price", "threshold", "batch", "sequence", "none", "top-p", "ratio"]
+Metric = Literal["kl", "ppl-suffix", "output", "fisher", "data-free"]
+Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
 Weights = Literal["keep", "renorm"]
-CorrectionMode = Literal["affine", "gain", "none"]
+CorrectionMode = Literal["none", "gain", "affine"]
 CostKind = Literal["activations", "bytes", "latency"]
 DType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 CacheType = Literal["float32", "int8"]

@@ -236,7 +236,9 @@ def _anything(value: Any, where: str, *, depth: int) -> Any:
     def inner(each: Any, place: str) -> Any:
         return _anything(each, place, depth=depth - 1)
 
-    return (mapping if isinstance(value, dict) else rows)(inner)(value, where)
+    if isinstance(value, dict):
+        return mapping(inner)(value, where)
+    return list(rows(inner)(value, where))  # as whoever made it has it
 
 
 def _encodable(value: str) -> bool:

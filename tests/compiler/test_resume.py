@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def test_each_of_several_processes_keeps_a_file_of_its_own_until_it_is_whole(
     passes = SavedResults(tmp_path / "passes")
     monkeypatch.setenv("RANK", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", lambda *_: None)  # killed just before
+        patch.setattr(os, "replace", lambda *_: None)  # killed just before
         passes.keep(["a"], [torch.ones(2)])
     monkeypatch.setenv("RANK", "0")
     passes.keep(["a"], [torch.zeros(2)])

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # transformers makes lists and dictionaries of these lengths while it reads the file.
 _COUNT = re.compile(r"(?:^|_)(?:layers?|labels|experts|heads?|groups?|blocks)$")
-_SIZE = re.compile(r"(?:_size|_dim|_rank|^d_model|^n_embd)$")
+# mscale_all_dim of YaRN's rotary embeddings is a factor.
+_SIZE = re.compile(r"(?<!mscale_all)(?:_size|_dim|_rank|^d_model|^n_embd)$")
 _MOST, _LARGEST = 20_000, 1 << 26
 _NESTED = 4
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from alloc_moe.compiler.calibration.windows import calibrate
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.checkpoint import open_checkpoint
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
@@ -147,10 +148,12 @@ def main(
     print("| model | budget | type | perplexity | against float32 | KL, nats | with its own plan |")
     print("|---|---|---|---|---|---|---|")
     for model in models:
-        tokenizer = load_model(model).checkpoint.tokenizer
+        checkpoint = open_checkpoint(model)
+        window = min(WINDOW, checkpoint.config.max_position_embeddings)
+        tokenizer = checkpoint.tokenizer
         ids = tokenizer(text.read_text("utf-8"), add_special_tokens=False, verbose=False)
-        length = min(text_tokens, len(ids["input_ids"])) // WINDOW * WINDOW
-        windows = np.asarray(ids["input_ids"][:length], np.int64).reshape(-1, WINDOW)
+        length = min(text_tokens, len(ids["input_ids"])) // window * window
+        windows = np.asarray(ids["input_ids"][:length], np.int64).reshape(-1, window)
         for line in rows(model, windows, budgets, tokens=tokens, block=block):
             print(line, flush=True)
 

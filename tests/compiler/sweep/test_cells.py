@@ -222,7 +222,7 @@ def test_the_calibration_text_is_no_held_out_text(model: Path, tmp_path: Path) -
     ("options", "code", "expected"),
     [
         (("--plans", "unifrom"), 1, "'unifrom' is no way to spend a budget. Did you mean uniform"),
-        (("--budgets", "half"), 1, "The budget 'half' is no positive number"),
+        (("--budgets", "half"), 2, "'half' is no budget. Give a fraction with a decimal point"),
         (("--budgets", "0.5,0.1"), 1, "The budget 0.1 of 12 activations per token is 1, too few"),
         (("--seeds", "a,b"), 2, "'a,b' is no list of whole numbers"),
         (("--text", "gone.txt"), 1, "The text gone.txt can't be read"),
