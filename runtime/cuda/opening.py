@@ -1,0 +1,89 @@
+"""Whether an artifact's decode steps run by kernels of our own, and what they need if they do."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alloc_moe.runtime.artifact.plan import STEP_KEY
+from alloc_moe.runtime.artifact.tensors import read_initializers
+from alloc_moe.runtime.cuda import bindings
+from alloc_moe.runtime.cuda.device import Device
+from alloc_moe.runtime.cuda.routers import MOST_CANDIDATES, MOST_EXPERTS
+from alloc_moe.runtime.cuda.stepper import Stepper
+from alloc_moe.runtime.cuda.weights import Weights
+from alloc_moe.runtime.errors import DeviceError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from alloc_moe.runtime.artifact.files import ArtifactFiles
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_NAMES = frozenset(
+    "weight bias selection_bias sizes cos sin scales gate up gate_up gate_up_bias down down_bias "
+    "shared_gate".split()
+)
+
+
+class OwnKernels:
+    """An artifact's weights on the GPU and what runs its decode steps with them."""
+
+    def __init__(self, program: Mapping[str, Any], files: ArtifactFiles, data: Mapping[str, Path]):
+        device = Device()
+        if device.capability < bindings.LEAST_CAPABILITY:
+            raise DeviceError(f"the GPU's compute capability is {device.capability}, below 8.0")
+        initializers = read_initializers(files.graph, data, set(weight_names(program)))
+        self._weights = Weights(device, initializers)
+        self.stepper = Stepper(
+            device, program, weights=self._weights.address, floats=self._weights.floats
+        )
+
+    def share(self, options: onnxruntime.SessionOptions) -> None:
+        """Have a session use the same weights."""
+        self._weights.share(options)
+
+
+def step_program(metadata: Mapping[str, str]) -> Mapping[str, Any] | str:
+    """Return an artifact's step program, or why it can't be run."""
+    text = metadata.get(STEP_KEY)
+    if text is None:
+        return "the artifact has no step program"
+    program: Mapping[str, Any] = json.loads(text)
+    if program.get("format") != _FORMAT:
+        return f"its step program is of format {program.get('format')}, which isn't known here"
+    for op in program["ops"]:
+        if op["op"] == "route" and (
+            op["experts"] > MOST_EXPERTS or op["top_k"] > MOST_CANDIDATES
+        ):
+            return f"a router chooses {op['top_k']} of {op['experts']} experts, more than is handled"
+    return program
+
+
+def weight_names(value: Any, key: str = "") -> Iterator[str]:
+    """Yield the initializers that a step program names."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from weight_names(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from weight_names(inner, key)
+    elif isinstance(value, str) and key in _NAMES:
+        yield value
+
+
+def open_kernels(files: ArtifactFiles, data: Mapping[str, Path]) -> OwnKernels | str:
+    """Return what runs an artifact's decode steps, or why onnxruntime has to."""
+    program = step_program(files.onnx.metadata)
+    obstacle = bindings.missing()
+    if isinstance(program, str) or obstacle:
+        return obstacle if obstacle else str(program)
+    try:
+        return OwnKernels(program, files, data)
+    except DeviceError as error:
+        return str(error).rstrip(".")
