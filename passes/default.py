@@ -22,6 +22,7 @@ from alloc_moe.passes.interface.rename_cache import RenameCachePass
 from alloc_moe.passes.linear.fold_transposes import FoldTransposesPass
 from alloc_moe.passes.linear.fuse_projections import FuseProjectionsPass
 from alloc_moe.passes.linear.quantize import QuantizeMatMulsPass
+from alloc_moe.passes.step.program import StepProgramPass
 
 
 def normalize_passes(
@@ -61,12 +62,14 @@ def specialize_passes(
         formats: How experts are quantised, by MoE layer.
         cache_scales: Of an int8 cache.
     """
+    step = (StepProgramPass(allocation),) if pairs else ()
     attention = () if pairs else (GroupAttentionPass(), QuantizeCachePass(cache_scales))
     return ir.passes.Sequential(
         *attention,
         KeepLogitsPass(),
         QuantizeExpertsPass(formats),
         CorrectExpertsPass(corrections),
+        *step,
         LowerExpertsPass(allocation, pairs=pairs),
         SkipReshapesPass(),
         common.RemoveUnusedNodesPass(),
