@@ -11,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OnnxFunction
 
+from alloc_moe.passes.attention.group_query_rotary import right_padded_rows
+from alloc_moe.passes.attention.right_padded import REAL
 from alloc_moe.passes.base import (
     DOMAIN,
     MICROSOFT,
@@ -212,6 +214,9 @@ class _Builder:
 def _real_tokens(builder: _Builder) -> ir.Value:
     inputs = {value.name: value for value in builder.model.graph.inputs}
     mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+    rows = right_padded_rows(builder.model)
+    if rows is not None:
+        return rows.outputs[REAL]
     if mask is None:
         (real,) = builder.call(routing.all_tokens, [ids])
     else:

@@ -63,9 +63,7 @@ def visit(walk: Walk, node: ir.Node) -> Results:
     return {node.outputs[0]: made}
 
 
-def _projections(
-    walk: Walk, node: ir.Node, heads: int, kv_heads: int
-) -> tuple[Row, Row, Row]:
+def _projections(walk: Walk, node: ir.Node, heads: int, kv_heads: int) -> tuple[Row, Row, Row]:
     """Return queries, keys and values, which may come as one."""
     given = node.inputs[:3]
     if given[1] is not None and given[2] is not None:

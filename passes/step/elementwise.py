@@ -145,9 +145,7 @@ def skip_norm(walk: Walk, node: ir.Node) -> Results:
     x, skip = (walk.whole(value) for value in node.inputs[:2])
     total = walk.buffer(x.width)
     walk.add(Add(skip.buffer, x.buffer, total.buffer, x.width))
-    results: dict[ir.Value, Known] = {
-        node.outputs[0]: _normed(walk, node, total, node.inputs[2])
-    }
+    results: dict[ir.Value, Known] = {node.outputs[0]: _normed(walk, node, total, node.inputs[2])}
     if len(node.outputs) > 3:
         results[node.outputs[3]] = total
     return results
@@ -171,5 +169,3 @@ def _normed(walk: Walk, node: ir.Node, x: Row, weight: ir.Value | None) -> Row:
         )
     )
     return made
-
-

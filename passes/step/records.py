@@ -300,18 +300,7 @@ class AddBias:
     n: int
 
 
-Op = (
-    Embed
-    | Linear
-    | RmsNorm
-    | Attention
-    | Route
-    | Experts
-    | SwiGlu
-    | Add
-    | ScaleRows
-    | AddBias
-)
+Op = Embed | Linear | RmsNorm | Attention | Route | Experts | SwiGlu | Add | ScaleRows | AddBias
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,16 @@ from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.artifact.onnx_file import with_data_names, with_outputs
 from alloc_moe.runtime.artifact.plan import (
     LOGITS_TO_KEEP_INPUT,
+    PADDING_KEY,
     PRICE_INPUT,
     SHARED_CACHE_KEY,
     AllocationPlan,
 )
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
-from alloc_moe.runtime.execution.cache import BFLOAT16, Cache, find_slots, is_past, present_name
+from alloc_moe.runtime.execution.buffers import BFLOAT16
+from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
+from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
 from alloc_moe.runtime.execution.providers import (
     CUDA,
     ORT_ERRORS,
@@ -69,6 +72,7 @@ class ArtifactSession:
         self.files = files
         self.device: Literal["cpu", "cuda"] = "cuda" if CUDA in session.get_providers() else "cpu"
         self.shares_cache = SHARED_CACHE_KEY in files.onnx.metadata
+        self.pads_right = PADDING_KEY in files.onnx.metadata
         self.slots = find_slots(
             inputs.values(),
             batch=inputs["input_ids"].shape[0],
@@ -112,7 +116,7 @@ class ArtifactSession:
                 f"A cache for {batch} sequences and {capacity} columns can't be made. "
                 "Give 1 sequence or more, and 0 columns or more."
             )
-        device = "cpu" if self.shares_cache else self.device
+        device = "cpu" if self.shares_cache and not self.pads_right else self.device
         return Cache(self.slots, batch=batch, capacity=capacity, device=device)
 
     def run(
@@ -158,7 +162,10 @@ class ArtifactSession:
         new = new_mask(attention_mask, ids, cache, self.context_length)
         cache.reserve(cache.length + sequence)
         optional = (price, logits_to_keep)
-        if self.shares_cache and batch > 1 and sequence > 1 and cache.length:
+        if self.pads_right:
+            if goes_row_by_row(new, cache):
+                return self._run_rows(ids, new, cache, optional)
+        elif self.shares_cache and batch > 1 and sequence > 1 and cache.length:
             return self._run_rows(ids, new, cache, optional)
         return self._run(ids, new, cache, optional)
 
@@ -169,8 +176,13 @@ class ArtifactSession:
         cache: Cache,
         optional: tuple[float | None, int | None],
     ) -> Output:
-        binding = self._binding(cache, optional)
-        for name, array in cache.token_inputs(ids, new).items():
+        price, keep = optional
+        right = pad_right(ids, new, cache) if self.pads_right else None
+        if right is not None and keep is not None and 1 < right.ids.shape[1] <= keep:
+            keep = None
+        binding = self._binding(cache, (price, keep))
+        tokens = cache.token_inputs(ids, new) if right is None else right.inputs()
+        for name, array in tokens.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, array)
         for name in ("logits", *self._counted):
@@ -187,8 +199,10 @@ class ArtifactSession:
         logits, probs, present = _split(binding.get_outputs(), len(self._counted))
         cache.append(new, None if self.shares_cache else present)
         kept = to_numpy(logits)
-        if optional[1] and not self._keeps_logits:
-            kept = kept[:, -optional[1] :]
+        if right is not None:
+            kept = right.spread(kept, keep=optional[1])
+        elif keep and not self._keeps_logits:
+            kept = kept[:, -keep:]
         arrays = map(to_numpy, probs)
         rows = tuple(map(executed, self._counted, arrays)) if self._counted else None
         return Output(kept, cache, rows)
@@ -212,17 +226,19 @@ class ArtifactSession:
                 "attention takes such sequences one by one. Give one token per sequence, or one "
                 "sequence per call."
             )
-        parts = [
-            self._run(ids[row : row + 1], new[row : row + 1], cache.row(row), optional)
+        parts = {
+            row: self._run(ids[row : row + 1], new[row : row + 1], cache.row(row), optional)
             for row in range(len(ids))
-        ]
+            if new[row].any() or not self.pads_right
+        }
         cache.append(new)
-        counted = zip(*(part.rows for part in parts if part.rows is not None), strict=True)
-        return Output(
-            np.concatenate([part.logits for part in parts]),
-            cache,
-            tuple(np.concatenate(rows) for rows in counted) if self._counted else None,
-        )
+        first = next(iter(parts.values())).logits
+        logits = np.zeros((len(ids), *first.shape[1:]), first.dtype)
+        for row, part in parts.items():
+            logits[row] = part.logits[0]
+        counted = zip(*(part.rows for part in parts.values() if part.rows is not None), strict=True)
+        rows = tuple(np.concatenate(each) for each in counted) if self._counted else None
+        return Output(logits, cache, rows)
 
     def _binding(
         self, cache: Cache, optional: tuple[float | None, int | None]
