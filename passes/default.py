@@ -27,6 +27,7 @@ from alloc_moe.passes.linear.join_products import JoinProductsPass
 from alloc_moe.passes.linear.quantize import QuantizeMatMulsPass
 from alloc_moe.passes.linear.untransposed import UntransposedProductsPass
 from alloc_moe.passes.norm.skip_norms import SkipNormsPass
+from alloc_moe.passes.step.program import StepProgramPass
 
 
 def normalize_passes(
@@ -67,6 +68,7 @@ def specialize_passes(
         formats: How experts are quantised, by MoE layer.
         cache_scales: Of an int8 cache.
     """
+    step = (StepProgramPass(allocation),) if pairs else ()
     for_cuda = (
         UntransposedProductsPass(),
         FoldTransposesPass(),
@@ -81,6 +83,7 @@ def specialize_passes(
         KeepLogitsPass(),
         QuantizeExpertsPass(formats),
         CorrectExpertsPass(corrections),
+        *step,
         LowerExpertsPass(allocation, pairs=pairs),
         SkipReshapesPass(),
         common.RemoveUnusedNodesPass(),
