@@ -171,7 +171,9 @@ def _add_data_file(
 ) -> None:
     """Note the file that holds a tensor, if any, and that the tensor's last byte must be in it."""
     entries = dict(
-        read_entry(body) for field, body in _fields(tensor, allowance) if field == _TENSOR_EXTERNAL_DATA
+        read_entry(body)
+        for field, body in _fields(tensor, allowance)
+        if field == _TENSOR_EXTERNAL_DATA
     )
     if location := entries.get("location"):
         offset, length = (int(entries.get(key, 0)) for key in ("offset", "length"))

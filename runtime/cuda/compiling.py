@@ -61,7 +61,9 @@ def _compile(
     if int(status):
         log = b" " * call(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise DeviceError(f"NVRTC can't compile the kernels: {' '.join(log.decode().split())[:1000]}")
+        raise DeviceError(
+            f"NVRTC can't compile the kernels: {' '.join(log.decode().split())[:1000]}"
+        )
     cubin = b" " * call(nvrtc.nvrtcGetCUBINSize(program))
     call(nvrtc.nvrtcGetCUBIN(program, cubin))
     lowered = {

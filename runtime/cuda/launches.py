@@ -132,7 +132,7 @@ class _Planner:
         warps = 4 if tiles >= 2 * self._shape.multiprocessors else 8
         kernel = f"linear<{k}, {bits}, {self._groups}, {warps}, {_bool(norm)}>"
         arguments = (
-            *(self._out(op, n), self._rows(op["x"]), self._weight(op["weight"]), scales, block),
+            *(self._out(op, n), *self._x(op), self._weight(op["weight"]), scales, block),
             *(self._weight(op.get("bias")), self._rows(op.get("residual"))),
             *(*_norm(self._weight, norm), _int(n), _int(self._shape.tokens)),
         )
@@ -140,15 +140,18 @@ class _Planner:
         yield Launch(kernel, grid, warps * _WARP, self._normed(k) if norm else 0, arguments)
 
     def _normalize(self, op: Operation) -> Iterable[Launch]:
-        n = op["n"]
-        arguments = (self._out(op, n), self._rows(op["x"]), *_norm(self._weight, op))
-        shared = n * self._shape.element + _PAD_BYTES
-        yield Launch(f"normalize<{n}>", (self._shape.tokens, 1, 1), 256, shared, arguments)
+        n, size = op["n"], op.get("size") or op["n"]
+        arguments = (self._out(op, n), *self._x(op), *_norm(self._weight, op))
+        shared = size * self._shape.element + _PAD_BYTES
+        grid = (self._shape.tokens, n // size, 1)
+        yield Launch(f"normalize<{size}>", grid, 256, shared, arguments)
 
     def _swiglu(self, op: Operation) -> Iterable[Launch]:
         n, tokens = op["n"], self._shape.tokens
-        rows = (self._out(op, n), self._rows(op["x"]))
-        yield _elementwise("swiglu", n * tokens, (*rows, _int(n), _int(tokens)))
+        gate, pitch = self._x(op)
+        up = self._rows(op["y"]) if op.get("y") else _moved(gate, n * self._shape.element)
+        arguments = (self._out(op, n), gate, up, pitch, _int(n), _int(tokens))
+        yield _elementwise("swiglu", n * tokens, arguments)
 
     def _add(self, op: Operation) -> Iterable[Launch]:
         n = self._widths[op["x"]]
@@ -291,10 +294,12 @@ class _Planner:
 
     def _part(self, part: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return where a part of row buffers begins, and how far rows are apart."""
-        buffer = part["buffer"]
-        address = self._rows(buffer).value or 0
-        offset = part.get("offset", 0) * self._shape.element
-        return _pointer(address + offset), _int(self._widths[buffer])
+        buffer, offset = part["buffer"], part.get("offset") or 0
+        rows = _moved(self._rows(buffer), offset * self._shape.element)
+        return rows, _int(self._widths[buffer])
+
+    def _x(self, op: Operation) -> tuple[Any, Any]:
+        return self._part({"buffer": op["x"], "offset": op.get("x_offset")})
 
     def _out(self, op: Operation, width: int) -> Any:
         self._widths[op["out"]] = width
@@ -333,6 +338,10 @@ def split_positions(capacity: int, *, blocks: int, multiprocessors: int) -> tupl
     wanted = max(1, min(64, math.ceil(4 * multiprocessors / blocks)))
     chunk = max(_FEWEST_POSITIONS, math.ceil(math.ceil(capacity / wanted) / _ROUND) * _ROUND)
     return math.ceil(capacity / chunk), chunk
+
+
+def _moved(pointer: Any, offset: int) -> Any:
+    return _pointer((pointer.value or 0) + offset)
 
 
 def _elementwise(kernel: str, size: int, arguments: tuple[Any, ...]) -> Launch:

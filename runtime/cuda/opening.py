@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alloc_moe.runtime.artifact.plan import STEP_KEY
+import numpy as np
+from numpy.typing import NDArray
+
+from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
 from alloc_moe.runtime.artifact.tensors import read_initializers
 from alloc_moe.runtime.cuda import bindings
 from alloc_moe.runtime.cuda.device import Device
 from alloc_moe.runtime.cuda.routers import MOST_CANDIDATES, MOST_EXPERTS
-from alloc_moe.runtime.cuda.stepper import Stepper
+from alloc_moe.runtime.cuda.stepper import CacheMemory, Stepper
 from alloc_moe.runtime.cuda.weights import Weights
 from alloc_moe.runtime.errors import DeviceError
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
     from alloc_moe.runtime.artifact.files import ArtifactFiles
+    from alloc_moe.runtime.execution.cache import Cache
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,35 @@ class OwnKernels:
             device, program, weights=self._weights.address, floats=self._weights.floats
         )
 
+    def takes(self, ids: NDArray[np.int64]) -> bool:
+        """Whether a call is a decode step of a batch that the kernels take."""
+        return ids.shape[1] == 1 and len(ids) <= self.stepper.most_sequences
+
+    def step(
+        self, ids: NDArray[np.int64], new: NDArray[np.int64], cache: Cache, price: float | None
+    ) -> NDArray[np.floating]:
+        """Return the logits [batch, 1, vocabulary] of one token per sequence.
+
+        The cache gets its key and value, but counts them only by `append`.
+
+        Args:
+            ids: [batch, 1].
+            new: Their mask, of the same shape.
+            cache: On the device, with room for them.
+            price: In place of the one compiled in.
+        """
+        where = cache.addresses()
+        layers = range(len(where) // 2)
+        memory = CacheMemory(
+            tuple(where[f"past_key_values.{layer}.key"] for layer in layers),
+            tuple(where[f"past_key_values.{layer}.value"] for layer in layers),
+            cache.capacity,
+        )
+        logits = self.stepper.step(ids[:, 0], cache.real_tokens, new[:, 0], memory, price=price)
+        if logits.dtype == np.uint16:  # bfloat16
+            logits = (logits.astype(np.uint32) << 16).view(np.float32)
+        return logits[:, None]
+
     def share(self, options: onnxruntime.SessionOptions) -> None:
         """Have a session use the same weights."""
         self._weights.share(options)
@@ -53,21 +86,23 @@ def step_program(metadata: Mapping[str, str]) -> Mapping[str, Any] | str:
     """Return an artifact's step program, or why it can't be run."""
     text = metadata.get(STEP_KEY)
     if text is None:
-        return "the artifact has no step program"
+        return metadata.get(NO_STEP_KEY, "the artifact was compiled without a step program")
     program: Mapping[str, Any] = json.loads(text)
     if program.get("format") != _FORMAT:
         return f"its step program is of format {program.get('format')}, which isn't known here"
     for op in program["ops"]:
-        if op["op"] == "route" and (
-            op["experts"] > MOST_EXPERTS or op["top_k"] > MOST_CANDIDATES
-        ):
-            return f"a router chooses {op['top_k']} of {op['experts']} experts, more than is handled"
+        if op["op"] == "route" and (op["experts"] > MOST_EXPERTS or op["top_k"] > MOST_CANDIDATES):
+            return (
+                f"a router chooses {op['top_k']} of {op['experts']} experts, more than is handled"
+            )
     return program
 
 
 def weight_names(value: Any, key: str = "") -> Iterator[str]:
     """Yield the initializers that a step program names."""
     if isinstance(value, Mapping):
+        if value.get("op") == "scale_rows":  # whose gate is a buffer
+            return
         for name, inner in value.items():
             yield from weight_names(inner, name)
     elif isinstance(value, list):

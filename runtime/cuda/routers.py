@@ -20,9 +20,10 @@ class Router(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("selection_bias", "sizes", "price")),
+        ("quota", ctypes.c_double),
         *(
             (name, ctypes.c_float)
-            for name in ("threshold", "twice_overlap", "quota", "renormalize_epsilon", "scale")
+            for name in ("threshold", "twice_overlap", "renormalize_epsilon", "scale")
         ),
         *(
             (name, ctypes.c_int)

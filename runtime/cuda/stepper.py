@@ -179,9 +179,7 @@ class Stepper:
     def _router(self, op: Operation) -> int:
         name = f"router {op['out']} {op['weight']}"
         if name not in self._constants:
-            router: Router = router_of(
-                op, self._constant, self._given + _Inputs.price.offset
-            )
+            router: Router = router_of(op, self._constant, self._given + _Inputs.price.offset)
             self._constants[name] = self._uploaded(np.frombuffer(bytes(router), np.uint8))
         return self._constants[name]
 

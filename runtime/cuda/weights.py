@@ -44,7 +44,9 @@ class Weights:
         """Return an initializer of a few numbers, in the host's memory."""
         return self._initializers[name].floats()
 
-    def share(self, options: onnxruntime.SessionOptions, names: Iterable[str] | None = None) -> None:
+    def share(
+        self, options: onnxruntime.SessionOptions, names: Iterable[str] | None = None
+    ) -> None:
         """Have a session use this memory instead of copies of its own, where it wants it on the GPU."""
         holder = onnxruntime.InferenceSession(_HOLDER, providers=["CPUExecutionProvider"])
         for name in self._addresses if names is None else names:

@@ -262,6 +262,13 @@ class Cache:
         binding.bind_input(slot.past, *place)
         binding.bind_output(slot.present, *place)
 
+    def addresses(self) -> dict[str, int]:
+        """Return where a shared cache on a device is, by the names of the graph's inputs."""
+        return {
+            slot.past: value.data_ptr()
+            for slot, value in zip(self._slots, self.values, strict=True)
+        }
+
     def append(
         self, new: NDArray[np.int64], values: Sequence[onnxruntime.OrtValue] | None = None
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from alloc_moe.runtime.artifact.plan import (
     SHARED_CACHE_KEY,
     AllocationPlan,
 )
+from alloc_moe.runtime.cuda.opening import OwnKernels, open_kernels
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import BFLOAT16
 from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
@@ -33,11 +35,14 @@ from alloc_moe.runtime.execution.providers import (
     ORT_ERRORS,
     Provider,
     create_session,
+    cuda_obstacle,
     ort_message,
     quiet_run,
     session_options,
     utf8_path,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,12 @@ class ArtifactSession:
     """An artifact loaded into onnxruntime. Get one from `open_session`."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, files: ArtifactFiles, *, counting: bool
+        self,
+        session: onnxruntime.InferenceSession,
+        files: ArtifactFiles,
+        *,
+        counting: bool,
+        kernels: OwnKernels | None = None,
     ) -> None:
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = {value.name: value for value in session.get_outputs()}
@@ -89,6 +99,12 @@ class ArtifactSession:
         self._keeps_logits = LOGITS_TO_KEEP_INPUT in optional
         self._inputs = frozenset(inputs)
         self._counted = counted_values(files) if counting else ()
+        self._kernels = kernels if self.device == "cuda" and self.pads_right else None
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps are replayed as one CUDA graph of kernels of our own."""
+        return self._kernels is not None
 
     @property
     def plan(self) -> AllocationPlan:
@@ -162,6 +178,10 @@ class ArtifactSession:
         new = new_mask(attention_mask, ids, cache, self.context_length)
         cache.reserve(cache.length + sequence)
         optional = (price, logits_to_keep)
+        if self._kernels is not None and self._kernels.takes(ids):
+            logits = self._kernels.step(ids, new, cache, price)
+            cache.append(new)
+            return Output(logits, cache, None)
         if self.pads_right:
             if goes_row_by_row(new, cache):
                 return self._run_rows(ids, new, cache, optional)
@@ -271,6 +291,7 @@ def open_session(
     count_activations: bool = False,
     stop_spinning: bool = False,
     more_options: Mapping[str, str] | None = None,
+    capture: bool = True,
 ) -> ArtifactSession:
     """Load an artifact into onnxruntime.
 
@@ -282,6 +303,8 @@ def open_session(
         stop_spinning: Let idle threads sleep between calls. Slower by a few microseconds per
             call, but sessions in one process, or other work between calls, disturb each other less.
         more_options: What else onnxruntime can be told, see `session_options`.
+        capture: On CUDA, compute decode steps by kernels of our own in one captured graph, where
+            the artifact has a step program; else onnxruntime does, and the log says why.
 
     Raises:
         ArtifactError: Something is missing, damaged, or was not compiled by alloc-moe.
@@ -289,12 +312,30 @@ def open_session(
         GenerationError: onnxruntime has no such option.
     """
     files = find_artifact(path)
-    model, folder = _model(files, files.check_data(), counting=count_activations)
+    data = files.check_data()
+    model, folder = _model(files, data, counting=count_activations)
     options = session_options(
         threads=threads, stop_spinning=stop_spinning, data_folder=folder, more=more_options
     )
+    kernels = None
+    if capture and ep != "cpu" and not count_activations and cuda_obstacle() is None:
+        kernels = _own_kernels(files, data, options)
     session = create_session(model, options, ep=ep, name=files.graph)
-    return ArtifactSession(session, files, counting=count_activations)
+    return ArtifactSession(session, files, counting=count_activations, kernels=kernels)
+
+
+def _own_kernels(
+    files: ArtifactFiles, data: Mapping[str, Path], options: onnxruntime.SessionOptions
+) -> OwnKernels | None:
+    """Return what decodes on the GPU by itself; a session of these options has the same weights."""
+    if PADDING_KEY not in files.onnx.metadata:
+        return None
+    kernels = open_kernels(files, data)
+    if isinstance(kernels, str):
+        logger.info("onnxruntime decodes, without own kernels: %s.", kernels)
+        return None
+    kernels.share(options)
+    return kernels
 
 
 def _model(

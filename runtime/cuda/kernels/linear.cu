@@ -11,16 +11,17 @@ struct Norm {
 // Elements by which rows in shared memory are longer: two rows then lie in different banks.
 #define ROW_PAD (64 / (int)sizeof(Real))
 
-// Writes the tokens' RMS-normalised rows to shared memory [tokens, K + ROW_PAD].
+// Writes the tokens' RMS-normalised rows to shared memory [tokens, K + ROW_PAD]; rows of x are
+// `pitch` apart.
 template <int K, int WARPS>
-__device__ __forceinline__ void normalize_rows(Real* rows, float* sums, const Real* x,
+__device__ __forceinline__ void normalize_rows(Real* rows, float* sums, const Real* x, int pitch,
                                                const Norm& norm, int tokens) {
     const int thread = threadIdx.x, warp = thread / WARP;
     for (int t = 0; t < tokens; ++t) {
         float sum = 0.0f;
         for (int k = thread * PER_VEC; k < K; k += WARPS * WARP * PER_VEC) {
             float values[PER_VEC];
-            unpack(load(x + (long)t * K + k), values);
+            unpack(load(x + (long)t * pitch + k), values);
 #pragma unroll
             for (int i = 0; i < PER_VEC; ++i) sum += values[i] * values[i];
         }
@@ -35,7 +36,7 @@ __device__ __forceinline__ void normalize_rows(Real* rows, float* sums, const Re
         const float scale = rsqrtf(sum / K + norm.epsilon);
         for (int k = thread * PER_VEC; k < K; k += WARPS * WARP * PER_VEC) {
             float values[PER_VEC], weights[PER_VEC];
-            unpack(load(x + (long)t * K + k), values);
+            unpack(load(x + (long)t * pitch + k), values);
             unpack(load(norm.weight + k), weights);
 #pragma unroll
             for (int i = 0; i < PER_VEC; ++i)
@@ -63,7 +64,7 @@ __device__ __forceinline__ void store_products(float* part, const float (&c)[GRO
 // Grid: any number of blocks. Shared memory: [tokens, K + ROW_PAD] Real with a norm.
 template <int K, int BITS, int GROUPS, int WARPS, bool NORMED>
 __global__ void __launch_bounds__(WARPS * WARP)
-    linear(Real* out, const Real* x, const char* values, const Real* scales, int block,
+    linear(Real* out, const Real* x, int pitch, const char* values, const Real* scales, int block,
            const Real* bias, const Real* residual, const Real* norm_weight, float norm_epsilon,
            float norm_offset, int n, int tokens) {
     DYNAMIC_SHARED(dynamic);
@@ -82,15 +83,15 @@ __global__ void __launch_bounds__(WARPS * WARP)
         if (!waited) {
             wait_for_previous();
             if (NORMED)
-                normalize_rows<K, WARPS>(rows, sums, x, {norm_weight, norm_epsilon, norm_offset},
-                                         tokens);
+                normalize_rows<K, WARPS>(rows, sums, x, pitch,
+                                         {norm_weight, norm_epsilon, norm_offset}, tokens);
             waited = true;
         }
         float c[GROUPS][4] = {};
         multiply_rows<K, BITS, WARPS>(c, first, weight, row, row8, warp, [&](int group, int k) {
             const int t = group * 8 + g;
             if (t >= tokens) return zeros();
-            return NORMED ? load(rows + t * (K + ROW_PAD) + k) : load(x + (long)t * K + k);
+            return NORMED ? load(rows + t * (K + ROW_PAD) + k) : load(x + (long)t * pitch + k);
         });
         store_products<GROUPS>(parts + warp * GROUPS * 128, c);
         __syncthreads();
@@ -145,32 +146,34 @@ __global__ void __launch_bounds__(128)
     }
 }
 
-// Grid: tokens.
+// Grid: [tokens, parts]. Each part of K elements of a row is normalised by itself.
 template <int K>
 __global__ void __launch_bounds__(256)
-    normalize(Real* out, const Real* x, const Real* weight, float epsilon, float offset) {
+    normalize(Real* out, const Real* x, int pitch, const Real* weight, float epsilon,
+              float offset) {
     DYNAMIC_SHARED(dynamic);
     __shared__ float sums[8];
     let_next_begin();
     wait_for_previous();
     Real* rows = (Real*)dynamic;
-    normalize_rows<K, 8>(rows, sums, x + (long)blockIdx.x * K, {weight, epsilon, offset}, 1);
-    for (int k = threadIdx.x * PER_VEC; k < K; k += 256 * PER_VEC)
-        *(Vec*)(out + (long)blockIdx.x * K + k) = load(rows + k);
+    const Real* row = x + (long)blockIdx.x * pitch + (long)blockIdx.y * K;
+    normalize_rows<K, 8>(rows, sums, row, pitch, {weight, epsilon, offset}, 1);
+    Real* to = out + ((long)blockIdx.x * gridDim.y + blockIdx.y) * K;
+    for (int k = threadIdx.x * PER_VEC; k < K; k += 256 * PER_VEC) *(Vec*)(to + k) = load(rows + k);
 }
 
-// out[t, i] = silu(x[t, i]) x[t, n + i]. Grid: any.
-__global__ void __launch_bounds__(256) swiglu(Real* out, const Real* x, int n, int tokens) {
+// out[t, i] = silu(gate[t, i]) up[t, i]; rows are `pitch` apart. Grid: any.
+__global__ void __launch_bounds__(256)
+    swiglu(Real* out, const Real* gate, const Real* up, int pitch, int n, int tokens) {
     let_next_begin();
     wait_for_previous();
     for (int i = blockIdx.x * 256 + threadIdx.x; i < n * tokens; i += gridDim.x * 256) {
-        const Real* row = x + (long)(i / n) * 2 * n;
-        const float gate = to_float(to_real(silu(to_float(row[i % n]))));
-        out[i] = to_real(gate * to_float(row[n + i % n]));
+        const long at = (long)(i / n) * pitch + i % n;
+        out[i] = to_real(to_float(to_real(silu(to_float(gate[at])))) * to_float(up[at]));
     }
 }
 
-// out = x + y, or x + y sigmoid-scaled per row. Grid: any.
+// Grid: any.
 __global__ void __launch_bounds__(256)
     add(Real* out, const Real* x, const Real* y, int size) {
     let_next_begin();
@@ -179,11 +182,13 @@ __global__ void __launch_bounds__(256)
         out[i] = to_real(to_float(x[i]) + to_float(y[i]));
 }
 
-// out[t, i] = x[t, i] * gate[t]. Grid: any.
+// out[t, i] = x[t, i] sigmoid(gate[t]). Grid: any.
 __global__ void __launch_bounds__(256)
     scale_rows(Real* out, const Real* x, const Real* gate, int n, int tokens) {
     let_next_begin();
     wait_for_previous();
-    for (int i = blockIdx.x * 256 + threadIdx.x; i < n * tokens; i += gridDim.x * 256)
-        out[i] = to_real(to_float(x[i]) * to_float(gate[i / n]));
+    for (int i = blockIdx.x * 256 + threadIdx.x; i < n * tokens; i += gridDim.x * 256) {
+        const float scale = 1.0f / (1.0f + __expf(-to_float(gate[i / n])));
+        out[i] = to_real(to_float(x[i]) * to_float(to_real(scale)));
+    }
 }

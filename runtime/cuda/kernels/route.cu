@@ -34,7 +34,8 @@ struct Router {
     const float* selection_bias;  // [E] added for the choice only, or none
     const float* sizes;           // [E], for prices
     const float* price;           // on the device, in place of `threshold`, or none
-    float threshold, twice_overlap, quota;  // no quota: below zero
+    double quota;                 // of a call's candidates per token; below zero: none
+    float threshold, twice_overlap;
     float renormalize_epsilon, scale;
     int experts, candidates, score, groups, kept_groups, best_of_group;
     int renormalize, rounded, keep, kept, kept_score, renormalize_kept;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void compete(Kept& kept, const PerCandidate& contest,
     int reals = 0;
     for (int t = 0; t < tokens; ++t) reals += real[t] != 0;
     const int most =
-        r.keep == KEEP_POOL ? (r.kept - 1) * reals : (int)floor((double)r.quota * reals);
+        r.keep == KEEP_POOL ? (r.kept - 1) * reals : (int)floor(r.quota * reals);
     for (int i = threadIdx.x; i < tokens * others; i += ROUTE_WARPS * WARP) {
         const int t = i / others, j = i % others + 1;
         const float score = contest[t][j];
@@ -225,7 +226,7 @@ __device__ __forceinline__ void choose_experts(Routing* routing, const float* lo
         if (lane == 0) wholes[t] = whole;
     }
     __syncthreads();
-    if (r.keep == KEEP_POOL || r.quota >= 0.0f) compete(kept, contest, r, real, tokens);
+    if (r.keep == KEEP_POOL || r.quota >= 0.0) compete(kept, contest, r, real, tokens);
     if (r.renormalize_kept) {
         for (int t = warp; t < tokens; t += ROUTE_WARPS) {
             const bool keep = lane < r.candidates && kept[t][lane];
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     first.load(weight, row, row8, 0, warp);
     wait_for_previous();
     if (NORMED) {
-        normalize_rows<K, ROUTE_WARPS>(rows, sums, x, {norm_weight, norm_epsilon, norm_offset},
+        normalize_rows<K, ROUTE_WARPS>(rows, sums, x, K, {norm_weight, norm_epsilon, norm_offset},
                                        tokens);
         if (tile == 0 && normed)
             for (int i = threadIdx.x * PER_VEC; i < tokens * K; i += ROUTE_WARPS * WARP * PER_VEC)
@@ -308,12 +309,13 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < ROUTE_WARPS; ++w) sum += parts[w * GROUPS * 128 + i];
-        if (rounded_logits) sum = to_float(to_real(sum));
         if (e >= n) continue;
+        if (bias && !is_gate) sum += to_float(bias[e]);
+        if (rounded_logits || is_gate) sum = to_float(to_real(sum));
         if (is_gate) {
-            routing->shared[t] = 1.0f / (1.0f + expf(-sum));
+            routing->shared[t] = to_float(to_real(1.0f / (1.0f + expf(-sum))));
         } else {
-            logits[(long)t * r.experts + e] = bias ? sum + to_float(bias[e]) : sum;
+            logits[(long)t * r.experts + e] = sum;
         }
     }
     __threadfence();
