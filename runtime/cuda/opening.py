@@ -38,8 +38,13 @@ _NAMES = frozenset(
 class OwnKernels:
     """An artifact's weights on the GPU and what runs its decode steps with them."""
 
-    def __init__(self, program: Mapping[str, Any], files: ArtifactFiles, data: Mapping[str, Path]):
-        device = Device()
+    def __init__(
+        self,
+        program: Mapping[str, Any],
+        files: ArtifactFiles,
+        data: Mapping[str, Path],
+        device: Device,
+    ) -> None:
         if device.capability < bindings.LEAST_CAPABILITY:
             raise DeviceError(f"the GPU's compute capability is {device.capability}, below 8.0")
         initializers = read_initializers(files.graph, data, set(weight_names(program)))
@@ -119,6 +124,6 @@ def open_kernels(files: ArtifactFiles, data: Mapping[str, Path]) -> OwnKernels |
     if isinstance(program, str) or obstacle:
         return obstacle if obstacle else str(program)
     try:
-        return OwnKernels(program, files, data)
+        return OwnKernels(program, files, data, Device())
     except DeviceError as error:
         return str(error).rstrip(".")

@@ -6,11 +6,15 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from alloc_moe.runtime.cuda.launches import Launch
-from alloc_moe.runtime.cuda.sources import FOLDER, SOURCES
+from alloc_moe.runtime.cuda.sources import FOLDER, SOURCES, TYPES
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -28,10 +32,9 @@ void call(void (*kernel)(A...), void** arguments) {
 
 
 class Emulator:
-    """Compiles the kernels of some launches, and runs them."""
+    """Compiles kernels, C++ expressions, and runs launches of them."""
 
-    def __init__(self, launches: Sequence[Launch], folder: Path, *, dtype: int) -> None:
-        kernels = sorted({launch.kernel for launch in launches})
+    def __init__(self, kernels: Sequence[str], folder: Path, *, dtype: int) -> None:
         self._number = {kernel: number for number, kernel in enumerate(kernels)}
         source = _source(kernels)
         name = hashlib.sha256((source + str(dtype)).encode()).hexdigest()[:16]
@@ -65,3 +68,83 @@ def _source(kernels: Sequence[str]) -> str:
         "  const emulated::Dim blocks = {grid[0], grid[1], grid[2]};\n"
         f"  switch (number) {{\n{cases}  }}\n}}\n"
     )
+
+
+class EmulatedDevice:
+    """What `alloc_moe.runtime.cuda.device.Device` is to a stepper, on the CPU."""
+
+    capability = (9, 0)
+    multiprocessors = 4
+    most_shared = 232448
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._arrays: dict[int, NDArray[np.uint8]] = {}
+        self._emulators: dict[str, Emulator] = {}
+        self._work: list[Callable[[], None]] | None = None
+
+    def make_current(self) -> None:
+        """Nothing to do."""
+
+    def allocate(self, size: int, *, zero: bool = False) -> int:
+        """Return an aligned address; what isn't set to zero holds no numbers."""
+        whole = np.full(size + 256, 0 if zero else 0xFF, np.uint8)
+        offset = -whole.ctypes.data % 256
+        array = whole[offset : offset + size]
+        self._arrays[array.ctypes.data] = array
+        return int(array.ctypes.data)
+
+    def free(self, address: int) -> None:
+        """Forget an array."""
+        del self._arrays[address]
+
+    def pinned(self, size: int) -> NDArray[np.uint8]:
+        """Return host memory."""
+        return np.zeros(size, np.uint8)
+
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        """Copy to an address of `allocate`."""
+        ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+
+    def load(self, kernels: Sequence[str], *, dtype: str) -> None:
+        """Compile kernels."""
+        if new := sorted(set(kernels) - set(self._emulators)):
+            emulator = Emulator(new, self._folder, dtype=TYPES[dtype])
+            self._emulators.update(dict.fromkeys(new, emulator))
+
+    def check(self, launches: Sequence[Launch]) -> None:
+        """Nothing to do."""
+
+    def launch(self, launch: Launch, *, overlap: bool = True) -> None:
+        """Record a kernel."""
+        self._record(lambda: self._emulators[launch.kernel].run(launch))
+
+    def copy_in(self, address: int, host: NDArray[np.uint8], size: int) -> None:
+        """Record a copy."""
+        self._record(lambda: ctypes.memmove(address, host.ctypes.data, size))
+
+    def copy_out(self, host: NDArray[np.uint8], address: int, size: int) -> None:
+        """Record a copy."""
+        self._record(lambda: ctypes.memmove(host.ctypes.data, address, size))
+
+    def _record(self, work: Callable[[], object]) -> None:
+        assert self._work is not None, "outside of a capture"
+        self._work.append(work)
+
+    def capture(self, work: Callable[[], None]) -> list[Callable[[], None]]:
+        """Return what was recorded."""
+        self._work = []
+        work()
+        recorded, self._work = self._work, None
+        return recorded
+
+    def replay(self, graph: list[Callable[[], None]]) -> None:
+        """Run what was recorded."""
+        for work in graph:
+            work()
+
+    def destroy(self, graph: list[Callable[[], None]]) -> None:
+        """Nothing to do."""
+
+    def wait(self) -> None:
+        """Nothing to do."""
