@@ -68,7 +68,7 @@ def specialize_passes(
         formats: How experts are quantised, by MoE layer.
         cache_scales: Of an int8 cache.
     """
-    step = (StepProgramPass(allocation),) if pairs else ()
+    step = (StepProgramPass(allocation, positions),) if pairs else ()
     for_cuda = (
         UntransposedProductsPass(),
         FoldTransposesPass(),

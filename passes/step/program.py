@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import onnx_ir as ir
 
@@ -27,7 +26,6 @@ STEP_KEY = "alloc_moe.step"
 """Key of the step program in the metadata."""
 NO_STEP_KEY = "alloc_moe.no_step"
 """Key in the metadata of why there is no step program, as the end of a sentence."""
-_GENERATION_KEY = "alloc_moe.generation"
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -43,16 +41,17 @@ class StepProgramPass(ir.passes.InPlacePass):
 
     Args:
         allocation: The plan's part that the graph depends on.
+        positions: How many the model has, if that is known.
     """
 
-    def __init__(self, allocation: Allocation) -> None:
+    def __init__(self, allocation: Allocation, positions: int | None) -> None:
         super().__init__()
-        self._allocation = allocation
+        self._allocation, self._positions = allocation, positions
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if not any(routed_experts(model)):
             return ir.passes.PassResult(model, modified=False)
-        program = step_program(model, self._allocation)
+        program = step_program(model, self._allocation, self._positions)
         if isinstance(program, Reason):
             key, text, other = NO_STEP_KEY, program.text, STEP_KEY
         else:
@@ -70,20 +69,23 @@ class StepProgramPass(ir.passes.InPlacePass):
             )
 
 
-def step_program(model: ir.Model, allocation: Allocation) -> StepProgram | Reason:
+def step_program(
+    model: ir.Model, allocation: Allocation, positions: int | None
+) -> StepProgram | Reason:
     """Return how a graph computes one new token of each sequence, or why that can't be said.
 
     Args:
         model: Its RoutedExperts nodes are not lowered yet, its weights are final.
         allocation: What is kept of their candidates.
+        positions: How many the model has, if that is known.
     """
     try:
-        return _program(model, allocation)
+        return _program(model, allocation, positions)
     except NotExpressibleError as error:
         return Reason(str(error))
 
 
-def _program(model: ir.Model, allocation: Allocation) -> StepProgram:
+def _program(model: ir.Model, allocation: Allocation, positions: int | None) -> StepProgram:
     outputs = {value.name: value for value in model.graph.outputs}
     walk = walk_graph(model, allocation)
     logits = walk.whole(outputs[LOGITS])
@@ -92,13 +94,13 @@ def _program(model: ir.Model, allocation: Allocation) -> StepProgram:
         raise NotExpressibleError("it computes in an unknown type")
     ops = [_renamed(op, logits.buffer) for op in walk.ops]
     fused = fuse(ops)
-    _check(fused, walk.cache, model)
+    _check(fused, model)
     embed = next(op for op in fused if isinstance(op, Embed))
     return StepProgram(
         dtype,
         embed.n,
         logits.width,
-        _context_length(model),
+        positions,
         tuple(walk.cache),
         tuple(fused),
     )
@@ -108,7 +110,7 @@ def _renamed(op: Op, logits: str) -> Op:
     return dataclasses.replace(op, out=LOGITS) if op.out == logits else op
 
 
-def _check(ops: list[Op], cache: object, model: ir.Model) -> None:
+def _check(ops: list[Op], model: ir.Model) -> None:
     """Raise if the program is none that a runtime could run."""
     last = ops[-1] if ops else None
     if not isinstance(last, Linear) or last.out != LOGITS:
@@ -124,9 +126,3 @@ def _check(ops: list[Op], cache: object, model: ir.Model) -> None:
 def _activations(model: ir.Model) -> ir.DataType | None:
     node = next(iter(routed_experts(model)))
     return None if node.inputs[0] is None else node.inputs[0].dtype
-
-
-def _context_length(model: ir.Model) -> int | None:
-    given = model.metadata_props.get(_GENERATION_KEY)
-    length = None if given is None else json.loads(given).get("context_length")
-    return None if length is None else int(length)

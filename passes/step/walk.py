@@ -11,15 +11,18 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from alloc_moe.passes.attention.right_padded import last_positions
 from alloc_moe.passes.base import DOMAIN, MICROSOFT, ROUTED_EXPERTS
 from alloc_moe.passes.experts.lower import Allocation
 from alloc_moe.passes.step import attention, elementwise, experts, products
 from alloc_moe.passes.step.matching import NotExpressibleError
-from alloc_moe.passes.step.state import Visit, Walk
+from alloc_moe.passes.step.state import Results, Visit, Walk
 from alloc_moe.passes.step.values import Lost
 
-_PICKS_TOKENS = "last_positions"
-_ALIASES = ("Reshape", "Unsqueeze", "Squeeze", "Identity", "Cast", "Flatten", _PICKS_TOKENS)
+_ALIASES = (
+    *("Reshape", "Unsqueeze", "Squeeze", "Identity", "Cast", "Flatten"),
+    last_positions.name,  # which of one token is that one
+)
 
 
 def walk_graph(model: ir.Model, allocation: Allocation) -> Walk:
@@ -44,15 +47,18 @@ def _concerns(walk: Walk, node: ir.Node) -> bool:
 
 def _visit(walk: Walk, node: ir.Node) -> None:
     known = node.domain in ("", "ai.onnx", MICROSOFT, DOMAIN)
-    visit = _VISITS.get(node.op_type) if known else None
+    visit = _VISITS.get(node.op_type, _unknown) if known else _unknown
     try:
-        if visit is None:
-            given = [walk.known(value) for value in node.inputs]
-            lost = next((value.reason for value in given if isinstance(value, Lost)), None)
-            raise NotExpressibleError(lost or f"it computes {node.op_type}")
         walk.learn(visit(walk, node))
     except NotExpressibleError as error:
         walk.learn({output: Lost(str(error)) for output in node.outputs})
+
+
+def _unknown(walk: Walk, node: ir.Node) -> Results:
+    """Pass on why what the node computes with is lost, else say that the node is no known one."""
+    given = [walk.known(value) for value in node.inputs]
+    lost = next((value.reason for value in given if isinstance(value, Lost)), None)
+    raise NotExpressibleError(lost or f"it computes {node.op_type}")
 
 
 _VISITS: Mapping[str, Visit] = {

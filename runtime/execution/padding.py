@@ -80,8 +80,9 @@ def pad_right(ids: NDArray[np.int64], new: NDArray[np.int64], cache: Cache) -> R
     packed[rows, columns[rows, given]] = ids[rows, given]
     # A row that pauses while others go on still is given one token, in a column that stays free.
     pauses = (counts == 0) & (past > 0)
-    lengths = past + counts + pauses
-    mask = (np.arange(max(int(lengths.max()), width)) < lengths[:, None]).astype(np.int64)
+    lengths = past + counts
+    total = max(int((lengths + pauses).max()), width)
+    mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
     mask[pauses, past[pauses] - 1] = _PAUSED
     positions = past[:, None] + np.arange(width)
     return RightPadded(packed, mask, positions, columns)
