@@ -52,6 +52,16 @@ __device__ __forceinline__ float largest_of_warp(float x) {
     return x;
 }
 
+// Integers in the order of numbers.
+__device__ __forceinline__ u32 in_order(float x) {
+    const u32 bits = __float_as_uint(x);
+    return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+}
+
+__device__ __forceinline__ u32 largest_of_warp(u32 x) { return __reduce_max_sync(~0u, x); }
+
+__device__ __forceinline__ u32 smallest_of_warp(u32 x) { return __reduce_min_sync(~0u, x); }
+
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 // Products of 16 rows of a weight with up to 8 tokens. A lane holds, of rows g and g + 8, as many

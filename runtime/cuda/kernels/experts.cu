@@ -5,7 +5,7 @@
 // hidden[slot, t, i] = weight[slot, t] silu(gate) up. Grid: one block per 8 elements of the shared
 // expert, then of each kept one: [shared / 8 + most * inner / 8]. Blocks beyond the kept end.
 template <int K, int BITS, int SHARED_BITS, int GROUPS, int WARPS>
-__global__ void __launch_bounds__(WARPS * WARP)
+__global__ void __launch_bounds__(WARPS * WARP, GATE_BLOCKS)
     gate_up(Real* hidden, Real* shared_hidden, const Real* x, const Routing* routing,
             const char* values, const Real* scales, const Real* bias, int block, int inner,
             const char* shared_gate, const char* shared_up, const Real* shared_gate_scales,
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(WARPS * WARP)
          const char* shared_values, const Real* shared_scales, int shared_block,
          const Real* residual, int n, int tokens) {
     typedef Layout<INNER, BITS> L;
-    constexpr int UNROLL = BITS ? 2 : 4;
+    constexpr int UNROLL = UNROLL_MOST;
     constexpr int CHUNKS = (L::LOADS + UNROLL - 1) / UNROLL;  // of an expert
     __shared__ float parts[WARPS * GROUPS * 128];
     __shared__ int expert[MOST_TOKENS * MOST_CANDIDATES], users[MOST_TOKENS * MOST_CANDIDATES];

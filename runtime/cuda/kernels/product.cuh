@@ -2,6 +2,17 @@
 #pragma once
 #include "common.cuh"
 
+// Loads that a lane has under way at once, of each of two rows, and again of what comes next.
+#ifndef UNROLL_MOST
+#define UNROLL_MOST 4
+#endif
+#ifndef LINEAR_BLOCKS
+#define LINEAR_BLOCKS 1
+#endif
+#ifndef GATE_BLOCKS
+#define GATE_BLOCKS 1
+#endif
+
 // A weight [rows, K]: BITS 0 for elements of type Real, else integers with one scale per block.
 template <int BITS>
 struct Weight {
@@ -115,7 +126,7 @@ __device__ __forceinline__ void add_products(float (&c)[4], const Piece<BITS>& p
 template <int K, int BITS, int WARPS>
 struct Share {
     static constexpr int LOADS = Layout<K, BITS>::LOADS;
-    static constexpr int MOST = BITS ? 2 : 4;
+    static constexpr int MOST = UNROLL_MOST;
     static constexpr int EACH = (LOADS + WARPS - 1) / WARPS;
     static constexpr int UNROLL = EACH < MOST ? EACH : MOST;
     static constexpr int STEPS = (LOADS + WARPS * UNROLL - 1) / (WARPS * UNROLL);

@@ -89,24 +89,18 @@ __device__ __forceinline__ Candidate choose(float* scores, float* ranking, const
     Candidate mine = {0.0f, 0};
     for (int j = 0; j < r.candidates; ++j) {
         float best = -3e38f;
-        int at = 0x7fffffff;
+        unsigned at = r.experts;
         for (int e = lane; e < r.experts; e += WARP)
             if (ranking[e] > best) {
                 best = ranking[e];
                 at = e;
             }
-#pragma unroll
-        for (int offset = WARP / 2; offset; offset /= 2) {
-            const float other = __shfl_xor_sync(~0u, best, offset);
-            const int other_at = __shfl_xor_sync(~0u, at, offset);
-            if (other > best || (other == best && other_at < at)) {
-                best = other;
-                at = other_at;
-            }
-        }
-        if (at >= r.experts) at = 0;  // scores that are no numbers
-        if (lane == j) mine = {scores[at], at};
-        if (lane == at % WARP) ranking[at] = -3e38f;
+        // Of equal ones the first; scores that are no numbers are never larger.
+        const unsigned order = in_order(best), most = largest_of_warp(order);
+        at = smallest_of_warp(order == most ? at : ~0u);
+        if (at >= (unsigned)r.experts) at = 0;
+        if (lane == j) mine = {scores[at], (int)at};
+        if (lane == (int)at % WARP) ranking[at] = -3e38f;
         __syncwarp();
     }
     const bool used = lane < r.candidates;

@@ -155,6 +155,18 @@ inline unsigned __ballot_sync(unsigned, bool given) {
     emulated::wait(emulated::warp());
     return mask;
 }
+inline unsigned of_warp(unsigned x, bool largest) {
+    emulated::slots[threadIdx.x].words[0] = x;
+    emulated::wait(emulated::warp());
+    for (unsigned i = 0; i < 32; ++i) {
+        const unsigned other = emulated::slots[threadIdx.x / 32 * 32 + i].words[0];
+        x = largest ? max(x, other) : min(x, other);
+    }
+    emulated::wait(emulated::warp());
+    return x;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) { return of_warp(x, true); }
+inline unsigned __reduce_min_sync(unsigned, unsigned x) { return of_warp(x, false); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t select) {
     const uint64_t bytes = (uint64_t)b << 32 | a;
