@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.runtime.cuda.bindings import call, driver
 from alloc_moe.runtime.cuda.compiling import compile_kernels
+from alloc_moe.runtime.cuda.cublas import Cublas, Gemm
 from alloc_moe.runtime.cuda.launches import Launch
 from alloc_moe.runtime.errors import DeviceError
 
@@ -27,6 +28,8 @@ class Device:
         self._functions: dict[str, Any] = {}
         self._overlaps = self.capability >= (9, 0)
         self._memory: list[int] = []
+        self._pinned: dict[str, NDArray[np.uint8]] = {}
+        self._cublas: Cublas | None = None
 
     def make_current(self) -> None:
         """Use this GPU in the calling thread."""
@@ -70,6 +73,12 @@ class Device:
         """Return host memory that the GPU copies from and to without a detour."""
         address = int(call(driver.cuMemAllocHost(max(size, 16))))
         return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+
+    def pinned_once(self, name: str, size: int) -> NDArray[np.uint8]:
+        """Return pinned memory by a name, made anew only where more is wanted."""
+        if name not in self._pinned or self._pinned[name].nbytes < size:
+            self._pinned[name] = self.pinned(size)
+        return self._pinned[name]
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
         """Copy an array to the device, and wait for it."""
@@ -129,6 +138,16 @@ class Device:
         values = tuple(argument.value or 0 for argument in launch.arguments)
         types = tuple(type(argument) for argument in launch.arguments)
         call(driver.cuLaunchKernelEx(config, function, (values, types), 0))
+
+    def multiply(self, gemm: Gemm, *, dtype: str) -> None:
+        """Add a product of many rows to the stream."""
+        if self._cublas is None:
+            self._cublas = Cublas(int(self.stream))
+        self._cublas.run(gemm, dtype=dtype)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Add a copy on the device to the stream."""
+        call(driver.cuMemcpyDtoDAsync(to, source, size, self.stream))
 
     def capture(self, work: Callable[[], None]) -> Any:
         """Return an executable graph of what `work` adds to the stream."""

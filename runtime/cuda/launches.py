@@ -134,14 +134,14 @@ class _Planner:
         arguments = (
             *(self._out(op, n), *self._x(op), self._weight(op["weight"]), scales, block),
             *(self._weight(op.get("bias")), self._rows(op.get("residual"))),
-            *(*_norm(self._weight, norm), _int(n), _int(self._shape.tokens)),
+            *(*norm_arguments(self._weight, norm), _int(n), _int(self._shape.tokens)),
         )
         grid = (min(tiles, 4 * self._shape.multiprocessors), 1, 1)
         yield Launch(kernel, grid, warps * _WARP, self._normed(k) if norm else 0, arguments)
 
     def _normalize(self, op: Operation) -> Iterable[Launch]:
         n, size = op["n"], op.get("size") or op["n"]
-        arguments = (self._out(op, n), *self._x(op), *_norm(self._weight, op))
+        arguments = (self._out(op, n), *self._x(op), *norm_arguments(self._weight, op))
         shared = size * self._shape.element + _PAD_BYTES
         grid = (self._shape.tokens, n // size, 1)
         yield Launch(f"normalize<{size}>", grid, 256, shared, arguments)
@@ -206,7 +206,7 @@ class _Planner:
             normed_rows,
             _pointer(self._memory.zeros("alloc_moe.arrived", 4)),
             *(self._rows(op["x"]), self._weight(op["weight"]), self._weight(op.get("bias"))),
-            *(*_norm(self._weight, norm), self._weight(gate)),
+            *(*norm_arguments(self._weight, norm), self._weight(gate)),
             *(_pointer(self._memory.router(op)), _pointer(self._memory.real)),
             *(_int(bool(op.get("rounded_logits"))), _int(self._shape.tokens)),
         )
@@ -348,7 +348,7 @@ def _elementwise(kernel: str, size: int, arguments: tuple[Any, ...]) -> Launch:
     return Launch(kernel, (math.ceil(size / 256), 1, 1), 256, 0, arguments)
 
 
-def _norm(weight: Callable[[str | None], Any], norm: Mapping[str, Any] | None) -> tuple[Any, ...]:
+def norm_arguments(weight: Callable[[str | None], Any], norm: Mapping[str, Any] | None) -> tuple[Any, ...]:
     if not norm:
         return _NOWHERE, _float(0.0), _float(0.0)
     return weight(norm["weight"]), _float(norm["eps"]), _float(norm.get("offset") or 0.0)

@@ -15,10 +15,13 @@ from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
 from alloc_moe.runtime.artifact.tensors import read_initializers
 from alloc_moe.runtime.cuda import bindings
 from alloc_moe.runtime.cuda.device import Device
+from alloc_moe.runtime.cuda.prefill import obstacle
+from alloc_moe.runtime.cuda.prefiller import Prefiller
 from alloc_moe.runtime.cuda.routers import MOST_CANDIDATES, MOST_EXPERTS
 from alloc_moe.runtime.cuda.stepper import CacheMemory, Stepper
 from alloc_moe.runtime.cuda.weights import Weights
 from alloc_moe.runtime.errors import DeviceError
+from alloc_moe.runtime.execution.padding import pad_right
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -52,20 +55,31 @@ class OwnKernels:
         self.stepper = Stepper(
             device, program, weights=self._weights.address, floats=self._weights.floats
         )
+        self._prefiller = Prefiller(device, self.stepper)
+        self.prefill_obstacle = obstacle(program, redistribution=files.plan.redistribution)
+        """Why onnxruntime computes prompts, None if own kernels do."""
 
-    def takes(self, ids: NDArray[np.int64]) -> bool:
-        """Whether a call is a decode step of a batch that the kernels take."""
-        return ids.shape[1] == 1 and len(ids) <= self.stepper.most_sequences
+    def takes(
+        self, ids: NDArray[np.int64], new: NDArray[np.int64], logits_to_keep: int | None
+    ) -> bool:
+        """Whether a call is one that the kernels compute: a step, or a prompt's last logits."""
+        batch, width = ids.shape
+        if batch > self.stepper.most_sequences:
+            return False
+        if width == 1:
+            return True
+        prompt = logits_to_keep == 1 and bool(new[:, -1].all())
+        return self.prefill_obstacle is None and prompt
 
-    def step(
+    def run(
         self, ids: NDArray[np.int64], new: NDArray[np.int64], cache: Cache, price: float | None
     ) -> NDArray[np.floating]:
-        """Return the logits [batch, 1, vocabulary] of one token per sequence.
+        """Return the logits [batch, 1, vocabulary] of each sequence's last token.
 
         The cache gets its key and value, but counts them only by `append`.
 
         Args:
-            ids: [batch, 1].
+            ids: [batch, width].
             new: Their mask, of the same shape.
             cache: On the device, with room for them.
             price: In place of the one compiled in.
@@ -77,7 +91,13 @@ class OwnKernels:
             tuple(where[f"past_key_values.{layer}.value"] for layer in layers),
             cache.capacity,
         )
-        logits = self.stepper.step(ids[:, 0], cache.real_tokens, new[:, 0], memory, price=price)
+        if ids.shape[1] == 1:
+            real = new[:, 0]
+            logits = self.stepper.step(ids[:, 0], cache.real_tokens, real, memory, price=price)
+        else:
+            right = pad_right(ids, new, cache)
+            past = cache.real_tokens
+            logits = self._prefiller.run(right.ids, new.sum(axis=1), past, memory, price=price)
         if logits.dtype == np.uint16:  # bfloat16
             logits = (logits.astype(np.uint32) << 16).view(np.float32)
         return logits[:, None]

@@ -64,8 +64,8 @@ class Stepper:
         weights: Callable[[str], int],
         floats: Callable[[str], NDArray[np.float32]],
     ) -> None:
-        self._device, self._program = device, program
-        self._weights, self._floats = weights, floats
+        self._device, self.program = device, program
+        self.weight, self._floats = weights, floats
         self._element = _ELEMENT[program["dtype"]]
         self._buffers: dict[str, tuple[int, int]] = {}
         self._constants: dict[str, int] = {}
@@ -112,9 +112,17 @@ class Stepper:
         self._inputs.price = self._price if price is None else price
         self._device.replay(graph)
         self._device.wait()
+        return self.as_logits(self._logits[: batch * self._row], batch)
+
+    def as_logits(self, data: NDArray[np.uint8], batch: int) -> NDArray[np.generic]:
+        """Return a copy of bytes as logits [batch, vocabulary]; bfloat16 as uint16."""
         kind = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
-        logits = self._logits[: batch * self._row].view(kind[self._program["dtype"]])
-        return logits.reshape(batch, -1).copy()
+        return data.view(kind[self.program["dtype"]]).reshape(batch, -1).copy()
+
+    def set_price(self, price: float | None) -> None:
+        """Have routers compare with a price, by default the one compiled in."""
+        value = np.array([self._price if price is None else price], np.float32)
+        self._device.upload(self._given + _Inputs.price.offset, value)
 
     def prepare(self, batch: int, cache: CacheMemory) -> None:
         """Compile the kernels and capture the step, so that the first step is as fast as others."""
@@ -134,7 +142,7 @@ class Stepper:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         launches = self._launches(batch, cache)
-        self._device.load([launch.kernel for launch in launches], dtype=self._program["dtype"])
+        self._device.load([launch.kernel for launch in launches], dtype=self.program["dtype"])
         self._device.check(launches)
         graph = self._device.capture(lambda: self._record(launches, batch))
         self._graphs[key] = graph
@@ -152,10 +160,10 @@ class Stepper:
 
     def _launches(self, batch: int, cache: CacheMemory) -> list[Launch]:
         memory = Memory(
-            weight=self._weights,
+            weight=self.weight,
             buffer=self._buffer,
             zeros=self._zeros,
-            router=self._router,
+            router=self.router,
             keys=dict(enumerate(cache.keys)),
             values=dict(enumerate(cache.values)),
             ids=self._given + _Inputs.ids.offset,
@@ -163,7 +171,7 @@ class Stepper:
             real=self._given + _Inputs.real.offset,
         )
         shape = Shape(batch, cache.capacity, self._device.multiprocessors, self._element)
-        return plan_launches(self._program, memory, shape)
+        return plan_launches(self.program, memory, shape)
 
     def _buffer(self, name: str, size: int) -> int:
         address, room = self._buffers.get(name, (0, 0))
@@ -176,7 +184,8 @@ class Stepper:
     def _zeros(self, name: str, size: int) -> int:
         return self._buffer(name, size)  # kernels leave it as they found it
 
-    def _router(self, op: Operation) -> int:
+    def router(self, op: Operation) -> int:
+        """Return the address of a route operation's constants."""
         name = f"router {op['out']} {op['weight']}"
         if name not in self._constants:
             router: Router = router_of(op, self._constant, self._given + _Inputs.price.offset)

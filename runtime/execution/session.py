@@ -178,8 +178,8 @@ class ArtifactSession:
         new = new_mask(attention_mask, ids, cache, self.context_length)
         cache.reserve(cache.length + sequence)
         optional = (price, logits_to_keep)
-        if self._kernels is not None and self._kernels.takes(ids):
-            logits = self._kernels.step(ids, new, cache, price)
+        if self._kernels is not None and self._kernels.takes(ids, new, logits_to_keep):
+            logits = self._kernels.run(ids, new, cache, price)
             cache.append(new)
             return Output(logits, cache, None)
         if self.pads_right:

@@ -2,10 +2,14 @@
 #pragma once
 #include "route.cu"
 
+// Blocks of `gate_up` on a multiprocessor: enough for all of a token to run at once.
+#define GATE_UP_BLOCKS 8
+#define GATE_UP_LOADS 2
+
 // hidden[slot, t, i] = weight[slot, t] silu(gate) up. Grid: one block per 8 elements of the shared
 // expert, then of each kept one: [shared / 8 + most * inner / 8]. Blocks beyond the kept end.
 template <int K, int BITS, int SHARED_BITS, int GROUPS, int WARPS>
-__global__ void __launch_bounds__(WARPS * WARP, GATE_BLOCKS)
+__global__ void __launch_bounds__(WARPS * WARP, GATE_UP_BLOCKS)
     gate_up(Real* hidden, Real* shared_hidden, const Real* x, const Routing* routing,
             const char* values, const Real* scales, const Real* bias, int block, int inner,
             const char* shared_gate, const char* shared_up, const Real* shared_gate_scales,
@@ -25,10 +29,10 @@ __global__ void __launch_bounds__(WARPS * WARP, GATE_BLOCKS)
         const long i = tile * 8 + g;
         const Weight<SHARED_BITS> weight = {shared_gate, shared_up, shared_gate_scales,
                                             shared_up_scales, shared_block};
-        Pieces<K, SHARED_BITS, WARPS> first;
+        Pieces<K, SHARED_BITS, WARPS, GATE_UP_LOADS> first;
         first.load(weight, i, i, 0, warp);
         wait_for_previous();
-        multiply_rows<K, SHARED_BITS, WARPS>(c, first, weight, i, i, warp, token);
+        multiply_rows(c, first, weight, i, i, warp, token);
     } else {
         slot = (tile - shared_tiles) / tiles;
         tile = (tile - shared_tiles) % tiles;
@@ -37,9 +41,9 @@ __global__ void __launch_bounds__(WARPS * WARP, GATE_BLOCKS)
         expert = routing->expert[slot];
         const long row = ((long)expert * inner + tile * 8 + g) * 2;
         const Weight<BITS> weight = one_weight<BITS>(values, scales, block);
-        Pieces<K, BITS, WARPS> first;
+        Pieces<K, BITS, WARPS, GATE_UP_LOADS> first;
         first.load(weight, row, row + 1, 0, warp);
-        multiply_rows<K, BITS, WARPS>(c, first, weight, row, row + 1, warp, token);
+        multiply_rows(c, first, weight, row, row + 1, warp, token);
     }
     store_products<GROUPS>(parts + warp * GROUPS * 128, c);
     __syncthreads();
@@ -74,7 +78,7 @@ __global__ void __launch_bounds__(WARPS * WARP)
          const char* shared_values, const Real* shared_scales, int shared_block,
          const Real* residual, int n, int tokens) {
     typedef Layout<INNER, BITS> L;
-    constexpr int UNROLL = UNROLL_MOST;
+    constexpr int UNROLL = BITS ? 2 : 4;
     constexpr int CHUNKS = (L::LOADS + UNROLL - 1) / UNROLL;  // of an expert
     __shared__ float parts[WARPS * GROUPS * 128];
     __shared__ int expert[MOST_TOKENS * MOST_CANDIDATES], users[MOST_TOKENS * MOST_CANDIDATES];
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(WARPS * WARP)
         Pieces<SHARED_INNER, SHARED_BITS, WARPS> first;
         first.load(weight, row, row8, 0, warp);
         wait_for_previous();
-        multiply_rows<SHARED_INNER, SHARED_BITS, WARPS>(
+        multiply_rows(
             c, first, weight, row, row8, warp, [&](int group, int k) {
                 const int t = group * 8 + g;
                 return t < tokens ? load(shared_hidden + (long)t * SHARED_INNER + k) : zeros();

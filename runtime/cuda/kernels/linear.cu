@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_products(float* part, const float (&c)[GRO
 
 // Grid: any number of blocks. Shared memory: [tokens, K + ROW_PAD] Real with a norm.
 template <int K, int BITS, int GROUPS, int WARPS, bool NORMED>
-__global__ void __launch_bounds__(WARPS * WARP, LINEAR_BLOCKS * 4 / WARPS > 0 ? LINEAR_BLOCKS * 4 / WARPS : 1)
+__global__ void __launch_bounds__(WARPS * WARP)
     linear(Real* out, const Real* x, int pitch, const char* values, const Real* scales, int block,
            const Real* bias, const Real* residual, const Real* norm_weight, float norm_epsilon,
            float norm_offset, int n, int tokens) {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(WARPS * WARP, LINEAR_BLOCKS * 4 / WARPS > 0 ? 
             waited = true;
         }
         float c[GROUPS][4] = {};
-        multiply_rows<K, BITS, WARPS>(c, first, weight, row, row8, warp, [&](int group, int k) {
+        multiply_rows(c, first, weight, row, row8, warp, [&](int group, int k) {
             const int t = group * 8 + g;
             if (t >= tokens) return zeros();
             return NORMED ? load(rows + t * (K + ROW_PAD) + k) : load(x + (long)t * pitch + k);

@@ -2,17 +2,6 @@
 #pragma once
 #include "common.cuh"
 
-// Loads that a lane has under way at once, of each of two rows, and again of what comes next.
-#ifndef UNROLL_MOST
-#define UNROLL_MOST 4
-#endif
-#ifndef LINEAR_BLOCKS
-#define LINEAR_BLOCKS 1
-#endif
-#ifndef GATE_BLOCKS
-#define GATE_BLOCKS 1
-#endif
-
 // A weight [rows, K]: BITS 0 for elements of type Real, else integers with one scale per block.
 template <int BITS>
 struct Weight {
@@ -122,11 +111,11 @@ __device__ __forceinline__ void add_products(float (&c)[4], const Piece<BITS>& p
 #endif
 }
 
-// How the warps of a block share rows of K elements: UNROLL loads at once, STEPS times.
-template <int K, int BITS, int WARPS>
+// How the warps of a block share rows of K elements: UNROLL loads at once, STEPS times. A lane has
+// twice MOST loads under way, of each of two rows.
+template <int K, int BITS, int WARPS, int MOST>
 struct Share {
     static constexpr int LOADS = Layout<K, BITS>::LOADS;
-    static constexpr int MOST = UNROLL_MOST;
     static constexpr int EACH = (LOADS + WARPS - 1) / WARPS;
     static constexpr int UNROLL = EACH < MOST ? EACH : MOST;
     static constexpr int STEPS = (LOADS + WARPS * UNROLL - 1) / (WARPS * UNROLL);
@@ -136,9 +125,9 @@ struct Share {
     }
 };
 
-template <int K, int BITS, int WARPS>
+template <int K, int BITS, int WARPS, int MOST = (BITS ? 2 : 4)>
 struct Pieces {
-    typedef Share<K, BITS, WARPS> S;
+    typedef Share<K, BITS, WARPS, MOST> S;
     Piece<BITS> piece[S::UNROLL];
 
     __device__ __forceinline__ void load(const Weight<BITS>& weight, long row, long row8, int step,
@@ -151,16 +140,17 @@ struct Pieces {
 
 // Multiplies rows `row` and `row8` with the tokens; `first` are the pieces of step 0.
 // `token(group, k)` gives elements k... of the lane's token in a group of 8, zeros where there is none.
-template <int K, int BITS, int WARPS, int GROUPS, class Token>
-__device__ __forceinline__ void multiply_rows(float (&c)[GROUPS][4], Pieces<K, BITS, WARPS>& first,
+template <int K, int BITS, int WARPS, int MOST, int GROUPS, class Token>
+__device__ __forceinline__ void multiply_rows(float (&c)[GROUPS][4],
+                                              Pieces<K, BITS, WARPS, MOST>& first,
                                               const Weight<BITS>& weight, long row, long row8,
                                               int warp, const Token& token) {
-    typedef Share<K, BITS, WARPS> S;
+    typedef Share<K, BITS, WARPS, MOST> S;
     typedef Layout<K, BITS> L;
-    Pieces<K, BITS, WARPS> current = first;
+    Pieces<K, BITS, WARPS, MOST> current = first;
 #pragma unroll(S::STEPS <= 8 ? S::STEPS : 2)
     for (int step = 0; step < S::STEPS; ++step) {
-        Pieces<K, BITS, WARPS> next;
+        Pieces<K, BITS, WARPS, MOST> next;
         if (step + 1 < S::STEPS) next.load(weight, row, row8, step + 1, warp);
 #pragma unroll
         for (int i = 0; i < S::UNROLL; ++i) {

@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
                 *(Vec*)(normed + i) = load(rows + i / K * (K + ROW_PAD) + i % K);
     }
     float c[GROUPS][4] = {};
-    multiply_rows<K, 0, ROUTE_WARPS>(c, first, weight, row, row8, warp, [&](int group, int k) {
+    multiply_rows(c, first, weight, row, row8, warp, [&](int group, int k) {
         const int t = group * 8 + g;
         if (t >= tokens) return zeros();
         return NORMED ? load(rows + t * (K + ROW_PAD) + k) : load(x + (long)t * K + k);

@@ -229,6 +229,35 @@ inline uint32_t to_tf32(float x) { return __float_as_uint(x) & 0xffffe000; }
 #endif
 
 inline Vec load_once(const void* address) { return *(const Vec*)address; }
+inline void copy_later(void* to, const void* from, bool used) {
+    if (used)
+        std::memcpy(to, from, 16);
+    else
+        std::memset(to, 0, 16);
+}
+inline void end_copies() {}
+template <int PENDING>
+void wait_for_copies() {}
+
+#if TYPE != 2
+// The rows of four 8x8 matrices, by the addresses that the lanes give.
+inline void matrices(uint32_t (&m)[4], const Real* row, bool transposed) {
+    std::memcpy(emulated::slots[threadIdx.x].words, &row, sizeof row);
+    emulated::wait(emulated::warp());
+    const unsigned base = threadIdx.x / 32 * 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    auto element = [&](int matrix, unsigned i, unsigned j) {
+        const Real* from;
+        std::memcpy(&from, emulated::slots[base + matrix * 8 + i].words, sizeof from);
+        return (uint32_t)from[j];
+    };
+    for (int i = 0; i < 4; ++i)
+        m[i] = transposed ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16
+                          : element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
+    emulated::wait(emulated::warp());
+}
+inline void load_matrices(uint32_t (&m)[4], const Real* row) { matrices(m, row, false); }
+inline void load_transposed(uint32_t (&m)[4], const Real* row) { matrices(m, row, true); }
+#endif
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 

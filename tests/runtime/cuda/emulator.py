@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.cuda.cublas import Gemm
 from alloc_moe.runtime.cuda.launches import Launch
 from alloc_moe.runtime.cuda.sources import FOLDER, SOURCES, TYPES
 
@@ -81,6 +82,7 @@ class EmulatedDevice:
         self._folder = folder
         self._arrays: dict[int, NDArray[np.uint8]] = {}
         self._emulators: dict[str, Emulator] = {}
+        self._pinned: dict[str, NDArray[np.uint8]] = {}
         self._work: list[Callable[[], None]] | None = None
 
     def make_current(self) -> None:
@@ -127,9 +129,23 @@ class EmulatedDevice:
         """Record a copy."""
         self._record(lambda: ctypes.memmove(host.ctypes.data, address, size))
 
+    def pinned_once(self, name: str, size: int) -> NDArray[np.uint8]:
+        """Return host memory."""
+        return self._pinned.setdefault(name, np.zeros(size, np.uint8))
+
+    def multiply(self, gemm: Gemm, *, dtype: str) -> None:
+        """Record a product of many rows."""
+        self._record(lambda: _multiply(gemm, dtype))
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Record a copy."""
+        self._record(lambda: ctypes.memmove(to, source, size))
+
     def _record(self, work: Callable[[], object]) -> None:
-        assert self._work is not None, "outside of a capture"
-        self._work.append(work)
+        if self._work is None:
+            work()
+        else:
+            self._work.append(work)
 
     def capture(self, work: Callable[[], None]) -> list[Callable[[], None]]:
         """Return what was recorded."""
@@ -148,3 +164,20 @@ class EmulatedDevice:
 
     def wait(self) -> None:
         """Nothing to do."""
+
+
+def _multiply(gemm: Gemm, dtype: str) -> None:
+    assert dtype == "float16"
+
+    def array(address: int, rows: int, columns: int, kind: type[np.generic]) -> NDArray[Any]:
+        size = rows * columns * np.dtype(kind).itemsize
+        data = (ctypes.c_uint8 * size).from_address(address)
+        return np.frombuffer(data, kind).reshape(rows, columns)
+
+    x = array(gemm.x, gemm.rows - 1, gemm.pitch, np.float16) if gemm.rows > 1 else None
+    last = array(gemm.x + (gemm.rows - 1) * gemm.pitch * 2, 1, gemm.k, np.float16)
+    rows = last if x is None else np.vstack([x[:, : gemm.k], last])
+    weight = array(gemm.weight, gemm.n, gemm.k, np.float16).astype(np.float32)
+    out = array(gemm.out, gemm.rows, gemm.n, np.float32 if gemm.floats else np.float16)
+    result = rows.astype(np.float32) @ weight.T
+    out[...] = result + out if gemm.add else result
