@@ -41,7 +41,7 @@ class Emulator:
         name = hashlib.sha256((source + str(dtype)).encode()).hexdigest()[:16]
         path, library = folder / f"{name}.cpp", folder / f"{name}.so"
         path.write_text(source)
-        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-DTYPE={dtype}"]
+        flags = ["-std=c++20", "-O2", "-march=native", "-shared", "-fPIC", "-w", f"-DTYPE={dtype}"]
         command = [str(COMPILER), *flags, f"-I{FOLDER}", f"-I{HERE}", "-o", str(library), str(path)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         self._run = ctypes.CDLL(str(library)).run
