@@ -25,7 +25,9 @@ ROOMS = {
         *("reference", "correction", "sensitivity", "planning", "export", "verify", "package"),
         *("sweep", "pipeline", "api", "evaluation", "commands"),
     ),
-    "passes": ("base", "blockwise", "linear", "experts", "attention", "interface", "default"),
+    "passes": (
+        *("base", "blockwise", "linear", "norm", "attention", "experts", "interface", "default"),
+    ),
     "runtime": ("errors", "console", "artifact", "execution", "text", "measure", "commands"),
 }
 """Each part's rooms and single modules, in an order in which each imports earlier ones only."""
