@@ -76,6 +76,7 @@ def test_a_mask_of_another_form_gives_nan(sessions: dict[str, ArtifactSession]) 
     inputs = {"input_ids": np.ones_like(mask), "attention_mask": mask}
     for value in session.get_inputs():
         if value.name not in inputs:
+            assert len(value.shape) == 4, value.name
             heads, size = value.shape[1], value.shape[3]
             inputs[value.name] = np.zeros((len(mask), heads, 0, size), np.float32)
     (logits,) = session.run(["logits"], inputs)
