@@ -15,6 +15,7 @@ from alloc_moe.passes.attention.layers import (
     is_batch,
     is_transposed,
     match_layers,
+    measure_tokens,
     merging,
     producer,
     rank,
@@ -63,6 +64,7 @@ class RotaryGroupAttentionPass(ir.passes.InPlacePass):
         for layer in layers:
             builder.replace(layer)
         free_past_lengths(model)
+        measure_tokens(model)
         common.RemoveUnusedNodesPass()(model)
         for value in list(model.graph.inputs):
             if value.name == "position_ids" and not value.uses():

@@ -153,6 +153,16 @@ def free_past_lengths(model: ir.Model) -> None:
         ir.convenience.replace_all_uses_with(node.outputs[0], past.outputs[0])
 
 
+def measure_tokens(model: ir.Model) -> None:
+    """Let the sizes of batch and sequence come from ``input_ids``, not from any other input."""
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    for value in model.graph.inputs:
+        spans = {(0, 1), (1, 2)} if value.name == "position_ids" else {(0, 1)}
+        for user in list(value.consumers()):
+            if user.op_type == "Shape" and _span(user) in spans:
+                user.replace_input_with(0, ids)
+
+
 def insert(
     model: ir.Model,
     before: ir.Node,

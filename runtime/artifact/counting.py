@@ -36,8 +36,12 @@ def counted_values(files: ArtifactFiles) -> tuple[str, ...]:
 
 def most_executed(plan: AllocationPlan) -> tuple[int, ...]:
     """Return the most experts that each MoE layer executes for a row."""
+    exact = plan.redistribution in ("none", "batch", "sequence")
     fixed = plan.redistribution == "none"
-    return tuple(int(layer.k if fixed else layer.k_original) for layer in plan.layers)
+    return tuple(
+        int(layer.k if fixed or (exact and layer.k == 1) else layer.k_original)
+        for layer in plan.layers
+    )
 
 
 def executed(name: str, value: NDArray[np.floating], most: int) -> NDArray[np.int64]:
