@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from alloc_moe.compiler.verify.segments import cut_graph, extract_segment
-from alloc_moe.runtime.artifact.counting import counted_values, executed
+from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import PRICE_INPUT, SHARED_CACHE_KEY
 from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
@@ -178,6 +178,8 @@ def _collect(artifact: _Artifact, run: ArtifactRun, made: _Arrays) -> None:
     """Take over from what a segment made the logits, and the experts that were executed."""
     if "logits" in made:
         run.logits.append(made["logits"])  # type: ignore[arg-type]
-    for layer, name in enumerate(artifact.counted):
+    limits = most_executed(artifact.files.plan)
+    for layer, (name, most) in enumerate(zip(artifact.counted, limits, strict=True)):
         if name in made:
-            run.executed[layer] += int(executed(name, made[name]).sum())  # type: ignore[arg-type]
+            counts = executed(name, made[name], most)  # type: ignore[arg-type]
+            run.executed[layer] += int(counts.sum())

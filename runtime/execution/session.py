@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 
-from alloc_moe.runtime.artifact.counting import counted_values, executed
+from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
 from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.artifact.onnx_file import with_data_names, with_outputs
 from alloc_moe.runtime.artifact.plan import (
@@ -204,7 +204,8 @@ class ArtifactSession:
         elif keep and not self._keeps_logits:
             kept = kept[:, -keep:]
         arrays = map(to_numpy, probs)
-        rows = tuple(map(executed, self._counted, arrays)) if self._counted else None
+        limits = most_executed(self.plan)
+        rows = tuple(map(executed, self._counted, arrays, limits)) if self._counted else None
         return Output(kept, cache, rows)
 
     def _run_rows(
