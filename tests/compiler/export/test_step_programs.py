@@ -43,7 +43,7 @@ GLM4_MOE: dict[str, Any] = {
     "topk_group": 2,
     "routed_scaling_factor": 1.5,
     "norm_topk_prob": True,
-    "head_dim": 16,
+    "head_dim": 32,
     "partial_rotary_factor": 0.5,
     "use_qk_norm": True,
     "attention_bias": True,
@@ -132,9 +132,9 @@ class Artifact:
             "attention_mask": (columns < self.lengths[:, None]).astype(np.int64),
             "position_ids": self.lengths[:, None] - [[len(row)] for row in ids] + np.arange(width),
             **self.past,
-            **self.price,
         }
         inputs = {name: value for name, value in inputs.items() if name in self.names}
+        inputs |= self.price  # an input that may be left out isn't named
         outputs = [value.name for value in self.session.get_outputs()]
         made = dict(zip(outputs, self.session.run(None, inputs), strict=True))
         for name in self.past:
