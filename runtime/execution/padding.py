@@ -54,7 +54,7 @@ class RightPadded:
         if kept < width:
             lengths = (self.columns >= 0).sum(axis=1, keepdims=True)
             columns = np.where(columns < 0, -1, columns - (lengths - kept))
-        if np.array_equal(columns, np.broadcast_to(np.arange(kept), columns.shape)):
+        if columns.shape[1] == kept and (columns == np.arange(kept)).all():
             return logits
         spread = logits[np.arange(batch)[:, None], columns]
         spread[columns < 0] = 0
@@ -80,8 +80,8 @@ def pad_right(ids: NDArray[np.int64], new: NDArray[np.int64], cache: Cache) -> R
     packed[rows, columns[rows, given]] = ids[rows, given]
     # A row that pauses while others go on still is given one token, in a column that stays free.
     pauses = (counts == 0) & (past > 0)
-    lengths = past + counts + pauses
-    mask = (np.arange(max(int(lengths.max()), width)) < lengths[:, None]).astype(np.int64)
+    total = max(int((past + counts + pauses).max()), width)
+    mask = (np.arange(total) < (past + counts)[:, None]).astype(np.int64)
     mask[pauses, past[pauses] - 1] = _PAUSED
     positions = past[:, None] + np.arange(width)
     return RightPadded(packed, mask, positions, columns)
