@@ -26,7 +26,7 @@ ROOMS = {
         *("sweep", "pipeline", "api", "evaluation", "commands"),
     ),
     "passes": (
-        *("base", "blockwise", "linear", "norm", "experts", "attention", "interface", "step"),
+        *("base", "blockwise", "linear", "norm", "attention", "experts", "interface", "step"),
         "default",
     ),
     "runtime": ("errors", "console", "artifact", "execution", "text", "measure", "commands"),

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from alloc_moe.passes.base import MICROSOFT
-from alloc_moe.passes.step.records import Format
+from alloc_moe.passes.step.parts import Format
 
 _RESHAPING = {"Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten"}
 
