@@ -42,7 +42,7 @@ def past_reshapes(value: ir.Value | None) -> ir.Value | None:
 
 def past_casts(value: ir.Value | None) -> ir.Value | None:
     """Return what `value` is a conversion of."""
-    return past(value, "Cast")
+    return past(value, "Cast", "Identity")
 
 
 def scalar(value: ir.Value | None) -> float | None:

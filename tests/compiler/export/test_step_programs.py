@@ -112,7 +112,7 @@ class Artifact:
         providers = ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         self.names = [value.name for value in self.session.get_inputs()]
-        self.price = {} if price is None else {"alloc_moe.price": np.float32(price)}
+        self.price = {} if price is None else {"alloc_moe.price": np.array(price, np.float32)}
         self.past: dict[str, NDArray[Any]] = {}
         for value in self.session.get_inputs():
             if value.name.startswith("past"):
@@ -205,6 +205,15 @@ def test_nothing_is_a_launch_of_its_own_that_could_join_another(
             *["linear", "swiglu", "linear"] * dense,
         ]
     )
+
+
+def test_latent_attention_is_said_to_have_no_program(
+    graphs: Callable[..., ir.Model], models: Models
+) -> None:
+    model = specialized(graphs("deepseek_v2"), allocated(models("deepseek_v2")))
+    assert "alloc_moe.step" not in model.metadata_props
+    reason = model.metadata_props["alloc_moe.no_step"]
+    assert reason == "its attention stays the standard operator"
 
 
 @pytest.mark.parametrize(
