@@ -152,15 +152,13 @@ def moe(
     hidden: ir.Value | None,
     probabilities: ir.Value,
     k: int,
-    *,
-    normalize: bool = True,
 ) -> ir.Value:
-    """Add an MoE node: its weights are the softmax, over its top k or over all experts."""
+    """Add an MoE node: its weights are the softmax over its top k."""
     # Absent optional inputs at the end are not even listed.
     gate_up, gate_up_bias, down, down_bias = (*node.inputs[3:7], None)[:4]
     probabilities = cast(builder, probabilities, gate_up)
     # Weights go in as logarithms: normalised over the top k they come out as weights.
-    attributes = {"k": k, "normalize_routing_weights": int(normalize), **_SWIGLU}
+    attributes = {"k": k, "normalize_routing_weights": 1, **_SWIGLU}
     inputs = [hidden, probabilities, gate_up, gate_up_bias, down, down_bias]
     return builder.op("MoE", inputs, MICROSOFT, attributes)[0]
 

@@ -64,20 +64,24 @@ def _lower_tokens(builder: Builder, node: ir.Node, routing: Routing) -> ir.Value
 
 
 def _lower_router(builder: Builder, node: ir.Node, routing: Routing) -> ir.Value | None:
-    """Give the operator what the router computed, if it chooses as the operator does."""
-    router = softmax_router(*node.inputs[1:3])
+    """Give the operator what the router computed, if it chooses as the operator does.
+
+    Its weights are the softmax over its top k: of a router's softmax over all experts they differ
+    by a factor for each token. (Told not to normalise, the kernels on CPU and CUDA differ.)
+    """
+    router = softmax_router(node.inputs[2], node.inputs[1])
     gate_up = node.inputs[GATE_UP]
     if router is None or gate_up is None or router.logits.dtype != gate_up.dtype:
         return None  # bytes, or logits that would have to be rounded
-    all_kept = routing.candidates == trained_experts(node)
-    if routing.renormalized is not router.normalized and not all_kept:
-        return None
     (logits,) = builder.call(redirect.mask_padding, [router.logits, routing.real], spare=SPARE)
     logits.type = router.logits.type
     logits.name = ROUTER_PROBS.format(layer=routing.layer)
-    return moe(
-        builder, node, node.inputs[0], logits, routing.candidates, normalize=router.normalized
-    )
+    output = moe(builder, node, node.inputs[0], logits, routing.candidates)
+    all_kept = routing.candidates == trained_experts(node)
+    if router.normalized and (all_kept or routing.renormalized):
+        return output
+    (total,) = builder.call(redirect.sum_kept, [routing.weights, routing.keep])
+    return builder.op("Mul", [output, cast(builder, total, node.inputs[0])])[0]
 
 
 def _operator(

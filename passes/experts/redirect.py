@@ -111,6 +111,13 @@ def route_tokens(
 
 
 @script(OPSET, default_opset=op)
+def sum_kept(weights: FLOAT[...], keep: BOOL[...]) -> FLOAT[...]:
+    """Return [T, 1]: the sum of the weights that a token keeps."""
+    kept = op.Where(keep, weights, op.Constant(value_float=0.0))
+    return op.ReduceSum(kept, op.Constant(value_ints=[1]), keepdims=1)
+
+
+@script(OPSET, default_opset=op)
 def mask_padding(logits: FLOAT[...], real: BOOL[...], spare: float) -> FLOAT[...]:
     """Return router logits [T, E], all of them `spare` for padding."""
     column = op.Reshape(real, op.Constant(value_ints=[-1, 1]))

@@ -6,6 +6,8 @@ mean something else. Bind them by address.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -45,3 +47,14 @@ def held_tensor(shape: Sequence[int], element_type: int, device: Device) -> onnx
 def to_device(array: NDArray[Any], device: Device) -> onnxruntime.OrtValue:
     """Return a tensor in a device's memory; in the host's it is the array's own memory."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
+    """Return a tensor in host memory as an array; bfloat16, which numpy lacks, as float32."""
+    if value.element_type() != BFLOAT16:
+        array: NDArray[np.floating] = value.numpy()
+        return array
+    shape = value.shape()
+    halves = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    bits = np.frombuffer(halves, np.uint16).astype(np.uint32) << 16
+    return bits.view(np.float32).reshape(shape)

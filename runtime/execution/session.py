@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from alloc_moe.runtime.artifact.plan import (
     AllocationPlan,
 )
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
-from alloc_moe.runtime.execution.buffers import BFLOAT16
+from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
@@ -162,10 +161,8 @@ class ArtifactSession:
         new = new_mask(attention_mask, ids, cache, self.context_length)
         cache.reserve(cache.length + sequence)
         optional = (price, logits_to_keep)
-        if self.pads_right:
-            if goes_row_by_row(new, cache):
-                return self._run_rows(ids, new, cache, optional)
-        elif self.shares_cache and batch > 1 and sequence > 1 and cache.length:
+        continued = self.shares_cache and batch > 1 and sequence > 1 and cache.length
+        if goes_row_by_row(new, cache) if self.pads_right else continued:
             return self._run_rows(ids, new, cache, optional)
         return self._run(ids, new, cache, optional)
 
@@ -329,17 +326,6 @@ def check_price(session: ArtifactSession, price: float | None) -> None:
         )
     if not 0 <= price < math.inf:
         raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")
-
-
-def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
-    """Return a tensor in host memory as an array; bfloat16, which numpy lacks, as float32."""
-    if value.element_type() != BFLOAT16:
-        array: NDArray[np.floating] = value.numpy()
-        return array
-    shape = value.shape()
-    halves = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    bits = np.frombuffer(halves, np.uint16).astype(np.uint32) << 16
-    return bits.view(np.float32).reshape(shape)
 
 
 def _split(

@@ -140,4 +140,6 @@ def test_a_layer_is_a_handful_of_nodes(
         "right_padded",
         "last_positions",
         "mask_padding",
+        "keep_all",
+        "sum_kept",
     }

@@ -232,17 +232,6 @@ def test_a_call_of_padding_alone_runs(session: Session, redistribution: str, pai
     assert executed(probs) == (0 if pairs else 6)
 
 
-@pytest.mark.parametrize("tokens", [3, 20])
-def test_scores_that_are_no_numbers_leave_the_operator_a_row(session: Session, tokens: int) -> None:
-    allocation = Allocation([2.0], "threshold", thresholds=[0.1])
-    model = layer(random_experts())
-    LowerExpertsPass(allocation, pairs=True)(model)
-    given = call(np.ones((1, tokens), bool))
-    inputs = given.inputs() | {"expert_weights": np.full_like(given.weights, np.nan)}
-    (output,) = session(model).run(None, inputs)
-    assert output.shape == given.hidden.shape
-
-
 @pytest.mark.parametrize("pairs", [False, True], ids=["mask", "pairs"])
 def test_candidates_of_weight_zero_count_as_executed(session: Session, pairs: bool) -> None:
     # Group-limited routers pad their candidates with experts of weight zero.
