@@ -13,8 +13,8 @@ HEAD = """
 <ir_version: 10, opset_import: ["": 23, "alloc_moe": 1]>
 g (float[T, 16] x, float[8, 16] w, float[E, 2, 16] up, float[E, 16, 1] down) => (float[T, 16] y)
 <float[8] b = {0, 0, 0, 0, 0, 0, 0, 1}, int64[1] four = {4}, int64[1] two = {2},
- int64[1] last = {-1}, float scale = {1.5}, float eps = {1e-20}, float none = {0}, int64[3] split = {-1, 4, 2},
- int64[2] flat = {-1, 8}, int64[3] wide = {1, 4, 2}>
+ int64[1] last = {-1}, float scale = {1.5}, float eps = {1e-20}, float none = {0},
+ int64[3] split = {-1, 4, 2}, int64[2] flat = {-1, 8}, int64[3] wide = {1, 4, 2}>
 {
 """
 TAIL = """
