@@ -23,6 +23,7 @@ from alloc_moe.passes.interface.keep_logits import KeepLogitsPass
 from alloc_moe.passes.interface.rename_cache import RenameCachePass
 from alloc_moe.passes.linear.fold_transposes import FoldTransposesPass
 from alloc_moe.passes.linear.fuse_projections import FuseProjectionsPass
+from alloc_moe.passes.linear.join_biases import JoinBiasesPass
 from alloc_moe.passes.linear.join_products import JoinProductsPass
 from alloc_moe.passes.linear.quantize import QuantizeMatMulsPass
 from alloc_moe.passes.linear.untransposed import UntransposedProductsPass
@@ -73,6 +74,7 @@ def specialize_passes(
         UntransposedProductsPass(),
         FoldTransposesPass(),
         JoinProductsPass(),
+        JoinBiasesPass(),
         RotaryGroupAttentionPass(positions),
         SkipNormsPass(),
         FloatRouterPass(),

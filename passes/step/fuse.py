@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from alloc_moe.passes.step.parts import Norm, Slice
 from alloc_moe.passes.step.records import (
     LOGITS,
     Add,
@@ -13,11 +14,9 @@ from alloc_moe.passes.step.records import (
     Attention,
     Experts,
     Linear,
-    Norm,
     Op,
     RmsNorm,
     Route,
-    Slice,
     reads,
     writes,
 )
@@ -59,17 +58,24 @@ def _head_norms(ops: list[Op]) -> list[Op]:
     readers, found = _readers(ops), list(ops)
     for at, op in enumerate(ops):
         if isinstance(op, Attention):
-            norms = {}
-            for name, heads in (("q", op.heads), ("k", op.kv_heads)):
-                given: Slice = getattr(op, name)
-                norm = ops[_writer(ops, given.buffer)]
-                if isinstance(norm, RmsNorm) and readers[norm.out] == 1:
-                    whole = norm.size is None
-                    if whole or norm.size == op.size or heads == 1:
-                        norms[name] = Slice(norm.x, norm.x_offset or 0)
-                        norms[f"{name}_norm"] = Norm(norm.weight, norm.eps, norm.offset, whole)
-            found[at] = dataclasses.replace(op, **norms)
+            q, q_norm = _unnormed(ops, readers, op.q, op.heads, op.size)
+            k, k_norm = _unnormed(ops, readers, op.k, op.kv_heads, op.size)
+            found[at] = dataclasses.replace(op, q=q, k=k, q_norm=q_norm, k_norm=k_norm)
     return found
+
+
+def _unnormed(
+    ops: Sequence[Op], readers: Mapping[str, int], given: Slice, heads: int, size: int
+) -> tuple[Slice, Norm | None]:
+    """Return queries or keys before their norm, and the norm, over all or each of the heads."""
+    norm = ops[_writer(ops, given.buffer)]
+    if not isinstance(norm, RmsNorm) or readers[norm.out] != 1:
+        return given, None
+    whole = norm.size is None
+    if not whole and norm.size != size:
+        return given, None
+    record = Norm(norm.weight, norm.eps, norm.offset, whole and heads > 1)
+    return Slice(norm.x, norm.x_offset or 0), record
 
 
 def _norms(ops: list[Op]) -> list[Op]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from alloc_moe.passes.base import MICROSOFT
-from alloc_moe.passes.step.records import Format
+from alloc_moe.passes.step.parts import Format
 
 _RESHAPING = {"Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten"}
 
@@ -42,7 +42,7 @@ def past_reshapes(value: ir.Value | None) -> ir.Value | None:
 
 def past_casts(value: ir.Value | None) -> ir.Value | None:
     """Return what `value` is a conversion of."""
-    return past(value, "Cast")
+    return past(value, "Cast", "Identity")
 
 
 def scalar(value: ir.Value | None) -> float | None:

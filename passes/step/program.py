@@ -86,6 +86,8 @@ def step_program(
 
 
 def _program(model: ir.Model, allocation: Allocation, positions: int | None) -> StepProgram:
+    if any(node.op_type == "Attention" for node in model.graph):
+        raise NotExpressibleError("its attention stays the standard operator")
     outputs = {value.name: value for value in model.graph.outputs}
     walk = walk_graph(model, allocation)
     logits = walk.whole(outputs[LOGITS])
@@ -120,7 +122,7 @@ def _check(ops: list[Op], model: ir.Model) -> None:
     slots = sum((value.name or "").startswith("past_key_values.") for value in model.graph.inputs)
     layers = sum(isinstance(op, Attention) for op in ops)
     if 2 * layers != slots:
-        raise NotExpressibleError("its attention is not onnxruntime's in every layer")
+        raise NotExpressibleError("not every layer with a cache attends to it")
 
 
 def _activations(model: ir.Model) -> ir.DataType | None:

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from alloc_moe.passes.step.records import (
-    GateUp,
-    GateUpFormats,
-    Linear,
-    Op,
-    ScaleRows,
-    Shared,
-    SharedFormats,
-    SwiGlu,
-    writes,
-)
+from alloc_moe.passes.step.parts import GateUp, GateUpFormats, Shared, SharedFormats
+from alloc_moe.passes.step.records import Linear, Op, ScaleRows, SwiGlu, writes
 
 
 def shared_expert(

@@ -3,13 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from alloc_moe.passes.experts.lower import Allocation
 from alloc_moe.passes.step.matching import NotExpressibleError
 from alloc_moe.passes.step.records import CacheLayer, Op
-from alloc_moe.passes.step.values import Known, Lost, Row
+
+
+@dataclass(frozen=True)
+class Row:
+    """``width`` columns of a buffer of ``whole`` columns, from ``offset`` on."""
+
+    buffer: str
+    offset: int
+    width: int
+    whole: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its buffer."""
+        return self.width == self.whole
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """The sigmoid of a row."""
+
+    of: Row
+
+
+@dataclass(frozen=True)
+class Silu:
+    """A row times its sigmoid."""
+
+    of: Row
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A value that a step program has no words for, and why."""
+
+    reason: str
+
+
+Known = Row | Sigmoid | Silu | Lost
 
 
 class Walk:

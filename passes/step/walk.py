@@ -14,10 +14,9 @@ import onnx_ir as ir
 from alloc_moe.passes.attention.right_padded import last_positions
 from alloc_moe.passes.base import DOMAIN, MICROSOFT, ROUTED_EXPERTS
 from alloc_moe.passes.experts.lower import Allocation
-from alloc_moe.passes.step import attention, elementwise, experts, products
 from alloc_moe.passes.step.matching import NotExpressibleError
-from alloc_moe.passes.step.state import Results, Visit, Walk
-from alloc_moe.passes.step.values import Lost
+from alloc_moe.passes.step.operators import attention, elementwise, experts, products
+from alloc_moe.passes.step.state import Lost, Results, Visit, Walk
 
 _ALIASES = (
     *("Reshape", "Unsqueeze", "Squeeze", "Identity", "Cast", "Flatten"),

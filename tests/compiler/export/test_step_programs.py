@@ -43,7 +43,7 @@ GLM4_MOE: dict[str, Any] = {
     "topk_group": 2,
     "routed_scaling_factor": 1.5,
     "norm_topk_prob": True,
-    "head_dim": 16,
+    "head_dim": 32,
     "partial_rotary_factor": 0.5,
     "use_qk_norm": True,
     "attention_bias": True,
@@ -112,7 +112,7 @@ class Artifact:
         providers = ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         self.names = [value.name for value in self.session.get_inputs()]
-        self.price = {} if price is None else {"alloc_moe.price": np.float32(price)}
+        self.price = {} if price is None else {"alloc_moe.price": np.array(price, np.float32)}
         self.past: dict[str, NDArray[Any]] = {}
         for value in self.session.get_inputs():
             if value.name.startswith("past"):
@@ -132,9 +132,9 @@ class Artifact:
             "attention_mask": (columns < self.lengths[:, None]).astype(np.int64),
             "position_ids": self.lengths[:, None] - [[len(row)] for row in ids] + np.arange(width),
             **self.past,
-            **self.price,
         }
         inputs = {name: value for name, value in inputs.items() if name in self.names}
+        inputs |= self.price  # an input that may be left out isn't named
         outputs = [value.name for value in self.session.get_outputs()]
         made = dict(zip(outputs, self.session.run(None, inputs), strict=True))
         for name in self.past:
@@ -205,6 +205,15 @@ def test_nothing_is_a_launch_of_its_own_that_could_join_another(
             *["linear", "swiglu", "linear"] * dense,
         ]
     )
+
+
+def test_latent_attention_is_said_to_have_no_program(
+    graphs: Callable[..., ir.Model], models: Models
+) -> None:
+    model = specialized(graphs("deepseek_v2"), allocated(models("deepseek_v2")))
+    assert "alloc_moe.step" not in model.metadata_props
+    reason = model.metadata_props["alloc_moe.no_step"]
+    assert reason == "its attention stays the standard operator"
 
 
 @pytest.mark.parametrize(

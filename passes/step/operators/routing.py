@@ -20,7 +20,7 @@ from alloc_moe.passes.step.matching import (
     sizes,
     weight_name,
 )
-from alloc_moe.passes.step.records import Groups, Router
+from alloc_moe.passes.step.parts import Groups, Router
 
 _SCORES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
 
@@ -52,7 +52,8 @@ def match_router(experts: ir.Node) -> Matched:
     if found.after_top_k:
         if bias is not None or groups is not None or scored is None:
             raise NotExpressibleError("its router takes the softmax of a biased choice")
-        kinds, logits = dataclasses.replace(kinds, score="softmax_after_top_k"), scored
+        kinds = dataclasses.replace(kinds, score="softmax_after_top_k")
+        logits: ir.Value | None = scored
     elif score is None or (base is not None and past_casts(base) is not scored):
         raise NotExpressibleError("its router weights experts by other scores than it chooses by")
     else:

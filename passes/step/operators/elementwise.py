@@ -15,10 +15,9 @@ from alloc_moe.passes.step.matching import (
     sizes,
     weight_name,
 )
-from alloc_moe.passes.step.products import scaled
+from alloc_moe.passes.step.operators.products import scaled
 from alloc_moe.passes.step.records import Add, AddBias, RmsNorm, ScaleRows, SwiGlu
-from alloc_moe.passes.step.state import Results, Walk
-from alloc_moe.passes.step.values import Known, Lost, Row, Sigmoid, Silu
+from alloc_moe.passes.step.state import Known, Lost, Results, Row, Sigmoid, Silu, Walk
 
 _ROWS_TO_HEADS = (0, 2, 1, 3)
 

@@ -6,7 +6,6 @@ import onnx_ir as ir
 
 from alloc_moe.passes.base import DOWN, DOWN_BIAS, GATE_UP, GATE_UP_BIAS
 from alloc_moe.passes.experts.quantize import DOWN_SCALES, GATE_UP_SCALES, expert_format
-from alloc_moe.passes.step.keep import keep_of, weights_of
 from alloc_moe.passes.step.matching import (
     NotExpressibleError,
     argument,
@@ -15,9 +14,11 @@ from alloc_moe.passes.step.matching import (
     sizes,
     weight_name,
 )
-from alloc_moe.passes.step.products import PRODUCTS, product_weight
-from alloc_moe.passes.step.records import ROUTED, ExpertFormats, Experts, Format, Route
-from alloc_moe.passes.step.routing import Matched, match_router
+from alloc_moe.passes.step.operators.keep import keep_of, weights_of
+from alloc_moe.passes.step.operators.products import PRODUCTS, product_weight
+from alloc_moe.passes.step.operators.routing import Matched, match_router
+from alloc_moe.passes.step.parts import ExpertFormats, Format
+from alloc_moe.passes.step.records import ROUTED, Experts, Route
 from alloc_moe.passes.step.state import Results, Walk
 
 

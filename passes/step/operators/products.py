@@ -15,9 +15,9 @@ from alloc_moe.passes.step.matching import (
     sizes,
     weight_name,
 )
-from alloc_moe.passes.step.records import Embed, Format, Linear
-from alloc_moe.passes.step.state import Results, Walk
-from alloc_moe.passes.step.values import Row
+from alloc_moe.passes.step.parts import Format
+from alloc_moe.passes.step.records import Embed, Linear
+from alloc_moe.passes.step.state import Results, Row, Walk
 
 EMBEDDINGS = ("Gather", "GatherBlockQuantized")
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")

@@ -15,9 +15,9 @@ from alloc_moe.passes.step.matching import (
     sizes,
     weight_name,
 )
-from alloc_moe.passes.step.records import Attention, CacheLayer, Rotary, Slice
-from alloc_moe.passes.step.state import Results, Walk
-from alloc_moe.passes.step.values import Row
+from alloc_moe.passes.step.parts import Rotary, Slice
+from alloc_moe.passes.step.records import Attention, CacheLayer
+from alloc_moe.passes.step.state import Results, Row, Walk
 
 _SLOT = re.compile(r"past_key_values\.(\d+)\.key")
 _COS, _SIN = 7, 8
@@ -49,12 +49,14 @@ def visit(walk: Walk, node: ir.Node) -> Results:
     walk.add(
         Attention(
             layer,
-            *(Slice(row.buffer, row.offset) for row in (query, key, value)),
-            out=made.buffer,
-            heads=heads,
-            kv_heads=kv_heads,
-            size=size,
-            scale=scale or 1 / math.sqrt(size),
+            Slice(query.buffer, query.offset),
+            Slice(key.buffer, key.offset),
+            Slice(value.buffer, value.offset),
+            made.buffer,
+            heads,
+            kv_heads,
+            size,
+            scale or 1 / math.sqrt(size),
             rotary=_rotary(node),
             softcap=softcap or None,
         )

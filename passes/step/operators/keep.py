@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alloc_moe.passes.experts.lower import Allocation
 from alloc_moe.passes.experts.policies import SCORES
-from alloc_moe.passes.step.records import Keep
+from alloc_moe.passes.step.parts import Keep
 
 SIZES = "alloc_moe.sizes.{layer}"
 """The initializer of a layer's sizes, which the lowering adds."""
