@@ -42,10 +42,12 @@ def open_artifact(
     return open_session(path, ep=ep, count_activations=count, **options)
 
 
-def captures(session: ArtifactSession) -> str | None:
-    """Return what the session says of the step that it captures."""
-    found: str | None = getattr(session, "captures", None)
-    return found
+def marked(result: dict[str, Any], session: ArtifactSession) -> dict[str, Any]:
+    """Return a result that is wrong if the session has no captured step, on the GPU."""
+    if session.device == "cuda" and not getattr(session, "captures", None):
+        note = f"NOT CAPTURED, see the log; {result.get('note', '')}"
+        return {**result, "ok": False, "note": note}
+    return result
 
 
 def release() -> None:

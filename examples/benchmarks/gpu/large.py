@@ -12,10 +12,10 @@ import numpy as np
 from artifacts import (
     FRACTIONS,
     Sizes,
-    captures,
     decode_bytes,
     decode_kept,
     decode_seconds,
+    marked,
     open_artifact,
     prefill_seconds,
     price_for,
@@ -94,9 +94,7 @@ class _Model:
             size, note = decode_bytes(described, plan, kept, batch=batch), experts
         result = {"value": 1e3 * seconds, "unit": "ms", "bytes": size, "note": note}
         result["ok"] = bool(np.isfinite(logits).all())
-        if capture and (said := captures(session)) is not None:
-            result["captures"] = said
-        return result
+        return marked(result, session) if capture and kind != "prefill" else result
 
     def check_logits(self, budget: str) -> dict[str, Any]:
         """Compare the captured step with onnxruntime's CUDA, alone and in left-padded batches."""

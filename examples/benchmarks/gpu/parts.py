@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -103,6 +104,8 @@ def main() -> None:
     given = parser.parse_args()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print what they like
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("alloc_moe").setLevel(logging.INFO)  # it says why it captures nothing
     skipped, kinds = set(json.loads(given.skip)), set(filter(None, given.kinds.split(",")))
     sizes = Sizes(**json.loads(given.sizes))
     if given.part == "small":  # not timed, of many sizes, for each of which kernels are tried out

@@ -53,12 +53,8 @@ def table(records: Sequence[dict[str, Any]], sizes: dict[str, int]) -> Iterator[
         cells = [model, _WHAT.get(kind, kind).format(**sizes), budget, path, figure(record)]
         for name in ("floor_fraction", "of_full", "of_plain"):
             cells.append(f"{record[name]:.2f}" if name in record else "")
-        notes = [
-            record.get("note", ""),
-            f"captures {said}" if (said := record.get("captures")) else "",
-        ]
         error = " ".join(record.get("error", "").split())[:200].replace("|", "/")
-        cells.append(error or "; ".join(filter(None, notes)))
+        cells.append(error or record.get("note", ""))
         yield "| " + " | ".join(cells) + " |"
 
 

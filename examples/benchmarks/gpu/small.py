@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from artifacts import captures, open_artifact, price_for, random_tokens
+from artifacts import marked, open_artifact, price_for, random_tokens
 from checks import TOLERANCES, Comparison, compare
 from fill import fill
 
@@ -57,6 +57,4 @@ def _check(
             comparison.flips += each.flips
             comparison.is_finite &= each.is_finite
     result = comparison.verdict(TOLERANCES[description["dtype"]])
-    if capture and (said := captures(found)) is not None:
-        result["captures"] = said
-    return result
+    return marked(result, found) if capture else result
