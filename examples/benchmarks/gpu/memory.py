@@ -29,9 +29,10 @@ def copy_speed(device: str) -> tuple[float, str]:
         return _speed(lambda: np.copyto(target, source), source.nbytes), "numpy"
     try:
         from cuda.bindings import driver
-    except ImportError:
+
+        return _driver_speed(driver), "cuMemcpyDtoD"
+    except (ImportError, RuntimeError):  # no package, or no driver that it finds
         return _torch_speed(), "PyTorch"
-    return _driver_speed(driver), "cuMemcpyDtoD"
 
 
 def _driver_speed(driver: Any) -> float:

@@ -147,6 +147,9 @@ def main() -> int:
     deadline = time.time() + 60 * given.minutes
     sizes = dataclasses.asdict(Sizes() if given.device == "cuda" else _SMALLEST)
     about, records = machine(), []
+    if lacking := [name for name in ("torch", "transformers") if name not in about]:
+        parts = [part for part in parts if not part.startswith("transformers")]
+        print(f"No peer: {' and '.join(lacking)} isn't here.", file=sys.stderr)
     for part in parts:
         if time.time() >= deadline:
             records.append({"name": f"{part}/-/-/-", "error": "out of time"})
