@@ -101,7 +101,7 @@ def _lines(
         while True:
             left = deadline - time.time()
             try:
-                text = lines.get(timeout=max(min(silence, left), 0.1))
+                text = lines.get(timeout=max(min(silence, left), 0.0))
             except queue.Empty:
                 reason = "out of time" if left <= silence else f"no answer in {silence:.0f} s"
                 yield {"ended": reason, "again": True}
