@@ -348,7 +348,9 @@ def _elementwise(kernel: str, size: int, arguments: tuple[Any, ...]) -> Launch:
     return Launch(kernel, (math.ceil(size / 256), 1, 1), 256, 0, arguments)
 
 
-def norm_arguments(weight: Callable[[str | None], Any], norm: Mapping[str, Any] | None) -> tuple[Any, ...]:
+def norm_arguments(
+    weight: Callable[[str | None], Any], norm: Mapping[str, Any] | None
+) -> tuple[Any, ...]:
     if not norm:
         return _NOWHERE, _float(0.0), _float(0.0)
     return weight(norm["weight"]), _float(norm["eps"]), _float(norm.get("offset") or 0.0)

@@ -72,7 +72,9 @@ def obstacle(program: Program, *, redistribution: str) -> str | None:
     for op in program["ops"]:
         shared = op.get("shared") or {}
         formats = [op.get("format"), shared.get("format")]
-        if any(formats) and any(format_ for given in formats if given for format_ in given.values()):
+        if any(formats) and any(
+            format_ for given in formats if given for format_ in given.values()
+        ):
             return "quantised weights"
         if op["op"] == "route" and (op["keep"].get("quota") is not None or op.get("bias")):
             return "a cap or a biased router"
@@ -340,9 +342,7 @@ class _Planner:
         if shared := op.get("shared"):
             yield from self._shared_expert(shared, x, k, out)
 
-    def _shared_expert(
-        self, shared: Mapping[str, Any], x: int, k: int, out: int
-    ) -> Iterable[Work]:
+    def _shared_expert(self, shared: Mapping[str, Any], x: int, k: int, out: int) -> Iterable[Work]:
         inner, given, weight = shared["intermediate"], shared["gate_up"], self._places.weight
         if isinstance(given, str):
             gate = self._out("shared_gate_up", 2 * inner)
@@ -357,7 +357,9 @@ class _Planner:
         yield self._gated(hidden, gate, up, pitch, inner)
         if shared.get("gate"):
             yield self._scaled(hidden, hidden, self._buffer("shared_gate"), inner)
-        yield Gemm(out, hidden, weight(shared["down"]), self._rows, self._hidden, inner, inner, True)
+        yield Gemm(
+            out, hidden, weight(shared["down"]), self._rows, self._hidden, inner, inner, True
+        )
 
     def _x(self, op: Operation) -> tuple[int, int]:
         return self._part({"buffer": op["x"], "offset": op.get("x_offset")})

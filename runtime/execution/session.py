@@ -23,7 +23,7 @@ from alloc_moe.runtime.artifact.plan import (
     SHARED_CACHE_KEY,
     AllocationPlan,
 )
-from alloc_moe.runtime.cuda.opening import OwnKernels, open_kernels
+from alloc_moe.runtime.execution.kernels import OwnKernels, open_kernels
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
