@@ -13,7 +13,8 @@ from alloc_moe.runtime.cuda.launches import Launch, Operation, Program, norm_arg
 
 _WARP = 32
 _ATTENTION_WARPS, _ROUTE_WARPS = 8, 8
-_TILE, _TILES_BYTES = 128, 3 * 2 * 128 * 64 * 2 + 1024  # of kernels/grouped.cu
+_TILE, _DEPTH = 128, 64  # of kernels/grouped.cu
+_WIDE, _NARROW = (256, 4), (128, 3)  # columns and stages of its tiles
 _QUERIES, _POSITIONS = 64, 64  # of kernels/flash.cu
 _PAD_BYTES = 64
 _FLOAT, _INT = 4, 4
@@ -61,6 +62,8 @@ class Places:
     buffer: Callable[[str, int], int]
     zeros: Callable[[str, int], int]
     router: Callable[[Operation], int]
+    most_shared: int
+    """Bytes of shared memory that a block can have."""
 
 
 def obstacle(program: Program, *, redistribution: str) -> str | None:
@@ -94,6 +97,7 @@ class _Planner:
         self._places, self._given = places, rows
         self._rows = rows.sequences * rows.width
         self._hidden = int(program["hidden"])
+        self._tile = _WIDE if places.most_shared >= _tile_bytes(*_WIDE) else _NARROW
         self._widths: dict[str, int] = {}
         self._routes = {op["out"]: op for op in program["ops"] if op["op"] == "route"}
         self._shared = {
@@ -240,7 +244,7 @@ class _Planner:
             *(_int(rotary.get("size", 0)), _int(bool(rotary.get("interleaved")))),
             *(_pointer(keys), _pointer(values), lengths, counts, *sizes),
         )
-        grid = (self._rows, 1, 1)
+        grid = (self._rows, math.ceil((heads + kv_heads) / _ATTENTION_WARPS), 1)
         yield Launch(f"append<{size}>", grid, _ATTENTION_WARPS * _WARP, 0, arguments)
         out = self._out(op["out"], heads * size)
         arguments = (
@@ -248,7 +252,7 @@ class _Planner:
             *(lengths, counts, *sizes, _float(op["scale"]), _float(op.get("softcap") or 0.0)),
         )
         grid = (math.ceil(given.width / _QUERIES), heads, given.sequences)
-        yield Launch(f"flash<{size}>", grid, 128, 2 * _POSITIONS * (size + 8) * 2, arguments)
+        yield Launch(f"flash<{size}>", grid, 128, 4 * _POSITIONS * (size + 8) * 2, arguments)
 
     def _heads(
         self, part: Mapping[str, Any], norm: Mapping[str, Any] | None, heads: int, size: int
@@ -323,14 +327,18 @@ class _Planner:
             *(_pointer(hidden), _pointer(x), offsets, rows, weights),
             *(_pointer(weight(op["gate_up"])), biases[0], _int(experts), _int(inner)),
         )
-        grid = (math.ceil(2 * inner / _TILE), tiles, 1)
-        yield Launch(f"grouped_gate_up<{k}>", grid, 256, _TILES_BYTES, arguments)
+        columns, stages = self._tile
+        shared_bytes = _tile_bytes(columns, stages)
+        grid = (math.ceil(2 * inner / columns), tiles, 1)
+        kernel = f"grouped_gate_up<{k}, {columns}, {stages}>"
+        yield Launch(kernel, grid, 256, shared_bytes, arguments)
         arguments = (
             *(_pointer(pairs), _pointer(hidden), offsets, weights),
             *(_pointer(weight(op["down"])), biases[1], _int(experts), _int(n)),
         )
-        grid = (math.ceil(n / _TILE), tiles, 1)
-        yield Launch(f"grouped_down<{inner}>", grid, 256, _TILES_BYTES, arguments)
+        grid = (math.ceil(n / columns), tiles, 1)
+        kernel = f"grouped_down<{inner}, {columns}, {stages}>"
+        yield Launch(kernel, grid, 256, shared_bytes, arguments)
         ids, _, places = self._pairs(candidates)
         residual = self._buffer(op["residual"]) if op.get("residual") else 0
         out = self._out(op["out"], n)
@@ -378,3 +386,7 @@ class _Planner:
 
     def _raw(self, name: str, size: int) -> int:
         return self._places.buffer(f"rows.{name}", self._rows * size)
+
+
+def _tile_bytes(columns: int, stages: int) -> int:
+    return stages * (_TILE + columns) * _DEPTH * 2 + 1024

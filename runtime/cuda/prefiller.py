@@ -85,6 +85,7 @@ class Prefiller:
             buffer=self._buffer,
             zeros=lambda name, size: self._buffer(name, size, zero=True),
             router=self._stepper.router,
+            most_shared=self._device.most_shared,
         )
         work = plan_prefill(self._stepper.program, places, rows)
         self._load([item for item in work if isinstance(item, Launch)])

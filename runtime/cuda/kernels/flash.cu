@@ -7,7 +7,7 @@
 #define QUERIES 64
 #define POSITIONS 64
 
-// Grid: [width / 64, heads, sequences]; 4 warps of 16 queries. Dynamic shared memory: keys and
+// Grid: [width / 64, heads, sequences]; 4 warps of 16 queries. Dynamic shared memory: twice keys and
 // values of POSITIONS rows, SIZE + 8 elements apart. Query `i` of a sequence is at `past + i`.
 template <int SIZE>
 __global__ void __launch_bounds__(128)
@@ -16,7 +16,6 @@ __global__ void __launch_bounds__(128)
           float scale, float softcap) {
     constexpr int PITCH = SIZE + 8, STEPS = SIZE / 16, VECS = SIZE / 8;
     DYNAMIC_SHARED(dynamic);
-    Real *key_tile = (Real*)dynamic, *value_tile = key_tile + POSITIONS * PITCH;
     const int sequence = blockIdx.z, head = blockIdx.y, thread = threadIdx.x;
     const int lane = thread % WARP, g = lane / 4, t = lane % 4;
     // The last queries have most to see, so they come first.
@@ -39,17 +38,24 @@ __global__ void __launch_bounds__(128)
         }
     float sum[SIZE / 8][4] = {}, largest[2] = {-1e30f, -1e30f}, total[2] = {0.0f, 0.0f};
     const int end = past + min(begin + QUERIES, count);
-    for (int from = 0; from < end; from += POSITIONS) {
-        for (int i = thread; i < POSITIONS * VECS; i += 128) {
+    auto tile = [&](int from) { return (Real*)dynamic + from / POSITIONS % 2 * 2 * POSITIONS * PITCH; };
+    auto fetch = [&](int from) {
+        Real* to = tile(from);
+        for (int i = thread; from < end && i < POSITIONS * VECS; i += 128) {
             const int at = i / VECS, k = i % VECS * 8;
             const bool used = from + at < end;
             const long source = (long)(used ? from + at : 0) * SIZE + k;
-            copy_later(key_tile + at * PITCH + k, key_rows + source, used);
-            copy_later(value_tile + at * PITCH + k, value_rows + source, used);
+            copy_later(to + at * PITCH + k, key_rows + source, used);
+            copy_later(to + (POSITIONS + at) * PITCH + k, value_rows + source, used);
         }
         end_copies();
-        wait_for_copies<0>();
+    };
+    fetch(0);
+    for (int from = 0; from < end; from += POSITIONS) {
+        fetch(from + POSITIONS);
+        wait_for_copies<1>();
         __syncthreads();
+        const Real *key_tile = tile(from), *value_tile = key_tile + POSITIONS * PITCH;
         float score[POSITIONS / 8][4] = {};
 #pragma unroll
         for (int s = 0; s < STEPS; ++s)

@@ -10,8 +10,7 @@ struct Groups {
 
 #if TYPE != 2
 
-#define TILE 128    // rows and columns of a block's tile
-#define STAGES 3    // of which loads are under way
+#define TILE 128  // rows of a block's tile
 
 // Where eight rows of a tile fill 1024 bytes that begin at a multiple of that.
 __device__ __forceinline__ Real* tiles(Vec* dynamic) {
@@ -50,57 +49,66 @@ __device__ __forceinline__ bool find_tile(const int* offsets, int experts, int t
     return expert >= 0;
 }
 
-// c[16, 128] of each of 8 warps += rows[128, K] . columns[128, K]; c[n] has columns 8 n to 8 n + 7.
-// `row(i)` and `column(i)` give where a row begins, or nothing.
-template <int K, class Row, class Column>
-__device__ __forceinline__ void multiply_tile(float (&c)[16][4], Real* shared, const Row& row,
-                                              const Column& column) {
-    constexpr int STEPS = (K + DEPTH - 1) / DEPTH;
-    const int thread = threadIdx.x;
-    const int line = thread / 2, half = thread % 2;  // a thread copies half a row of both tiles
-    const Real *from_row = row(line), *from_column = column(line);
-    auto fetch = [&](int step) {
-        if (step < STEPS) {
-            Real* rows = shared + step % STAGES * 2 * TILE * DEPTH;
+// c[16, COLUMNS] of each of 8 warps += rows[128, K] . columns[COLUMNS, K]; c[n] has columns 8 n to
+// 8 n + 7. `row(i)` and `column(i)` give where a row begins, or nothing. Loads of STAGES - 2 steps
+// are under way while a step multiplies, and the step before it may still.
+template <int K, int COLUMNS, int STAGES, class Row, class Column>
+__device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], Real* shared,
+                                              const Row& row, const Column& column) {
+    constexpr int STEPS = (K + DEPTH - 1) / DEPTH, STAGE = (TILE + COLUMNS) * DEPTH;
+    // Eight threads copy a row's 128 bytes, 32 rows at a time.
+    const int line = threadIdx.x / 8, vec = threadIdx.x % 8;
+    const Real *from_rows[TILE / 32], *from_columns[COLUMNS / 32];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int vec = half * 4 + i, k = step * DEPTH + vec * 8;
-                const bool used = k < K;
-                const bool row_used = from_row && used, column_used = from_column && used;
-                copy_later(rows + place(line, vec), row_used ? from_row + k : shared, row_used);
-                copy_later(rows + TILE * DEPTH + place(line, vec),
-                           column_used ? from_column + k : shared, column_used);
+    for (int i = 0; i < TILE / 32; ++i) from_rows[i] = row(line + i * 32);
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 32; ++i) from_columns[i] = column(line + i * 32);
+    auto fetch = [&](int step) {
+        const int k = step * DEPTH + vec * 8;
+        Real* stage = shared + step % STAGES * STAGE;
+        if (step < STEPS) {
+#pragma unroll
+            for (int i = 0; i < TILE / 32; ++i) {
+                const bool used = from_rows[i] && k < K;
+                copy_later(stage + place(line + i * 32, vec), used ? from_rows[i] + k : shared, used);
+            }
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 32; ++i) {
+                const bool used = from_columns[i] && k < K;
+                copy_later(stage + TILE * DEPTH + place(line + i * 32, vec),
+                           used ? from_columns[i] + k : shared, used);
             }
         }
         end_copies();
     };
 #pragma unroll
-    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
+    for (int step = 0; step < STAGES - 2; ++step) fetch(step);
     for (int step = 0; step < STEPS; ++step) {
-        wait_for_copies<STAGES - 2>();
+        wait_for_copies<STAGES - 3>();
         show_copies_to_tensor_cores();
         __syncthreads();
-        const Real* rows = shared + step % STAGES * 2 * TILE * DEPTH;
+        const Real* rows = shared + step % STAGES * STAGE;
         begin_products(c, rows, rows + TILE * DEPTH);
-        fetch(step + STAGES - 1);
-        end_products(c);
+        fetch(step + STAGES - 2);
+        end_products<1>(c);
     }
+    end_products<0>(c);
 }
 
 // hidden[pair, i] = weight[pair] silu(gate) up, gate and up being rows 2 i and 2 i + 1.
-// Grid: [2 inner / 128, most tiles]. Dynamic shared memory: STAGES tiles of both, and 1024 bytes.
-template <int K>
-__global__ void __launch_bounds__(256, 2)
+// Grid: [2 inner / COLUMNS, most tiles]. Dynamic shared memory: STAGES tiles of rows and columns, and 1024 bytes.
+template <int K, int COLUMNS, int STAGES>
+__global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
     grouped_gate_up(Real* hidden, const Real* x, const int* offsets, const int* rows,
                     const float* pair_weights, const Real* weight, const Real* bias, int experts,
                     int inner) {
     DYNAMIC_SHARED(dynamic);
     int expert, first, count;
     if (!find_tile(offsets, experts, blockIdx.y, expert, first, count)) return;
-    const int columns = 2 * inner, left = blockIdx.x * TILE;
+    const int columns = 2 * inner, left = blockIdx.x * COLUMNS;
     const Real* matrix = weight + (long)expert * columns * K;
-    float c[16][4] = {};
-    multiply_tile<K>(
+    float c[COLUMNS / 8][4] = {};
+    multiply_tile<K, COLUMNS, STAGES>(
         c, tiles(dynamic),
         [&](int i) { return i < count ? x + (long)rows[first + i] * K : (const Real*)nullptr; },
         [&](int i) {
@@ -110,7 +118,7 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int n = 0; n < 16; ++n) {
+        for (int n = 0; n < COLUMNS / 8; ++n) {
             const int at = warp * 16 + half * 8 + lane / 4;
             const int column = left + n * 8 + lane % 4 * 2;
                 if (at >= count || column >= columns) continue;
@@ -124,18 +132,18 @@ __global__ void __launch_bounds__(256, 2)
             }
 }
 
-// out[pair, n] = hidden[pair] . weight[expert, n] + pair_weight bias. Grid: [N / 128, most tiles].
-template <int INNER>
-__global__ void __launch_bounds__(256, 2)
+// out[pair, n] = hidden[pair] . weight[expert, n] + pair_weight bias. Grid: [N / COLUMNS, most tiles].
+template <int INNER, int COLUMNS, int STAGES>
+__global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
     grouped_down(Real* out, const Real* hidden, const int* offsets, const float* pair_weights,
                  const Real* weight, const Real* bias, int experts, int columns) {
     DYNAMIC_SHARED(dynamic);
     int expert, first, count;
     if (!find_tile(offsets, experts, blockIdx.y, expert, first, count)) return;
-    const int left = blockIdx.x * TILE;
+    const int left = blockIdx.x * COLUMNS;
     const Real* matrix = weight + (long)expert * columns * INNER;
-    float c[16][4] = {};
-    multiply_tile<INNER>(
+    float c[COLUMNS / 8][4] = {};
+    multiply_tile<INNER, COLUMNS, STAGES>(
         c, tiles(dynamic),
         [&](int i) {
             return i < count ? hidden + (long)(first + i) * INNER : (const Real*)nullptr;
@@ -145,7 +153,7 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int n = 0; n < 16; ++n) {
+        for (int n = 0; n < COLUMNS / 8; ++n) {
             const int at = warp * 16 + half * 8 + lane / 4;
             const int column = left + n * 8 + lane % 4 * 2;
                 if (at >= count || column >= columns) continue;

@@ -3,7 +3,7 @@
 #include "attention.cu"
 #include "route.cu"
 
-// Grid: rows = sequences * width. Normalises and rotates a row's queries in place, and writes its key
+// Grid: [sequences * width, heads / 8], of queries and keys together. Normalises and rotates a row's queries in place, and writes its key
 // and value to the cache.
 template <int SIZE>
 __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
         query_scale = scale_of(queries, query_normed, query_epsilon, sums);
     if (key_norm && key_normed != SIZE)
         key_scale = scale_of(new_keys, key_normed, key_epsilon, sums);
-    for (int h = warp; h < heads + kv_heads; h += ATTENTION_WARPS) {
+    for (int h = blockIdx.y * ATTENTION_WARPS + warp; h < heads + kv_heads;
+         h += gridDim.y * ATTENTION_WARPS) {
         const bool is_query = h < heads;
         const int head = is_query ? h : h - heads;
         const Real* from = (is_query ? queries : new_keys) + (long)head * SIZE;
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
         for (int i = lane; i < SIZE; i += WARP) to[i] = to_real(rotated(raw[warp], i, rotary, position));
         __syncwarp();
     }
+    if (blockIdx.y) return;
     for (int i = threadIdx.x; i < kv_heads * SIZE; i += ATTENTION_WARPS * WARP) {
         const long head = (long)sequence * kv_heads + i / SIZE;
         values[(head * capacity + position) * SIZE + i % SIZE] = value[(long)row * value_pitch + i];
