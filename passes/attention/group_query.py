@@ -13,6 +13,7 @@ import onnx_ir.passes.common as common
 from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset23 as op
 
+from alloc_moe.passes.attention.masks import split_sinks, window_of
 from alloc_moe.passes.base import DOMAIN, OPSET, add_function, add_initializer
 
 MICROSOFT = "com.microsoft"
@@ -20,7 +21,6 @@ GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 
 _PAST = "past_key_values."
 _HEAD_SIZE_MULTIPLE = 8  # the kernel takes no other sizes
-_COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
 _ROWS_TO_HEADS = (0, 2, 1, 3)
 
 
@@ -54,8 +54,8 @@ class GroupAttentionPass(ir.passes.InPlacePass):
     """Replace ``Concat`` of the cache, and the ``Attention`` to it, by ``GroupQueryAttention``.
 
     All layers or none: it takes float32, keys and values of one shape, and masks that hide nothing
-    but later tokens and padding. What the graph computes for real tokens stays the same; for
-    padding tokens it is some finite number instead of zero.
+    but later tokens, padding and what lies before a window. What the graph computes for real tokens
+    stays the same; for padding tokens it is some finite number instead of zero.
 
     Bound to one buffer, a cache input and its output may have any capacity; the past is as long as
     the attention mask leaves it, whatever the size of the buffer. The operator continues a batch of
@@ -97,7 +97,11 @@ def group_attention(model: ir.Model) -> Iterator[ir.Node]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's attention: new keys and values [batch, heads, sequence, size] and their cache."""
+    """One layer's attention: new keys and values [batch, heads, sequence, size] and their cache.
+
+    ``window`` is how many tokens each attends to, 0 for all; ``sinks`` are scores of no column, one
+    per head.
+    """
 
     node: ir.Node
     key: ir.Value
@@ -107,6 +111,8 @@ class _Layer:
     heads: int
     kv_heads: int
     head_size: int
+    window: int
+    sinks: ir.TensorProtocol | None
 
 
 class _Columns:
@@ -137,13 +143,15 @@ def _match(node: ir.Node) -> _Layer | None:
     query, keys, values, mask = (*node.inputs, *[None] * 4)[:4]
     settings = {name: attribute.value for name, attribute in node.attributes.items()}
     plain = not (settings.get("softcap") or settings.get("is_causal")) and len(node.inputs) == 4
-    key, value = _cached(keys), _cached(values)
-    if not plain or key is None or value is None or not _is_causal(mask):
+    heads, size = _heads(query)
+    mask, sinks = split_sinks(mask, heads)
+    key, value = (_cached(states, padded=sinks is not None) for states in (keys, values))
+    window = window_of(mask)
+    if not plain or key is None or value is None or window is None:
         return None
     past_key, new_key, past_value, new_value = (
         given for given in (*key.inputs, *value.inputs) if given is not None
     )
-    heads, size = _heads(query)
     kv_heads, kv_size = _heads(new_key)
     if (
         past_key.dtype != ir.DataType.FLOAT
@@ -156,11 +164,15 @@ def _match(node: ir.Node) -> _Layer | None:
     present = (key.outputs[0], value.outputs[0])
     if not all(output.is_graph_output() for output in present):
         return None
-    return _Layer(node, new_key, new_value, (past_key, past_value), present, heads, kv_heads, size)
+    past, shape = (past_key, past_value), (heads, kv_heads, size)
+    return _Layer(node, new_key, new_value, past, present, *shape, window, sinks)
 
 
-def _cached(value: ir.Value | None) -> ir.Node | None:
-    """Return the Concat of past and new, looking through the repetition of key/value heads."""
+def _cached(value: ir.Value | None, *, padded: bool) -> ir.Node | None:
+    """Return the Concat of past and new, looking through the repetition of key/value heads.
+
+    With `padded` it is followed by the column of the sinks.
+    """
     node = _producer(value)
     if node is not None and node.op_type == "Reshape":
         expand = _producer(node.inputs[0])
@@ -170,6 +182,10 @@ def _cached(value: ir.Value | None) -> ir.Node | None:
         if repeat.op_type != "Unsqueeze" or _constant(repeat.inputs[1]) != [2]:
             return None
         node = _producer(repeat.inputs[0])
+    if padded:
+        if node is None or node.op_type != "Pad":
+            return None
+        node = _producer(node.inputs[0])
     if node is None or node.op_type != "Concat" or len(node.inputs) != 2:
         return None
     past = node.inputs[0]
@@ -178,33 +194,20 @@ def _cached(value: ir.Value | None) -> ir.Node | None:
     return node if grows and named else None
 
 
-def _is_causal(mask: ir.Value | None) -> bool:
-    """Whether a mask comes of one comparison of positions and the attention mask.
-
-    A sliding window compares twice.
-    """
-    if mask is None:
-        return False
-    comparisons, seen, todo = [], set(), [mask]
-    while todo:
-        node = todo.pop().producer()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.op_type in _COMPARISONS:
-            comparisons.append(node.op_type)
-        todo += [value for value in node.inputs if value is not None]
-    return comparisons == ["LessOrEqual"]
-
-
 def _replace(model: ir.Model, layer: _Layer, columns: _Columns) -> None:
     at = layer.node
     rows = [_merged(model, at, value, columns) for value in (at.inputs[0], layer.key, layer.value)]
     attributes: dict[str, int | float] = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads}
     if (scale := at.attributes.get("scale")) is not None:
         attributes["scale"] = scale.as_float()
+    if layer.window:
+        attributes["local_window_size"] = layer.window
     optional = [None] * 3  # cosine and sine, positions: RotaryEmbedding stays a node of its own
     inputs = [*rows, *layer.past, columns.last, columns.total, *optional, columns.padding]
+    if layer.sinks is not None:
+        numbers = layer.sinks.numpy().reshape(-1).astype(np.float32)
+        sinks = ir.tensor(numbers, name=f"{DOMAIN}.sinks.{at.outputs[0].name}")
+        inputs.append(add_initializer(model, sinks))
     node = _insert(model, at, GROUP_QUERY_ATTENTION, inputs, attributes, MICROSOFT, outputs=3)
     for old, new in zip(layer.present, node.outputs[1:], strict=True):
         _take_over(old, new)
