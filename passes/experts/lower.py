@@ -19,6 +19,7 @@ from alloc_moe.passes.base import (
     routed_experts,
 )
 from alloc_moe.passes.experts import routing
+from alloc_moe.passes.experts.gate import swiglu
 from alloc_moe.passes.experts.policies import POLICIES, SCORES, TOP_K
 from alloc_moe.passes.experts.policies.scored import cap_call, keep_scored, score_overlapping
 from alloc_moe.passes.experts.quantize import DOWN_SCALES, GATE_UP_SCALES, expert_format
@@ -293,14 +294,6 @@ def _cast(builder: _Builder, value: ir.Value, like: ir.Value | None) -> ir.Value
     return builder.op("Cast", [value], attributes={"to": int(like.dtype)})[0]
 
 
-_SWIGLU: Mapping[str, _Attribute] = {
-    "activation_type": "swiglu",
-    "swiglu_fusion": 1,
-    "activation_alpha": 1.0,
-    "activation_beta": 0.0,
-}
-
-
 def _moe(
     builder: _Builder, node: ir.Node, hidden: ir.Value | None, probabilities: ir.Value, k: int
 ) -> ir.Value:
@@ -308,7 +301,7 @@ def _moe(
     gate_up, gate_up_bias, down, down_bias = (*node.inputs[3:7], None)[:4]
     probabilities = _cast(builder, probabilities, gate_up)
     # The weights go in as logarithms: normalised over the top k they come out as weights.
-    attributes = {"k": k, "normalize_routing_weights": 1, **_SWIGLU}
+    attributes = {"k": k, "normalize_routing_weights": 1, **swiglu(node)}
     inputs = [hidden, probabilities, gate_up, gate_up_bias, down, down_bias]
     return builder.op("MoE", inputs, MICROSOFT, attributes)[0]
 
@@ -333,7 +326,7 @@ def _qmoe(
     attributes = {
         "k": k,
         "normalize_routing_weights": int(weights is None),
-        **_SWIGLU,
+        **swiglu(node),
         "expert_weight_bits": form.bits,
         "block_size": form.block,
         "weights_prepacked": 0,

@@ -12,14 +12,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.export import graph as export
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.verify.parity import Verification, verify_artifact
+from alloc_moe.passes.attention.group_query import group_attention
 from alloc_moe.passes.base import routed_experts
 from alloc_moe.runtime.artifact.plan import AllocationPlan
+from alloc_moe.runtime.execution.session import open_session
+from alloc_moe.runtime.text.generation import generate
 
 Models = Callable[[str], MoeModel]
 Graphs = Callable[[str], ir.Model]
@@ -148,6 +152,57 @@ def test_the_full_budget_is_the_original_model(
     plan = plan_for(moe, [layer.experts_per_token for layer in moe.layers])
     result = verified(exported(family), moe, plan, token_ids, tmp_path)
     assert result.max_abs_logit_error < 1e-4
+
+
+def test_greedy_tokens_equal_those_of_transformers(
+    exported: Graphs,
+    moe_model: Models,
+    plan_for: Callable[..., AllocationPlan],
+    written: Callable[..., Path],
+    token_ids: NDArray[np.int64],
+    compiled_family: str,
+) -> None:
+    """Of a left-padded batch, and beyond every window that a family has."""
+    moe, new = moe_model(compiled_family), 64
+    plan = plan_for(moe, [layer.experts_per_token for layer in moe.layers])
+    session = open_session(written(exported(compiled_family), plan), ep="cpu")
+    prompts = [token_ids[0, :23], token_ids[1, :14], token_ids[2, :5]]
+    made = generate(session, prompts, max_new_tokens=new, eos_ids=frozenset())
+    padded = np.stack([np.pad(ids, (23 - len(ids), 0)) for ids in prompts])
+    mask = np.stack([np.arange(23) >= 23 - len(ids) for ids in prompts]).astype(np.int64)
+    with torch.inference_mode():
+        expected = moe.model.generate(
+            torch.from_numpy(padded),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    assert made == expected[:, 23:].tolist()
+
+
+@pytest.mark.parametrize("change", ["local_window_size", "head_sink"])
+def test_another_window_or_sink_is_found_out(
+    exported: Graphs,
+    moe_model: Models,
+    plan_for: Callable[..., AllocationPlan],
+    token_ids: NDArray[np.int64],
+    tmp_path: Path,
+    change: str,
+) -> None:
+    moe = moe_model("gpt_oss")
+    plan = plan_for(moe, uneven(moe))
+    graph = specialize(exported("gpt_oss"), plan, device="cpu")
+    node = next(group_attention(graph))
+    if change == "head_sink":
+        node.replace_input_with(11, None)
+    else:
+        assert node.attributes[change].as_int() == moe.config.sliding_window
+        node.attributes[change] = ir.AttrInt64(change, moe.config.sliding_window + 1)
+    package.save_graph(graph, tmp_path / "out.onnx")
+    with pytest.raises(VerificationError, match="logits differ from PyTorch's by up to"):
+        verify_artifact(tmp_path / "out.onnx", moe, plan, token_ids, dtype="float32")
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,9 @@ def attention(
     type_: str = "float",
 ) -> ir.Model:
     """Return two layers as they are exported; the second's queries are the first's output."""
-    layers = ""
+    layers, columns = "", "one_more_column" if sinks else "total"
     for n, query in enumerate(("query", "output0")):
         repeated = kv_heads < HEADS
-        columns = "one_more_column" if sinks else "total"
         made = "{kind}_padded{n}" if sinks else "present__{n}__{kind}"
         shapes = [_PADDED, _REPEAT.replace("present__{n}__{kind}", made)]
         steps = "".join(shapes[not sinks : 1 + repeated])
@@ -135,9 +134,8 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, {inputs}, {past})
  int64 two = {{2}}, int64[3] by_heads = {{1, {HEADS}, 1}},
  float[1, {HEADS}, 1, 1] sinks = {{0.5, -1, 2, 0}}, int64[8] one_more = {{0, 0, 0, 0, 0, 0, 1, 0}},
  int64[1] heads = {{{HEADS}}}, int64[1] groups = {{{HEADS // kv_heads}}},
- int64[1] size = {{{size}}},
- int64[4] split_heads = {{0, 0, {HEADS}, {size}}}, int64[3] merge_heads = {{0, 0, -1}},
- int64[4] split_kv_heads = {{0, 0, {kv_heads}, -1}}>
+ int64[1] size = {{{size}}}, int64[4] split_heads = {{0, 0, {HEADS}, {size}}},
+ int64[3] merge_heads = {{0, 0, -1}}, int64[4] split_kv_heads = {{0, 0, {kv_heads}, -1}}>
 {{
   {_MASK.format(window=_WINDOW.format(window=window) if window else "seen = Identity(visible)")}
   {_SINKS if sinks else ""}
