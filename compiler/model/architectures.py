@@ -13,10 +13,6 @@ from typing import Any
 import torch
 
 UNSUPPORTED: dict[str, str] = {
-    "phimoe": (
-        "its router always picks 2 experts by sparsemixer, whatever the configuration says, "
-        "so there is nothing to allocate"
-    ),
     "llama4": "its rotary embedding uses complex numbers, which ONNX export doesn't support",
     "llama4_text": "its rotary embedding uses complex numbers, which ONNX export doesn't support",
 }

@@ -96,7 +96,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("phimoe", "its router always picks 2 experts"),
+        ("llama4", "its rotary embedding uses complex numbers"),
         ("llama4_text", "its rotary embedding uses complex numbers"),
     ],
 )
