@@ -8,19 +8,47 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_LLAMA4 = (
+    "it routes each token to one expert, so there is nothing to allocate, and its rotary embedding "
+    "uses complex numbers, which ONNX export doesn't support"
+)
 
 UNSUPPORTED: dict[str, str] = {
-    "llama4": "its rotary embedding uses complex numbers, which ONNX export doesn't support",
-    "llama4_text": "its rotary embedding uses complex numbers, which ONNX export doesn't support",
+    "dbrx": (
+        "transformers keeps the experts of its layers in one matrix, not in the fused layout "
+        "(gate_up_proj and down_proj over all experts)"
+    ),
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
 }
 """Model type -> why it can't be compiled, as the end of a sentence."""
+
+# What these keep from call to call are keys and values of all tokens, or of a window of the last.
+_CACHED = {"full_attention", "sliding_attention", "chunked_attention", "dummy"}
 
 _NEAR, _FAR = 0.125, 1e4  # within any limit, and beyond it
 _DIGITS = 4  # of alpha and beta; a gate in float32 gives no more
 _TOLERANCE = 1e-5
+
+
+def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
+    """Return why the runtimes can't carry a model's cache from call to call, "" if they can."""
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    others = sorted(set(kinds) - _CACHED)
+    if not others:
+        return ""
+    return (
+        f"its layers of type {' and '.join(others)} keep other states than keys and values from "
+        "call to call, which the runtimes can't carry"
+    )
 
 
 @dataclass(frozen=True)

@@ -96,13 +96,21 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("llama4", "its rotary embedding uses complex numbers"),
-        ("llama4_text", "its rotary embedding uses complex numbers"),
+        ("llama4", "it routes each token to one expert, so there is nothing to allocate"),
+        ("llama4_text", "it routes each token .* its rotary embedding uses complex numbers"),
+        ("dbrx", "transformers keeps the experts of its layers in one matrix"),
+        ("qwen3_next", "its layers of type linear_attention keep other states than keys and val"),
     ],
 )
 def test_what_is_known_not_to_work_is_refused(tmp_path: Path, model_type: str, reason: str) -> None:
     folder_of(tmp_path, model_type)
     with pytest.raises(UnsupportedModelError, match=f"{model_type} can't be compiled: {reason}"):
+        load_model(str(tmp_path))
+
+
+def test_text_models_that_are_none_by_themselves_are_refused(tmp_path: Path) -> None:
+    folder_of(tmp_path, "qwen3_vl_moe")
+    with pytest.raises(UnsupportedModelError, match="qwen3_vl_moe takes images beside text, and"):
         load_model(str(tmp_path))
 
 
