@@ -42,7 +42,7 @@ _TOLERANCE = 1e-5
 def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
     """Return why the runtimes can't carry a model's cache from call to call, "" if they can."""
     kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    others = sorted(set(kinds) - _CACHED)
+    others = sorted(str(kind) for kind in set(kinds) - _CACHED)
     if not others:
         return ""
     return (

@@ -168,13 +168,13 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
+            reason = architectures.UNSUPPORTED.get(config.model_type, "")
+            reason = reason or architectures.why_cache_is_unsupported(config)
     except LIBRARY_ERRORS as error:
         raise UnsupportedModelError(
             f"transformers can't read {folder / 'config.json'}: {first_line(error)} "
             "Use a model type that transformers 5 knows, or --trust-remote-code for your own."
         ) from error
-    reason = architectures.UNSUPPORTED.get(config.model_type, "")
-    reason = reason or architectures.why_cache_is_unsupported(config)
     if reason:
         raise UnsupportedModelError(f"{config.model_type} can't be compiled: {reason}.")
     pin_settings(config)

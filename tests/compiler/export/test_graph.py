@@ -18,6 +18,7 @@ from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
 from alloc_moe.compiler.verify.parity import Verification, verify_artifact
 from alloc_moe.passes.attention.group_query import group_attention
 from alloc_moe.passes.base import routed_experts
@@ -180,6 +181,21 @@ def test_greedy_tokens_equal_those_of_transformers(
             eos_token_id=None,
         )
     assert made == expected[:, 23:].tolist()
+
+
+def test_windows_and_sinks_go_with_an_int8_cache(
+    exported: Graphs,
+    moe_model: Models,
+    plan_for: Callable[..., AllocationPlan],
+    written: Callable[..., Path],
+    token_ids: NDArray[np.int64],
+) -> None:
+    moe, graph = moe_model("gpt_oss"), exported("gpt_oss")
+    plan, scales = plan_for(moe, uneven(moe)), measure_cache_scales(moe, token_ids)
+    assert {step.shape for pair in scales.values() for step in pair} == {(2, 16)}
+    path = written(graph, plan, cache_scales=scales)
+    result = verify_artifact(path, moe, plan, token_ids, dtype="float32", cache_scales=scales)
+    assert result.max_abs_logit_error < 1e-2
 
 
 @pytest.mark.parametrize("change", ["local_window_size", "head_sink"])

@@ -159,12 +159,13 @@ def test_a_correction_adds_no_node(
     pairs = [
         [node for node in model.graph if node.op_type == "MoE"] for model in (plain, corrected)
     ]
+    biased = moe.model.get_submodule(moe.layers[0].experts_name).has_bias
     for before, after, correction in zip(*pairs, corrections, strict=True):
         names = [[value and value.name for value in node.inputs] for node in (before, after)]
         assert names[0][:4] == names[1][:4]
         assert (names[0] == names[1]) == (correction is None)
-        assert len(names[0]) == 5  # no bias of the down projection
-        assert len(names[1]) == (5 if correction is None else 6)
+        assert len(names[0]) == (6 if biased else 5)  # the last is a bias of the down projection
+        assert len(names[1]) == (5 if correction is None and not biased else 6)
     added = set(corrected.graph.initializers) - set(plain.graph.initializers)
     assert len(added) == 2 * (len(moe.layers) - 1)  # a down projection and a bias of each
 
