@@ -44,7 +44,7 @@ from alloc_moe.compiler.rounding.weights import quantized, rounded, with_expert_
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
-from alloc_moe.runtime.artifact.plan import SHARED_CACHE_KEY
+from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, SHARED_CACHE_KEY
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet
@@ -273,6 +273,8 @@ def _build(
     )
     if SHARED_CACHE_KEY not in model.metadata_props and target.device == "cpu":
         console.note("The cache is copied at every step: attention stays the standard operator")
+    if (reason := model.metadata_props.get(NO_STEP_KEY)) is not None:
+        console.note(f"Decoding goes through onnxruntime, without a step program: {reason}")
     path = staged / output.graph_name
     weights = [value.const_value for value in model.graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)

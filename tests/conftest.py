@@ -74,3 +74,9 @@ def synthetic_sweep() -> ModuleType:
 def toy_artifact() -> ModuleType:
     """Return the module that writes a toy artifact."""
     return _load_file(Path(__file__).parent / "runtime" / "conftest.py")
+
+
+@pytest.fixture(scope="session")
+def step_interpreter() -> ModuleType:
+    """Return the module that runs step programs in numpy."""
+    return _load_file(Path(__file__).parent / "passes" / "step" / "interpreter.py")

@@ -25,8 +25,20 @@ ROOMS = {
         *("reference", "correction", "sensitivity", "planning", "export", "verify", "package"),
         *("sweep", "pipeline", "api", "evaluation", "commands"),
     ),
-    "passes": ("base", "blockwise", "linear", "experts", "attention", "interface", "default"),
-    "runtime": ("errors", "console", "artifact", "execution", "text", "measure", "commands"),
+    "passes": (
+        *("base", "blockwise", "linear", "norm", "attention", "experts", "interface", "step"),
+        "default",
+    ),
+    "runtime": (
+        "errors",
+        "console",
+        "artifact",
+        "cuda",
+        "execution",
+        "text",
+        "measure",
+        "commands",
+    ),
 }
 """Each part's rooms and single modules, in an order in which each imports earlier ones only."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -9,11 +10,17 @@ from typing import TYPE_CHECKING
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.passes.attention.group_query import group_attention
+from alloc_moe.passes.attention.group_query_rotary import right_padded_rows
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.correct import ExpertCorrection
 from alloc_moe.passes.experts.lower import Allocation
 from alloc_moe.passes.interface.stamp_plan import StampPlanPass
-from alloc_moe.runtime.artifact.plan import PLAN_KEY, SHARED_CACHE_KEY
+from alloc_moe.runtime.artifact.plan import (
+    GENERATION_KEY,
+    PADDING_KEY,
+    PLAN_KEY,
+    SHARED_CACHE_KEY,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,16 +64,30 @@ def specialize(
         if correction is not None
     }
     formats = dict(enumerate(quantization.experts)) if quantization else {}
-    pairs = device == "cuda"
     specialize_passes(
-        allocation, pairs=pairs, corrections=changed, formats=formats, cache_scales=cache_scales
+        allocation,
+        pairs=device == "cuda",
+        positions=json.loads(model.metadata_props.get(GENERATION_KEY, "{}")).get("context_length"),
+        corrections=changed,
+        formats=formats,
+        cache_scales=cache_scales,
     )(model)
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
-    if any(group_attention(model)):
-        model.metadata_props[SHARED_CACHE_KEY] = "int8" if cache_scales else "float32"
+    attention = next(group_attention(model), None)
+    if attention is not None:
+        model.metadata_props[SHARED_CACHE_KEY] = _cache_type(attention)
+        if right_padded_rows(model) is not None:
+            model.metadata_props[PADDING_KEY] = "right"
     elif cache_scales:
         raise UnsupportedModelError(
             "An int8 cache needs keys and values of one shape in float32 on the CPU, which this "
             "model doesn't have. Use --cache float32."
         )
     return model
+
+
+def _cache_type(attention: ir.Node) -> str:
+    past = attention.inputs[3]
+    assert past is not None
+    assert past.dtype is not None
+    return {"FLOAT": "float32"}.get(past.dtype.name, past.dtype.name.lower())

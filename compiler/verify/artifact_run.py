@@ -15,12 +15,14 @@ import onnx_ir as ir
 import onnxruntime
 
 from alloc_moe.compiler.verify.segments import cut_graph, extract_segment
-from alloc_moe.runtime.artifact.counting import counted_values, executed
+from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
 from alloc_moe.runtime.artifact.files import find_artifact
-from alloc_moe.runtime.artifact.plan import PRICE_INPUT, SHARED_CACHE_KEY
+from alloc_moe.runtime.artifact.plan import PADDING_KEY, PRICE_INPUT, SHARED_CACHE_KEY
+from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
+from alloc_moe.runtime.execution.padding import pad_right
 from alloc_moe.runtime.execution.providers import create_session, session_options
-from alloc_moe.runtime.execution.session import open_session, to_numpy
+from alloc_moe.runtime.execution.session import open_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -126,13 +128,21 @@ class _Artifact:
             shared=SHARED_CACHE_KEY in self.files.onnx.metadata,
             path=self.files.graph,
         )
-        return _SegmentSession(session, slots)
+        pads_right = PADDING_KEY in self.files.onnx.metadata
+        return _SegmentSession(session, slots, pads_right=pads_right)
 
 
 class _SegmentSession:
     """A segment loaded into onnxruntime, and the part of the cache that it has."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, slots: Sequence[CacheSlot]) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        slots: Sequence[CacheSlot],
+        *,
+        pads_right: bool,
+    ) -> None:
+        self._pads_right = pads_right
         outputs = [value.name for value in session.get_outputs()]
         presents = {slot.present for slot in slots}
         self._session = session
@@ -150,14 +160,22 @@ class _SegmentSession:
         for (ids, mask), values in zip(run.calls, crossing, strict=True):
             new = mask[:, -ids.shape[1] :]
             cache.reserve(cache.length + ids.shape[1])
-            tokens = cache.token_inputs(np.ascontiguousarray(ids), new)
+            right = pad_right(ids, new, cache) if self._pads_right else None
+            tokens = (
+                cache.token_inputs(np.ascontiguousarray(ids), new)
+                if right is None
+                else right.inputs()
+            )
             binding = self._binding(cache, {**values, **tokens, **price})
             self._session.run_with_iobinding(binding)
             found = binding.get_outputs()
             made = len(self._outputs)
             cache.append(new, None if cache.shared else found[made:])
             names = [*self._outputs, *(slot.present for slot in self._slots)]
-            yield dict(zip(names, map(to_numpy, found), strict=True))
+            values = dict(zip(names, map(to_numpy, found), strict=True))
+            if right is not None and "logits" in values:
+                values["logits"] = right.spread(values["logits"])  # type: ignore[arg-type]
+            yield values
 
     def _binding(self, cache: Cache, given: _Arrays) -> onnxruntime.IOBinding:
         binding = self._session.io_binding()
@@ -178,6 +196,8 @@ def _collect(artifact: _Artifact, run: ArtifactRun, made: _Arrays) -> None:
     """Take over from what a segment made the logits, and the experts that were executed."""
     if "logits" in made:
         run.logits.append(made["logits"])  # type: ignore[arg-type]
-    for layer, name in enumerate(artifact.counted):
+    limits = most_executed(artifact.files.plan)
+    for layer, (name, most) in enumerate(zip(artifact.counted, limits, strict=True)):
         if name in made:
-            run.executed[layer] += int(executed(name, made[name]).sum())  # type: ignore[arg-type]
+            counts = executed(name, made[name], most)  # type: ignore[arg-type]
+            run.executed[layer] += int(counts.sum())

@@ -1,8 +1,56 @@
-"""Find routers whose candidates come best first, which needn't be ranked again."""
+"""Find routers whose candidates come best first, and those that onnxruntime's operator has."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class SoftmaxRouter:
+    """A router that takes the softmax of `logits` [T, E] and of that the largest.
+
+    ``normalized`` is whether their weights are divided by their sum.
+    """
+
+    logits: ir.Value
+    normalized: bool
+
+
+def softmax_router(weights: ir.Value | None, ids: ir.Value | None) -> SoftmaxRouter | None:
+    """Return the router that gives candidates [tokens, candidates], if it is such a one."""
+    top = _top_k(ids)
+    scores = None if top is None else _uncast(top.inputs[0])
+    softmax = None if scores is None else scores.producer()
+    weights = _uncast(weights)
+    if top is None or softmax is None or weights is None or softmax.op_type != "Softmax":
+        return None
+    logits = _uncast(softmax.inputs[0])
+    if logits is None or _integer(softmax, "axis", -1) not in (-1, 1):
+        return None
+    if weights is top.outputs[0]:
+        return SoftmaxRouter(logits, normalized=False)
+    divided = weights.producer()
+    if divided is None or divided.op_type != "Div" or _uncast(divided.inputs[0]) is None:
+        return None
+    share = _uncast(divided.inputs[0])
+    total = divided.inputs[1].producer() if divided.inputs[1] is not None else None
+    summed = share is top.outputs[0] and total is not None and total.op_type == "ReduceSum"
+    if not summed or total is None or _uncast(total.inputs[0]) is not share:
+        return None
+    return SoftmaxRouter(logits, normalized=True) if _is_one_per_row(divided.inputs[1]) else None
+
+
+def _uncast(value: ir.Value | None) -> ir.Value | None:
+    """Return what a float was before it was rounded, or made longer."""
+    node = None if value is None else value.producer()
+    return _uncast(node.inputs[0]) if node is not None and _is_float_cast(node) else value
+
+
+def _is_float_cast(node: ir.Node) -> bool:
+    value = node.inputs[0] if node.op_type == "Cast" else None
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()
 
 
 def is_ranked(weights: ir.Value | None, ids: ir.Value | None) -> bool:
@@ -36,8 +84,7 @@ def _top_k(ids: ir.Value | None) -> ir.Node | None:
 def _keeps_order(node: ir.Node) -> bool:
     match node.op_type:
         case "Cast":
-            value = node.inputs[0]
-            return value is not None and value.dtype is not None and value.dtype.is_floating_point()
+            return _is_float_cast(node)
         case "Softmax":
             return _integer(node, "axis", -1) in (-1, 1)
         case "Mul" | "Div":

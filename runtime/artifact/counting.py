@@ -6,7 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.artifact.files import ArtifactFiles
-from alloc_moe.runtime.artifact.plan import DROPPED, ROUTER_PROBS, ROUTER_WEIGHTS
+from alloc_moe.runtime.artifact.plan import (
+    DROPPED,
+    ROUTER_PROBS,
+    ROUTER_WEIGHTS,
+    AllocationPlan,
+)
 from alloc_moe.runtime.errors import ArtifactError
 
 
@@ -29,8 +34,25 @@ def counted_values(files: ArtifactFiles) -> tuple[str, ...]:
     return tuple(names)
 
 
-def executed(name: str, value: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Return the experts executed per row [rows], from one of `counted_values` [rows, experts]."""
+def most_executed(plan: AllocationPlan) -> tuple[int, ...]:
+    """Return the most experts that each MoE layer executes for a row."""
+    exact = plan.redistribution in ("none", "batch", "sequence")
+    fixed = plan.redistribution == "none"
+    return tuple(
+        int(layer.k if fixed or (exact and layer.k == 1) else layer.k_original)
+        for layer in plan.layers
+    )
+
+
+def executed(name: str, value: NDArray[np.floating], most: int) -> NDArray[np.int64]:
+    """Return the experts executed per row [rows], from one of `counted_values` [rows, experts].
+
+    Args:
+        name: That of the value.
+        value: What is given to the operator. One that chooses by itself gets the logits of all
+            experts, of which it takes the most.
+        most: One of `most_executed`.
+    """
     least = 0.0 if name.startswith(ROUTER_WEIGHTS.format(layer="")) else DROPPED / 2
     counts: NDArray[np.int64] = np.count_nonzero(value > least, axis=1)
-    return counts
+    return counts.clip(max=most)

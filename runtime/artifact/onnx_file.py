@@ -12,13 +12,14 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alloc_moe.runtime.errors import ArtifactError
 
 _MODEL_GRAPH, _MODEL_METADATA = 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
 _NODE_OUTPUT = 2
-_TENSOR_EXTERNAL_DATA = 13
+_TENSOR_DIMS, _TENSOR_EXTERNAL_DATA = 1, 13
 _KEY, _VALUE = 1, 2  # of metadata and external data entries
 _VALUE_NAME = 1
 
@@ -93,7 +94,7 @@ def with_data_names(model: bytes, names: Mapping[str, str]) -> bytes:
         return _rewritten(body, {_TENSOR_EXTERNAL_DATA: entry})
 
     def entry(body: memoryview) -> bytes:
-        key, value = _entry(body)
+        key, value = read_entry(body)
         if key != "location" or value not in names:
             return bytes(body)
         return _field(_KEY, b"location") + _field(_VALUE, names[value].encode())
@@ -102,6 +103,31 @@ def with_data_names(model: bytes, names: Mapping[str, str]) -> bytes:
         return _rewritten(body, {_GRAPH_INITIALIZER: tensor})
 
     return _rewritten(memoryview(model), {_MODEL_GRAPH: graph})
+
+
+def graph_initializers(path: Path) -> Iterator[memoryview]:
+    """Yield the serialized initializers of an ONNX file's graph, see `tensor_fields`."""
+    model = memoryview(_mapped(path))
+    for number, body in _fields(model, _allowance()):
+        if number == _MODEL_GRAPH:
+            for part, content in _fields(body, _allowance()):
+                if part == _GRAPH_INITIALIZER:
+                    yield content
+
+
+def tensor_fields(message: memoryview) -> dict[int, list[Any]]:
+    """Return the fields of a message by number: bodies, and numbers, packed ones taken apart."""
+    fields: dict[int, list[Any]] = {}
+    for number, begin, start, end in _walk(message, _allowance()):
+        if start >= 0 and number == _TENSOR_DIMS:
+            while start < end:
+                value, start = _varint(message, start)
+                fields.setdefault(number, []).append(value)
+        elif start >= 0:
+            fields.setdefault(number, []).append(message[start:end])
+        elif message[begin] & 7 == _VARINT:
+            fields.setdefault(number, []).append(_varint(message, begin + 1)[0])
+    return fields
 
 
 def _rewritten(message: memoryview, rewrites: Mapping[int, Callable[[memoryview], bytes]]) -> bytes:
@@ -124,7 +150,7 @@ def _read_model(model: memoryview) -> OnnxFile:
     allowance = _allowance()
     for number, body in _fields(model, allowance):
         if number == _MODEL_METADATA:
-            entry = _entry(body)
+            entry = read_entry(body)
             metadata[entry[0]] = entry[1]
         elif number == _MODEL_GRAPH:
             has_graph = True
@@ -145,7 +171,9 @@ def _add_data_file(
 ) -> None:
     """Note the file that holds a tensor, if any, and that the tensor's last byte must be in it."""
     entries = dict(
-        _entry(body) for field, body in _fields(tensor, allowance) if field == _TENSOR_EXTERNAL_DATA
+        read_entry(body)
+        for field, body in _fields(tensor, allowance)
+        if field == _TENSOR_EXTERNAL_DATA
     )
     if location := entries.get("location"):
         offset, length = (int(entries.get(key, 0)) for key in ("offset", "length"))
@@ -154,7 +182,8 @@ def _add_data_file(
         data_files[location] = max(data_files.get(location, 0), offset + length)
 
 
-def _entry(body: memoryview) -> tuple[str, str]:
+def read_entry(body: memoryview) -> tuple[str, str]:
+    """Return key and value of an entry of metadata or external data."""
     fields = {number: str(text, "utf-8") for number, text in _fields(body, _allowance())}
     return fields.get(_KEY, ""), fields.get(_VALUE, "")
 

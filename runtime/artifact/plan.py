@@ -31,6 +31,14 @@ GENERATION_KEY = "alloc_moe.generation"
 SHARED_CACHE_KEY = "alloc_moe.shared_cache"
 """Key in the metadata of a graph that appends to its cache in place: inputs and outputs of the
 cache may be the same buffers, with room for more than the past. The value is the cache's type."""
+PADDING_KEY = "alloc_moe.padding"
+"""Key in the metadata of a graph whose rows begin with their tokens, padding after: ``right``. The
+attention mask [batch, columns] of a row is ones, then zeros, as wide as the longest row; it ends in
+a 2 in place of the last 1 where the call's token of that row is padding, one column after it."""
+STEP_KEY = "alloc_moe.step"
+"""Key in the metadata of how one decode step is computed, as a list of fused launches."""
+NO_STEP_KEY = "alloc_moe.no_step"
+"""Key in the metadata of why there is no such list, as the end of a sentence."""
 DATA_KEY = "alloc_moe.data"
 """Key of the digests of the data files in the metadata, see `digest`."""
 TOKENIZER_KEY = "alloc_moe.tokenizer"

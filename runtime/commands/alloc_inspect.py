@@ -26,6 +26,7 @@ def inspect_command(console: Console, artifact: str, check: bool) -> None:
     """Show what was decided when ARTIFACT was compiled; its weights aren't needed for that."""
     from alloc_moe.runtime.artifact.checking import check_all
     from alloc_moe.runtime.artifact.files import find_artifact
+    from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
     from alloc_moe.runtime.commands.tables import plan_table
 
     files = find_artifact(artifact)
@@ -39,7 +40,15 @@ def inspect_command(console: Console, artifact: str, check: bool) -> None:
         return
     data = {"artifact": str(files.graph), **json.loads(files.plan.to_json())}
     digests = files.digests()
-    console.result(plan_table(files.plan, name=str(files.graph), digests=digests), data)
+    step = None
+    if STEP_KEY in files.onnx.metadata:
+        step = "yes"
+    elif NO_STEP_KEY in files.onnx.metadata:
+        step = f"no: {files.onnx.metadata[NO_STEP_KEY]}"
+    if step is not None:
+        data["step_program"] = step
+    table = plan_table(files.plan, name=str(files.graph), digests=digests, step=step)
+    console.result(table, data)
     if files.onnx.data_files and not digests:
         console.note(
             "An earlier version compiled it, without a digest: nothing shows whether its data are "

@@ -21,7 +21,11 @@ _BAR = 16
 
 
 def plan_table(
-    plan: AllocationPlan, *, name: str, digests: Mapping[str, DataDigest] = MappingProxyType({})
+    plan: AllocationPlan,
+    *,
+    name: str,
+    digests: Mapping[str, DataDigest] = MappingProxyType({}),
+    step: str | None = None,
 ) -> RenderableType:
     """Return what a plan says: the budget, how it was decided, and a row per MoE layer.
 
@@ -29,6 +33,7 @@ def plan_table(
         plan: The plan.
         name: The artifact's.
         digests: What its data files must hold.
+        step: Whether it has a step program, or why not; None where it could have none.
     """
     budget = plan.budget
     planned, share = _mean(budget.activations), budget.activations / budget.original
@@ -40,6 +45,7 @@ def plan_table(
         "redistribution": plan.redistribution,
         "weights": plan.weights,
         **_optional(plan),
+        **({} if step is None else {"step program": step}),
         "sensitivity": _pairs(plan.sensitivity),
         "verified": _pairs(plan.verify),
         "versions": _pairs(plan.versions),

@@ -5,23 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import ArtifactError
+from alloc_moe.runtime.execution.buffers import (
+    BFLOAT16,
+    FLOAT,
+    FLOAT16,
+    INT8,
+    Device,
+    held_tensor,
+    new_array,
+    new_tensor,
+    to_device,
+)
 
-FLOAT, INT8, BFLOAT16 = 1, 3, 16
 ELEMENT_TYPES = {
     "tensor(float)": FLOAT,
     "tensor(int8)": INT8,
-    "tensor(float16)": 10,
+    "tensor(float16)": FLOAT16,
     "tensor(bfloat16)": BFLOAT16,
 }
 _PAST, _PRESENT = "past_key_values.", "present."
-_SHARED_TYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), INT8: np.dtype(np.int8)}
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ class Cache:
         *,
         batch: int,
         capacity: int = 0,
-        device: Literal["cpu", "cuda"] = "cpu",
+        device: Device = "cpu",
     ) -> None:
         self.batch = batch
         self.length = 0
@@ -131,19 +140,13 @@ class Cache:
         self._device = device
         self._mask = np.ones((batch, capacity), np.int64)
         self._real = np.zeros(batch, np.int64)  # real tokens so far, for the next position
-        self._buffers: list[NDArray[np.generic]] = []
+        self._buffers: list[NDArray[Any]] = []  # of a shared cache in the host's memory
         self.values: list[onnxruntime.OrtValue] = []
+        self._row: int | None = None  # of which `values` hold a whole batch
         if self.shared:
-            self._move(
-                [np.empty(s.shape(batch, capacity), _SHARED_TYPES[s.element_type]) for s in slots]
-            )
+            self._make_room(capacity)
         else:
-            self.values = [
-                onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                    s.shape(batch, 0), s.element_type, device, 0
-                )
-                for s in slots
-            ]
+            self.values = [new_tensor(s.shape(batch, 0), s.element_type, device) for s in slots]
 
     @property
     def shared(self) -> bool:
@@ -174,7 +177,7 @@ class Cache:
         copy = Cache(self._slots, batch=self.batch, device=self._device)
         copy.length, copy._mask, copy._real = self.length, self._mask.copy(), self._real.copy()
         if self.shared:
-            copy._move([self._grown(buffer, slot, self.capacity) for buffer, slot in self._pairs()])
+            copy._make_room(self.capacity, self)
         else:
             copy.values = list(self.values)  # the graph makes new ones and never writes to these
         return copy
@@ -207,7 +210,7 @@ class Cache:
         mask = np.ones((self.batch, capacity), np.int64)
         mask[:, : self.length] = self._mask[:, : self.length]
         if self.shared:
-            self._move([self._grown(buffer, slot, capacity) for buffer, slot in self._pairs()])
+            self._make_room(capacity, self)
         self._mask = mask
 
     def extended_mask(self, new: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -239,43 +242,68 @@ class Cache:
     def bind(self, binding: onnxruntime.IOBinding) -> None:
         """Have a call read this cache and write in place, or to new tensors for `append`."""
         for slot, value in zip(self._slots, self.values, strict=True):
+            if self._row is not None or value.element_type() != slot.element_type:
+                self._bind_address(binding, slot, value)
+                continue
             binding.bind_ortvalue_input(slot.past, value)
             if slot.shared:
                 binding.bind_ortvalue_output(slot.present, value)
             else:
                 binding.bind_output(slot.present, self._device)
 
+    def _bind_address(
+        self, binding: onnxruntime.IOBinding, slot: CacheSlot, value: onnxruntime.OrtValue
+    ) -> None:
+        shape, address = value.shape(), value.data_ptr()
+        if self._row is not None:
+            address += value.tensor_size_in_bytes() // shape[0] * self._row
+            shape[0] = 1
+        place = (self._device, 0, slot.element_type, shape, address)
+        binding.bind_input(slot.past, *place)
+        binding.bind_output(slot.present, *place)
+
+    def addresses(self) -> dict[str, int]:
+        """Return where a shared cache on a device is, by the names of the graph's inputs."""
+        return {
+            slot.past: value.data_ptr()
+            for slot, value in zip(self._slots, self.values, strict=True)
+        }
+
     def append(
         self, new: NDArray[np.int64], values: Sequence[onnxruntime.OrtValue] | None = None
     ) -> None:
         """Count columns in that a call has written, or take over the tensors it made."""
+        self._mask[:, self.length : self.length + new.shape[1]] = new
         self.length += new.shape[1]
         self._real = self._real + new.sum(axis=1)
         if values is not None:
             self.values = list(values)
 
     def row(self, row: int) -> Cache:
-        """Return one sequence of a shared cache, on the same memory."""
-        part = Cache(self._slots, batch=1)
+        """Return one sequence of a shared cache whose batch comes first, on the same memory."""
+        part = Cache(self._slots, batch=1, device=self._device)
         part.length = self.length
         part._mask, part._real = self._mask[row : row + 1], self._real[row : row + 1]
-        index = [(*[slice(None)] * slot.batch_axis, slice(row, row + 1)) for slot in self._slots]
-        part._move([buffer[at] for buffer, at in zip(self._buffers, index, strict=True)])
+        part._buffers, part.values, part._row = self._buffers, self.values, row
         return part
 
-    def _move(self, buffers: list[NDArray[np.generic]]) -> None:
-        self._buffers = buffers
-        # These hold no copy: what the graph writes is in the arrays.
-        self.values = [onnxruntime.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
-        self.binding = None
-
-    def _pairs(self) -> list[tuple[NDArray[np.generic], CacheSlot]]:
-        return list(zip(self._buffers, self._slots, strict=True))
-
-    def _grown(
-        self, buffer: NDArray[np.generic], slot: CacheSlot, capacity: int
-    ) -> NDArray[np.generic]:
-        grown = np.empty(slot.shape(self.batch, capacity), buffer.dtype)
-        used = (*[slice(None)] * slot.past_axis, slice(self.length))
-        grown[used] = buffer[used]
-        return grown
+    def _make_room(self, capacity: int, source: Cache | None = None) -> None:
+        """Make buffers for so many columns that begin with the columns of another cache."""
+        used = source.length if source is not None else 0
+        olds: Sequence[NDArray[Any]] = ()
+        if source is not None and used:
+            olds = source._buffers or [value.numpy() for value in source.values]
+        self._buffers, values = [], []
+        for index, slot in enumerate(self._slots):
+            shape = slot.shape(self.batch, capacity)
+            if self._device != "cpu" and not olds:
+                values.append(held_tensor(shape, slot.element_type, self._device))
+                continue
+            buffer = new_array(shape, slot.element_type)
+            if olds:
+                columns = (*[slice(None)] * slot.past_axis, slice(used))
+                buffer[columns] = olds[index][columns]
+            values.append(to_device(buffer, self._device))
+            if self._device == "cpu":  # what the graph writes is in the array
+                self._buffers.append(buffer)
+        self.values, self.binding = values, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,28 +13,35 @@ import numpy as np
 import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 
-from alloc_moe.runtime.artifact.counting import counted_values, executed
+from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
 from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.artifact.onnx_file import with_data_names, with_outputs
 from alloc_moe.runtime.artifact.plan import (
     LOGITS_TO_KEEP_INPUT,
+    PADDING_KEY,
     PRICE_INPUT,
     SHARED_CACHE_KEY,
     AllocationPlan,
 )
+from alloc_moe.runtime.execution.kernels import OwnKernels, open_kernels
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
-from alloc_moe.runtime.execution.cache import BFLOAT16, Cache, find_slots, is_past, present_name
+from alloc_moe.runtime.execution.buffers import to_numpy
+from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
+from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
 from alloc_moe.runtime.execution.providers import (
     CUDA,
     ORT_ERRORS,
     Provider,
     create_session,
+    cuda_obstacle,
     ort_message,
     quiet_run,
     session_options,
     utf8_path,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,12 @@ class ArtifactSession:
     """An artifact loaded into onnxruntime. Get one from `open_session`."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, files: ArtifactFiles, *, counting: bool
+        self,
+        session: onnxruntime.InferenceSession,
+        files: ArtifactFiles,
+        *,
+        counting: bool,
+        kernels: OwnKernels | None = None,
     ) -> None:
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = {value.name: value for value in session.get_outputs()}
@@ -69,6 +81,7 @@ class ArtifactSession:
         self.files = files
         self.device: Literal["cpu", "cuda"] = "cuda" if CUDA in session.get_providers() else "cpu"
         self.shares_cache = SHARED_CACHE_KEY in files.onnx.metadata
+        self.pads_right = PADDING_KEY in files.onnx.metadata
         self.slots = find_slots(
             inputs.values(),
             batch=inputs["input_ids"].shape[0],
@@ -85,6 +98,12 @@ class ArtifactSession:
         self._keeps_logits = LOGITS_TO_KEEP_INPUT in optional
         self._inputs = frozenset(inputs)
         self._counted = counted_values(files) if counting else ()
+        self._kernels = kernels if self.device == "cuda" and self.pads_right else None
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps are replayed as one CUDA graph of kernels of our own."""
+        return self._kernels is not None
 
     @property
     def plan(self) -> AllocationPlan:
@@ -112,7 +131,7 @@ class ArtifactSession:
                 f"A cache for {batch} sequences and {capacity} columns can't be made. "
                 "Give 1 sequence or more, and 0 columns or more."
             )
-        device = "cpu" if self.shares_cache else self.device
+        device = "cpu" if self.shares_cache and not self.pads_right else self.device
         return Cache(self.slots, batch=batch, capacity=capacity, device=device)
 
     def run(
@@ -158,7 +177,12 @@ class ArtifactSession:
         new = new_mask(attention_mask, ids, cache, self.context_length)
         cache.reserve(cache.length + sequence)
         optional = (price, logits_to_keep)
-        if self.shares_cache and batch > 1 and sequence > 1 and cache.length:
+        if self._kernels is not None and self._kernels.takes(ids, new, logits_to_keep):
+            logits = self._kernels.run(ids, new, cache, price)
+            cache.append(new)
+            return Output(logits, cache, None)
+        continued = self.shares_cache and batch > 1 and sequence > 1 and cache.length
+        if goes_row_by_row(new, cache) if self.pads_right else continued:
             return self._run_rows(ids, new, cache, optional)
         return self._run(ids, new, cache, optional)
 
@@ -169,8 +193,13 @@ class ArtifactSession:
         cache: Cache,
         optional: tuple[float | None, int | None],
     ) -> Output:
-        binding = self._binding(cache, optional)
-        for name, array in cache.token_inputs(ids, new).items():
+        price, keep = optional
+        right = pad_right(ids, new, cache) if self.pads_right else None
+        if right is not None and keep is not None and 1 < right.ids.shape[1] <= keep:
+            keep = None
+        binding = self._binding(cache, (price, keep))
+        tokens = cache.token_inputs(ids, new) if right is None else right.inputs()
+        for name, array in tokens.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, array)
         for name in ("logits", *self._counted):
@@ -187,10 +216,13 @@ class ArtifactSession:
         logits, probs, present = _split(binding.get_outputs(), len(self._counted))
         cache.append(new, None if self.shares_cache else present)
         kept = to_numpy(logits)
-        if optional[1] and not self._keeps_logits:
-            kept = kept[:, -optional[1] :]
+        if right is not None:
+            kept = right.spread(kept, keep=optional[1])
+        elif keep and not self._keeps_logits:
+            kept = kept[:, -keep:]
         arrays = map(to_numpy, probs)
-        rows = tuple(map(executed, self._counted, arrays)) if self._counted else None
+        limits = most_executed(self.plan)
+        rows = tuple(map(executed, self._counted, arrays, limits)) if self._counted else None
         return Output(kept, cache, rows)
 
     def _run_rows(
@@ -212,17 +244,19 @@ class ArtifactSession:
                 "attention takes such sequences one by one. Give one token per sequence, or one "
                 "sequence per call."
             )
-        parts = [
-            self._run(ids[row : row + 1], new[row : row + 1], cache.row(row), optional)
+        parts = {
+            row: self._run(ids[row : row + 1], new[row : row + 1], cache.row(row), optional)
             for row in range(len(ids))
-        ]
+            if new[row].any() or not self.pads_right
+        }
         cache.append(new)
-        counted = zip(*(part.rows for part in parts if part.rows is not None), strict=True)
-        return Output(
-            np.concatenate([part.logits for part in parts]),
-            cache,
-            tuple(np.concatenate(rows) for rows in counted) if self._counted else None,
-        )
+        first = next(iter(parts.values())).logits
+        logits = np.zeros((len(ids), *first.shape[1:]), first.dtype)
+        for row, part in parts.items():
+            logits[row] = part.logits[0]
+        counted = zip(*(part.rows for part in parts.values() if part.rows is not None), strict=True)
+        rows = tuple(np.concatenate(each) for each in counted) if self._counted else None
+        return Output(logits, cache, rows)
 
     def _binding(
         self, cache: Cache, optional: tuple[float | None, int | None]
@@ -255,6 +289,7 @@ def open_session(
     count_activations: bool = False,
     stop_spinning: bool = False,
     more_options: Mapping[str, str] | None = None,
+    capture: bool = True,
 ) -> ArtifactSession:
     """Load an artifact into onnxruntime.
 
@@ -266,6 +301,8 @@ def open_session(
         stop_spinning: Let idle threads sleep between calls. Slower by a few microseconds per
             call, but sessions in one process, or other work between calls, disturb each other less.
         more_options: What else onnxruntime can be told, see `session_options`.
+        capture: On CUDA, compute decode steps by kernels of our own in one captured graph, where
+            the artifact has a step program; else onnxruntime does, and the log says why.
 
     Raises:
         ArtifactError: Something is missing, damaged, or was not compiled by alloc-moe.
@@ -273,12 +310,30 @@ def open_session(
         GenerationError: onnxruntime has no such option.
     """
     files = find_artifact(path)
-    model, folder = _model(files, files.check_data(), counting=count_activations)
+    data = files.check_data()
+    model, folder = _model(files, data, counting=count_activations)
     options = session_options(
         threads=threads, stop_spinning=stop_spinning, data_folder=folder, more=more_options
     )
+    kernels = None
+    if capture and ep != "cpu" and not count_activations and cuda_obstacle() is None:
+        kernels = _own_kernels(files, data, options)
     session = create_session(model, options, ep=ep, name=files.graph)
-    return ArtifactSession(session, files, counting=count_activations)
+    return ArtifactSession(session, files, counting=count_activations, kernels=kernels)
+
+
+def _own_kernels(
+    files: ArtifactFiles, data: Mapping[str, Path], options: onnxruntime.SessionOptions
+) -> OwnKernels | None:
+    """Return what decodes on the GPU by itself; a session of these options has the same weights."""
+    if PADDING_KEY not in files.onnx.metadata:
+        return None
+    kernels = open_kernels(files, data)
+    if isinstance(kernels, str):
+        logger.info("onnxruntime decodes, without own kernels: %s.", kernels)
+        return None
+    kernels.share(options)
+    return kernels
 
 
 def _model(
@@ -312,17 +367,6 @@ def check_price(session: ArtifactSession, price: float | None) -> None:
         )
     if not 0 <= price < math.inf:
         raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")
-
-
-def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
-    """Return a tensor in host memory as an array; bfloat16, which numpy lacks, as float32."""
-    if value.element_type() != BFLOAT16:
-        array: NDArray[np.floating] = value.numpy()
-        return array
-    shape = value.shape()
-    halves = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    bits = np.frombuffer(halves, np.uint16).astype(np.uint32) << 16
-    return bits.view(np.float32).reshape(shape)
 
 
 def _split(

@@ -41,3 +41,24 @@ def test_a_random_artifact_runs_what_its_dial_says(
     outcome = CliRunner().invoke(speed("operators").main, options)
     assert outcome.exit_code == 0, outcome.output
     assert "| QMoE |" in outcome.output
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int4"])
+def test_graphs_without_data_run_with_weights_filled_in(
+    speed: Callable[[str], ModuleType], tmp_path: Path, dtype: str
+) -> None:
+    made = speed("random_artifact")
+    config = made.configuration(speed("random_models/shapes").SHAPES["tiny"])
+    path = tmp_path / "tiny.onnx"
+    options = {"dtype": dtype, "block": 128, "cache": "float32"}
+    made.write(config, path, **options, also=["full"], device="cuda", data=False)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["tiny-full.onnx", "tiny.onnx", "tiny.onnx.weights.json"]
+    speed("random_models/without_data").fill(tmp_path / "tiny.onnx.weights.json")
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 16))
+    free, full = (
+        open_session(tmp_path / name, ep="cpu").run(tokens, price=price).logits
+        for name, price in (("tiny.onnx", 0.0), ("tiny-full.onnx", None))
+    )
+    assert np.ptp(full.astype(np.float32)) > 0.1
+    np.testing.assert_allclose(free, full, atol=2e-2)

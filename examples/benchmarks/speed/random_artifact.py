@@ -6,12 +6,18 @@ What it says means nothing, but it reads, computes and routes as the real one do
 downloaded, and never more than one is in memory. Its plan keeps the mean activations of the budgets
 in its dial, which were measured on the random tokens that contenders run: with random weights, what
 a price keeps differs from text to text.
+
+With --no-data no weight is made: a machine with a GPU fills them in by itself,
+
+    python random_artifact.py olmoe-1b-7b -o olmoe.onnx --device cuda --dtype float16 --no-data
+    python random_models/without_data.py olmoe.onnx.weights.json
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +29,7 @@ import torch
 from contenders.protocol import SEED
 from random_models.olmoe import configuration
 from random_models.shapes import SHAPES
+from random_models.without_data import save_without_data
 from transformers import PreTrainedConfig
 
 from alloc_moe.compiler.export.graph import export_graph
@@ -31,10 +38,11 @@ from alloc_moe.compiler.model.checkpoint import Checkpoint
 from alloc_moe.compiler.model.moe_layers import find_moe_layers
 from alloc_moe.compiler.model.skeleton import build_skeleton
 from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.records import MoeLayer, Quantization
+from alloc_moe.compiler.records import Device, MoeLayer, Quantization
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats
 from alloc_moe.passes.default import normalize_passes
 from alloc_moe.runtime.artifact.plan import (
+    GENERATION_KEY,
     PLAN_KEY,
     AllocationPlan,
     Budget,
@@ -85,17 +93,28 @@ def random_checkpoint(config: PreTrainedConfig) -> Checkpoint:
 
 
 def write(
-    config: PreTrainedConfig, path: Path, *, dtype: str, block: int, cache: str, also: Sequence[str]
+    config: PreTrainedConfig,
+    path: Path,
+    *,
+    dtype: str,
+    block: int,
+    cache: str,
+    also: Sequence[str],
+    device: Device = "cpu",
+    data: bool = True,
 ) -> None:
     """Write an artifact with a dial, and one of other redistributions at half of its activations.
 
-    All share the data of the first; so does one with a float32 cache.
+    All share the data of the first; so does one with a float32 cache. Without data there is no
+    dial, as nothing can be measured: bind a price.
     """
     checkpoint = random_checkpoint(config)
     layers = checkpoint.layers
-    form = choose_formats(checkpoint, dtype, block=block) if dtype in BITS else None
+    form = choose_formats(checkpoint, dtype, block=block, device=device) if dtype in BITS else None
     graph = export_graph(checkpoint, dtype=form.activations if form else dtype)
     normalize_passes(form.weights if form else {})(graph)
+    context = {"eos_token_id": None, "context_length": config.max_position_embeddings}
+    graph.metadata_props[GENERATION_KEY] = json.dumps(context)
     shape = (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
     steps = np.full(shape, _CACHE_STEP, np.float32)
     scales = dict.fromkeys(range(config.num_hidden_layers), (steps, steps))
@@ -104,11 +123,15 @@ def write(
         return specialize(
             graph,
             make_plan(layers, policy, form),
-            device="cpu",
+            device=device,
             quantization=form,
             cache_scales=scales if cache == "int8" else {},
         )
 
+    if not data:
+        others = {path.with_name(f"{path.stem}-{policy}.onnx"): policy for policy in also}
+        save_without_data({to: specialized(p) for to, p in {path: "price", **others}.items()})
+        return
     package.save_graph(specialized("price"), path)
     written = ir.load(path).graph.initializers
     plan = _with_dial(path, make_plan(layers, "price", form), config.vocab_size)
@@ -124,23 +147,24 @@ def write(
 
 
 def make_plan(layers: Sequence[MoeLayer], policy: str, form: Quantization | None) -> AllocationPlan:
-    """Return a plan for half of the experts in every layer, or for a dial from all of them."""
+    """Return a plan for half of the experts in every layer, for all, or for a dial from all."""
     trained = sum(layer.experts_per_token for layer in layers)
     priced = policy == "price"  # at price 0 all run; the dial turns it down
+    all_run = priced or policy == "full"
     planned = tuple(
         PlannedLayer(
             layer.name,
             layer.num_experts,
             layer.experts_per_token,
-            layer.experts_per_token if priced else layer.experts_per_token // 2,
+            layer.experts_per_token if all_run else layer.experts_per_token // 2,
             sizes=(1.0,) * layer.num_experts if priced else None,
         )
         for layer in layers
     )
     return AllocationPlan(
         source="random weights",
-        budget=Budget(1.0, trained, trained) if priced else Budget(0.5, trained // 2, trained),
-        redistribution=policy,
+        budget=Budget(1.0, trained, trained) if all_run else Budget(0.5, trained // 2, trained),
+        redistribution="none" if policy == "full" else policy,
         weights="keep",
         layers=planned,
         price=0.0 if priced else None,
@@ -175,9 +199,22 @@ if __name__ == "__main__":
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--layers", type=int, help="Fewer layers than the real model has.")
     parser.add_argument("--cache", default="float32", choices=["float32", "int8"])
-    parser.add_argument("--also", nargs="*", default=[], choices=["none", "batch", "float32-cache"])
+    parser.add_argument(
+        "--also", nargs="*", default=[], choices=["none", "full", "batch", "float32-cache"]
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--no-data", action="store_true", help="Graphs only, and a list of weights."
+    )
     given = parser.parse_args()
     wanted = SHAPES[given.shape]
     made = configuration(dataclasses.replace(wanted, layers=given.layers or wanted.layers))
     options = {"dtype": given.dtype, "block": given.block, "cache": given.cache}
-    write(made, given.output, **options, also=given.also)
+    write(
+        made,
+        given.output,
+        **options,
+        also=given.also,
+        device=given.device,
+        data=not given.no_data,
+    )

@@ -29,6 +29,7 @@ from alloc_moe.passes.experts.policies.scored import (
     score_top_p,
     score_weight,
 )
+from alloc_moe.passes.experts.policies.static import keep_pooled_static
 from alloc_moe.passes.experts.policies.top_k import keep_all
 
 
@@ -47,6 +48,12 @@ POLICIES: dict[str, Policy] = {
     "sequence": Policy(keep_pooled, {"pool_shape": [0, -1]}),
 }
 """Name of a redistribution that shares activations out -> its policy."""
+STATIC_POLICIES: dict[str, Policy] = {
+    "none": TOP_K,
+    "batch": Policy(keep_pooled_static, {"pool_shape": [1, -1]}),
+    "sequence": Policy(keep_pooled_static, {"pool_shape": [0, -1]}),
+}
+"""The same for CUDA, where a size that depends on values has to be waited for."""
 SCORES: dict[str, OnnxFunction[..., Any]] = {
     "threshold": score_weight,
     "price": score_price,

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
@@ -132,6 +133,26 @@ def test_inspect_shows_bits_where_they_differ(
         outcome = CliRunner().invoke(inspect_command, [str(path)])
         assert ("│ bits │" in outcome.stdout.replace("┃", "│")) == shown
     assert "bits" not in json.loads(plan.to_json())["layers"][0]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "shown"),
+    [
+        ({"alloc_moe.step": "{}"}, "yes"),
+        ({"alloc_moe.no_step": "it computes Tanh"}, "no: it computes Tanh"),
+    ],
+)
+def test_inspect_says_whether_there_is_a_step_program(
+    make_toy: Callable[..., Path], tmp_path: Path, metadata: dict[str, str], shown: str
+) -> None:
+    path = make_toy(tmp_path / "out.onnx")
+    model = ir.load(path)
+    model.metadata_props.update(metadata)
+    ir.save(model, path)
+    outcome = CliRunner().invoke(inspect_command, [str(path)])
+    assert shown in outcome.stdout
+    outcome = CliRunner().invoke(inspect_command, [str(path), "--json"])
+    assert json.loads(outcome.stdout)["step_program"] == shown
 
 
 def test_inspect_json_is_the_plan(bundle: Path, plan: AllocationPlan) -> None:

@@ -17,8 +17,9 @@ import pytest
 from alloc_moe.runtime.artifact.plan import MODEL_FILE
 from alloc_moe.runtime.errors import ArtifactError, DeviceError, GenerationError
 from alloc_moe.runtime.execution import providers
+from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.providers import session_options
-from alloc_moe.runtime.execution.session import open_session, to_numpy
+from alloc_moe.runtime.execution.session import open_session
 
 IDS = np.array([[72, 101, 108, 108, 111], [87, 111, 114, 108, 100]])
 

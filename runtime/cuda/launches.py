@@ -1,0 +1,360 @@
+"""Step program -> kernel launches, for a number of sequences and a capacity of the cache.
+
+Nothing here needs a GPU: addresses are integers, so the same launches run in an emulation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alloc_moe.runtime.cuda.routers import MOST_TOKENS, Routing, most_kept
+
+Program = Mapping[str, Any]
+Operation = Mapping[str, Any]
+
+_WARP = 32
+_ROUTE_WARPS, _ATTENTION_WARPS, _GATE_UP_WARPS, _DOWN_WARPS = 8, 8, 4, 8
+_PAD_BYTES = 64  # ROW_PAD of kernels/linear.cu
+_MOST_HEAD_ELEMENTS = 512  # of the query heads that one block attends with
+_FEWEST_POSITIONS, _ROUND = 64, 32  # of a block of the attention; how many it sees at once
+_GROUP = 8  # tokens of one product
+
+_int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+_NOWHERE = _pointer(0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: a C++ expression, its grid, threads per block, bytes of dynamic shared memory.
+
+    Arguments are ctypes values.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Addresses on the device.
+
+    Args:
+        weight: Gives that of an initializer.
+        buffer: Gives that of so many bytes by a name, the same for the same name.
+        zeros: The same, of bytes that were set to zero.
+        router: Gives that of a route operation's constants.
+        keys: Of the cache, by layer: [tokens, heads, capacity, size].
+        values: The same.
+        ids: Token ids [tokens] int64.
+        lengths: Positions that each sequence has had [tokens] int32.
+        real: Whether each token is no padding [tokens] int32.
+    """
+
+    weight: Callable[[str], int]
+    buffer: Callable[[str, int], int]
+    zeros: Callable[[str, int], int]
+    router: Callable[[Operation], int]
+    keys: Mapping[int, int]
+    values: Mapping[int, int]
+    ids: int
+    lengths: int
+    real: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What launches depend on besides the program.
+
+    ``tokens`` sequences of one new token each, room for ``capacity`` positions of each, the GPU's
+    number of ``multiprocessors``, bytes of an ``element``.
+    """
+
+    tokens: int
+    capacity: int
+    multiprocessors: int
+    element: int
+
+
+def plan_launches(program: Program, memory: Memory, shape: Shape) -> list[Launch]:
+    """Return a step's launches in order. Logits are in the buffer ``logits`` [tokens, vocabulary]."""
+    planner = _Planner(program, memory, shape)
+    return [launch for op in program["ops"] for launch in planner.plan(op)]
+
+
+class _Planner:
+    def __init__(self, program: Program, memory: Memory, shape: Shape) -> None:
+        self._memory, self._shape = memory, shape
+        self._hidden = int(program["hidden"])
+        self._groups = math.ceil(shape.tokens / _GROUP)
+        self._widths: dict[str, int] = {}
+        self._routes = {op["out"]: op for op in program["ops"] if op["op"] == "route"}
+        self._shared = {
+            op["routing"]: op["shared"]
+            for op in program["ops"]
+            if op["op"] == "experts" and op.get("shared")
+        }
+        self._plans: dict[str, Callable[[Operation], Iterable[Launch]]] = {
+            "embed": self._embed,
+            "linear": self._linear,
+            "norm": self._normalize,
+            "swiglu": self._swiglu,
+            "add": self._add,
+            "scale_rows": self._scale_rows,
+            "attention": self._attention,
+            "route": self._route,
+            "experts": self._experts,
+        }
+
+    def plan(self, op: Operation) -> Iterable[Launch]:
+        return self._plans[op["op"]](op)
+
+    def _embed(self, op: Operation) -> Iterable[Launch]:
+        out, table = self._out(op, self._hidden), self._weight(op["weight"])
+        ids, scale = _pointer(self._memory.ids), _float(op.get("scale") or 1.0)
+        kernel, arguments = f"embed<{self._hidden}>", (out, table, ids, scale)
+        if block := op.get("format"):
+            kernel = f"embed_blocks<{self._hidden}, {block['bits']}>"
+            scales = (self._weight(block["scales"]), _int(block["block"]))
+            arguments = (out, table, *scales, ids, scale)
+        yield Launch(kernel, (self._shape.tokens, 1, 1), 128, 0, arguments)
+
+    def _linear(self, op: Operation) -> Iterable[Launch]:
+        n, k, norm = op["n"], op["k"], op.get("norm")
+        bits, scales, block = self._format(op.get("format"))
+        tiles = math.ceil(n / 16)
+        warps = 4 if tiles >= 2 * self._shape.multiprocessors else 8
+        kernel = f"linear<{k}, {bits}, {self._groups}, {warps}, {_bool(norm)}>"
+        arguments = (
+            *(self._out(op, n), *self._x(op), self._weight(op["weight"]), scales, block),
+            *(self._weight(op.get("bias")), self._rows(op.get("residual"))),
+            *(*norm_arguments(self._weight, norm), _int(n), _int(self._shape.tokens)),
+        )
+        grid = (min(tiles, 4 * self._shape.multiprocessors), 1, 1)
+        yield Launch(kernel, grid, warps * _WARP, self._normed(k) if norm else 0, arguments)
+
+    def _normalize(self, op: Operation) -> Iterable[Launch]:
+        n, size = op["n"], op.get("size") or op["n"]
+        arguments = (self._out(op, n), *self._x(op), *norm_arguments(self._weight, op))
+        shared = size * self._shape.element + _PAD_BYTES
+        grid = (self._shape.tokens, n // size, 1)
+        yield Launch(f"normalize<{size}>", grid, 256, shared, arguments)
+
+    def _swiglu(self, op: Operation) -> Iterable[Launch]:
+        n, tokens = op["n"], self._shape.tokens
+        gate, pitch = self._x(op)
+        up = self._rows(op["y"]) if op.get("y") else _moved(gate, n * self._shape.element)
+        arguments = (self._out(op, n), gate, up, pitch, _int(n), _int(tokens))
+        yield _elementwise("swiglu", n * tokens, arguments)
+
+    def _add(self, op: Operation) -> Iterable[Launch]:
+        n = self._widths[op["x"]]
+        rows = (self._out(op, n), self._rows(op["x"]), self._rows(op["y"]))
+        size = n * self._shape.tokens
+        yield _elementwise("add", size, (*rows, _int(size)))
+
+    def _scale_rows(self, op: Operation) -> Iterable[Launch]:
+        n, tokens = self._widths[op["x"]], self._shape.tokens
+        rows = (self._out(op, n), self._rows(op["x"]), self._rows(op["gate"]))
+        yield _elementwise("scale_rows", n * tokens, (*rows, _int(n), _int(tokens)))
+
+    def _attention(self, op: Operation) -> Iterable[Launch]:
+        heads, kv_heads, size = op["heads"], op["kv_heads"], op["size"]
+        each = heads_per_block(heads // kv_heads, size)
+        blocks, shape = heads // each, self._shape
+        splits, chunk = split_positions(
+            shape.capacity, blocks=blocks * shape.tokens, multiprocessors=shape.multiprocessors
+        )
+        partial = shape.tokens * heads * splits * (size + 2) * 4
+        rotary = op.get("rotary") or {}
+        arguments = (
+            self._out(op, heads * size),
+            _pointer(self._memory.keys[op["layer"]]),
+            _pointer(self._memory.values[op["layer"]]),
+            *self._heads(op["q"], op.get("q_norm"), heads, size),
+            *self._heads(op["k"], op.get("k_norm"), kv_heads, size),
+            *self._part(op["v"]),
+            *(self._weight(rotary.get("cos")), self._weight(rotary.get("sin"))),
+            *(_int(rotary.get("size", 0)), _int(bool(rotary.get("interleaved")))),
+            _pointer(self._memory.lengths),
+            _pointer(self._memory.buffer("alloc_moe.partial", partial)),
+            _pointer(self._memory.zeros("alloc_moe.done", MOST_TOKENS * blocks * 4)),
+            *(_int(heads), _int(kv_heads), _int(shape.capacity), _int(chunk)),
+            *(_float(op["scale"]), _float(op.get("softcap") or 0.0)),
+        )
+        kernel = f"attention<{size}, {each}>"
+        yield Launch(kernel, (blocks, splits, shape.tokens), _ATTENTION_WARPS * _WARP, 0, arguments)
+
+    def _route(self, op: Operation) -> Iterable[Launch]:
+        experts, norm, k = op["experts"], op.get("norm"), self._widths[op["x"]]
+        padded = math.ceil(experts / _WARP) * _WARP
+        normed, gate = op.get("normed"), self._shared.get(op["out"], {}).get("gate")
+        if normed and norm:
+            normed_rows = self._out({"out": normed}, k)
+        else:
+            normed_rows = _NOWHERE
+        logits = MOST_TOKENS * padded * 4
+        arguments = (
+            self._routing(),
+            _pointer(self._memory.buffer("alloc_moe.router_logits", logits)),
+            normed_rows,
+            _pointer(self._memory.zeros("alloc_moe.arrived", 4)),
+            *(self._rows(op["x"]), self._weight(op["weight"]), self._weight(op.get("bias"))),
+            *(*norm_arguments(self._weight, norm), self._weight(gate)),
+            *(_pointer(self._memory.router(op)), _pointer(self._memory.real)),
+            *(_int(bool(op.get("rounded_logits"))), _int(self._shape.tokens)),
+        )
+        kernel = f"route<{k}, {self._groups}, {padded}, {_bool(norm)}>"
+        grid = (math.ceil(experts / 16) + bool(gate), 1, 1)
+        shared = self._normed(k) if norm else 0
+        yield Launch(kernel, grid, _ROUTE_WARPS * _WARP, shared, arguments)
+
+    def _experts(self, op: Operation) -> Iterable[Launch]:
+        tokens, inner, k = self._shape.tokens, op["intermediate"], self._widths[op["x"]]
+        formats, shared = op.get("format") or {}, op.get("shared") or {}
+        kept, shared_inner = most_kept(self._routes[op["routing"]], tokens), 0
+        hidden = kept * tokens * inner * self._shape.element
+        hidden_rows = _pointer(self._memory.buffer("alloc_moe.experts", hidden))
+        shared_rows = _NOWHERE
+        if shared:
+            shared_inner = shared["intermediate"]
+            shared_rows = self._out({"out": "alloc_moe.shared_expert"}, shared_inner)
+        gate, up, shared_bits = self._shared_gate_up(shared, k)
+        bits, scales, block = self._format(formats.get("gate_up"))
+        arguments = (
+            *(hidden_rows, shared_rows, self._rows(op["x"]), self._routing()),
+            *(self._weight(op["gate_up"]), scales, self._weight(op.get("gate_up_bias"))),
+            *(block, _int(inner), *gate[:1], *up[:1], *gate[1:], *up[1:]),
+            *(_int(shared_bits[1]), _int(shared_inner), _int(bool(shared.get("gate")))),
+            _int(tokens),
+        )
+        yield Launch(
+            f"gate_up<{k}, {bits}, {shared_bits[0]}, {self._groups}, {_GATE_UP_WARPS}>",
+            (shared_inner // 8 + kept * (inner // 8), 1, 1),
+            _GATE_UP_WARPS * _WARP,
+            0,
+            arguments,
+        )
+        yield self._down(op, (hidden_rows, shared_rows))
+
+    def _down(self, op: Operation, rows: tuple[Any, Any]) -> Launch:
+        formats, shared, n = op.get("format") or {}, op.get("shared") or {}, self._hidden
+        bits, scales, block = self._format(formats.get("down"))
+        shared_format = (shared.get("format") or {}).get("down")
+        shared_bits, shared_scales, shared_block = self._format(shared_format)
+        arguments = (
+            *(self._out(op, n), *rows, self._routing(), self._weight(op["down"]), scales),
+            *(self._weight(op.get("down_bias")), block),
+            *(self._weight(shared.get("down")), shared_scales, shared_block),
+            *(self._rows(op.get("residual")), _int(n), _int(self._shape.tokens)),
+        )
+        sizes = f"{op['intermediate']}, {shared.get('intermediate', 0)}, {bits}, {shared_bits}"
+        kernel = f"down<{sizes}, {self._groups}, {_DOWN_WARPS}>"
+        return Launch(kernel, (n // 16, 1, 1), _DOWN_WARPS * _WARP, 0, arguments)
+
+    def _shared_gate_up(
+        self, shared: Mapping[str, Any], k: int
+    ) -> tuple[tuple[Any, Any], tuple[Any, Any], tuple[int, int]]:
+        """Return values and scales of gate and of up, and their bits and block."""
+        if not shared:
+            return (_NOWHERE, _NOWHERE), (_NOWHERE, _NOWHERE), (0, 0)
+        given, block = shared["gate_up"], (shared.get("format") or {}).get("gate_up") or {}
+        bits, size = block.get("bits", 0), block.get("block", 0)
+        scales = block.get("scales")
+        if isinstance(given, str):  # one matrix, gate first
+            rows = shared["intermediate"] * k
+            apart = rows * bits // 8 if bits else rows * self._shape.element
+            first = self._memory.weight(given)
+            gate = (_pointer(first), self._weight(scales))
+            up_scales = _NOWHERE
+            if scales:
+                offset = rows // size * self._shape.element
+                up_scales = _pointer(self._memory.weight(scales) + offset)
+            return gate, (_pointer(first + apart), up_scales), (bits, size)
+        scales = scales or {}
+        parts = tuple(
+            (self._weight(given[name]), self._weight(scales.get(name))) for name in ("gate", "up")
+        )
+        return parts[0], parts[1], (bits, size)
+
+    def _heads(
+        self, part: Mapping[str, Any], norm: Mapping[str, Any] | None, heads: int, size: int
+    ) -> tuple[Any, ...]:
+        if not norm:
+            return (*self._part(part), _NOWHERE, _float(0.0), _int(size))
+        normed = heads * size if norm.get("whole") else size
+        weight = self._weight(norm["weight"])
+        return (*self._part(part), weight, _float(norm["eps"]), _int(normed))
+
+    def _part(self, part: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return where a part of row buffers begins, and how far rows are apart."""
+        buffer, offset = part["buffer"], part.get("offset") or 0
+        rows = _moved(self._rows(buffer), offset * self._shape.element)
+        return rows, _int(self._widths[buffer])
+
+    def _x(self, op: Operation) -> tuple[Any, Any]:
+        return self._part({"buffer": op["x"], "offset": op.get("x_offset")})
+
+    def _out(self, op: Operation, width: int) -> Any:
+        self._widths[op["out"]] = width
+        return self._rows(op["out"])
+
+    def _rows(self, name: str | None) -> Any:
+        if name is None:
+            return _NOWHERE
+        size = MOST_TOKENS * self._widths[name] * self._shape.element
+        return _pointer(self._memory.buffer(name, size))
+
+    def _weight(self, name: str | None) -> Any:
+        return _pointer(self._memory.weight(name)) if name else _NOWHERE
+
+    def _routing(self) -> Any:
+        # A layer's experts have run before the next layer's router writes.
+        return _pointer(self._memory.buffer("alloc_moe.routing", ctypes.sizeof(Routing)))
+
+    def _format(self, block: Mapping[str, Any] | None) -> tuple[int, Any, Any]:
+        if not block:
+            return 0, _NOWHERE, _int(0)
+        return block["bits"], self._weight(block["scales"]), _int(block["block"])
+
+    def _normed(self, k: int) -> int:
+        return self._shape.tokens * (k * self._shape.element + _PAD_BYTES)
+
+
+def heads_per_block(group: int, size: int) -> int:
+    """Return how many query heads of a key/value head's group one block attends with."""
+    most = max(1, _MOST_HEAD_ELEMENTS // size)
+    return max(each for each in range(1, group + 1) if group % each == 0 and each <= most)
+
+
+def split_positions(capacity: int, *, blocks: int, multiprocessors: int) -> tuple[int, int]:
+    """Return into how many parts the cache is split, and the positions of each."""
+    wanted = max(1, min(64, math.ceil(4 * multiprocessors / blocks)))
+    chunk = max(_FEWEST_POSITIONS, math.ceil(math.ceil(capacity / wanted) / _ROUND) * _ROUND)
+    return math.ceil(capacity / chunk), chunk
+
+
+def _moved(pointer: Any, offset: int) -> Any:
+    return _pointer((pointer.value or 0) + offset)
+
+
+def _elementwise(kernel: str, size: int, arguments: tuple[Any, ...]) -> Launch:
+    return Launch(kernel, (math.ceil(size / 256), 1, 1), 256, 0, arguments)
+
+
+def norm_arguments(
+    weight: Callable[[str | None], Any], norm: Mapping[str, Any] | None
+) -> tuple[Any, ...]:
+    if not norm:
+        return _NOWHERE, _float(0.0), _float(0.0)
+    return weight(norm["weight"]), _float(norm["eps"]), _float(norm.get("offset") or 0.0)
+
+
+def _bool(value: object) -> str:
+    return "true" if value else "false"

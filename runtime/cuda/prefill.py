@@ -1,0 +1,380 @@
+"""Step program -> what computes a call of many tokens per sequence: kernels, products, copies."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alloc_moe.runtime.cuda.cublas import Gemm
+from alloc_moe.runtime.cuda.launches import Launch, Operation, Program, norm_arguments
+
+_WARP = 32
+_ATTENTION_WARPS, _ROUTE_WARPS = 8, 8
+_TILE, _TILES_BYTES = 128, 4 * 2 * 128 * 32 * 2  # of kernels/grouped.cu: STAGES * TILE_BYTES
+_QUERIES, _POSITIONS = 64, 64  # of kernels/flash.cu
+_PAD_BYTES = 64
+_FLOAT, _INT = 4, 4
+_POOLS = ("batch", "sequence")
+
+_int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes from one place on the device to another."""
+
+    to: int
+    source: int
+    size: int
+
+
+Work = Launch | Gemm | Copy
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A call's tokens: ``sequences`` of up to ``width`` new ones each, right-padded.
+
+    Addresses on the device: ``ids`` [sequences, width] int64, ``lengths`` and ``counts``
+    [sequences] int32, which are the positions that each has had and its new ones; ``keys`` and
+    ``values`` by layer, [sequences, heads, capacity, size].
+    """
+
+    sequences: int
+    width: int
+    ids: int
+    lengths: int
+    counts: int
+    keys: Mapping[int, int]
+    values: Mapping[int, int]
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Addresses on the device, as in `launches.Memory`."""
+
+    weight: Callable[[str], int]
+    buffer: Callable[[str, int], int]
+    zeros: Callable[[str, int], int]
+    router: Callable[[Operation], int]
+
+
+def obstacle(program: Program, *, redistribution: str) -> str | None:
+    """Return why a program's calls of many tokens can't be computed so, None if they can."""
+    if program["dtype"] == "float32":
+        return "float32"
+    if redistribution in _POOLS:
+        return f"redistribution {redistribution}"
+    for op in program["ops"]:
+        shared = op.get("shared") or {}
+        formats = [op.get("format"), shared.get("format")]
+        if any(formats) and any(
+            format_ for given in formats if given for format_ in given.values()
+        ):
+            return "quantised weights"
+        if op["op"] == "route" and (op["keep"].get("quota") is not None or op.get("bias")):
+            return "a cap or a biased router"
+        if op["op"] == "attention" and op["size"] % 16:
+            return "a head size that is no multiple of 16"
+    return None
+
+
+def plan_prefill(program: Program, places: Places, rows: Rows) -> list[Work]:
+    """Return a call's work in order; the last tokens' logits are in ``logits`` [sequences, V]."""
+    planner = _Planner(program, places, rows)
+    return [work for op in program["ops"] for work in planner.plan(op)]
+
+
+class _Planner:
+    def __init__(self, program: Program, places: Places, rows: Rows) -> None:
+        self._places, self._given = places, rows
+        self._rows = rows.sequences * rows.width
+        self._hidden = int(program["hidden"])
+        self._widths: dict[str, int] = {}
+        self._routes = {op["out"]: op for op in program["ops"] if op["op"] == "route"}
+        self._shared = {
+            op["routing"]: op["shared"]
+            for op in program["ops"]
+            if op["op"] == "experts" and op.get("shared")
+        }
+
+    def plan(self, op: Operation) -> Iterable[Work]:
+        plans: dict[str, Callable[[Operation], Iterable[Work]]] = {
+            "embed": self._embed,
+            "linear": self._linear,
+            "norm": self._normalize,
+            "swiglu": self._swiglu,
+            "add": self._add,
+            "scale_rows": self._scale_rows,
+            "attention": self._attention,
+            "route": self._route,
+            "experts": self._experts,
+        }
+        return plans[op["op"]](op)
+
+    def _embed(self, op: Operation) -> Iterable[Work]:
+        out, table = self._out(op["out"], self._hidden), self._places.weight(op["weight"])
+        arguments = (
+            *(_pointer(out), _pointer(table), _pointer(self._given.ids)),
+            _float(op.get("scale") or 1.0),
+        )
+        yield Launch(f"embed<{self._hidden}>", (self._rows, 1, 1), 128, 0, arguments)
+
+    def _linear(self, op: Operation) -> Iterable[Work]:
+        n, k = op["n"], op["k"]
+        if op["out"] == "logits":
+            yield from self._logits(op)
+            return
+        x, pitch = self._x(op)
+        if norm := op.get("norm"):
+            yield self._normalized(("normed", k), (x, pitch), norm, k)
+            x, pitch = self._buffer("normed"), k
+        out = self._out(op["out"], n)
+        yield from self._product(out, (x, pitch), op["weight"], n, k, op.get("residual"))
+        if bias := op.get("bias"):
+            arguments = (_pointer(out), _pointer(self._places.weight(bias)), _int(n))
+            yield self._elementwise("add_bias", n, (*arguments, _int(self._rows)))
+
+    def _logits(self, op: Operation) -> Iterable[Work]:
+        """Yield what computes the logits of each sequence's last token."""
+        n, k, sequences = op["n"], op["k"], self._given.sequences
+        last = self._out("last", k)
+        source = _pointer(self._buffer(op["x"]))
+        counts = _pointer(self._given.counts)
+        arguments = (_pointer(last), source, counts, _int(self._given.width), _int(k))
+        yield Launch("last_rows", (sequences, 1, 1), 256, 0, arguments)
+        if norm := op.get("norm"):
+            yield self._normalized(("last_normed", k), (last, k), norm, k, rows=sequences)
+            last = self._buffer("last_normed")
+        out = self._out("logits", n)
+        yield Gemm(out, last, self._places.weight(op["weight"]), sequences, n, k, k)
+        if bias := op.get("bias"):
+            arguments = (_pointer(out), _pointer(self._places.weight(bias)), _int(n))
+            yield self._elementwise("add_bias", n, (*arguments, _int(sequences)))
+
+    def _product(
+        self,
+        out: int,
+        x: tuple[int, int],
+        weight: str,
+        n: int,
+        k: int,
+        residual: str | None = None,
+    ) -> Iterable[Work]:
+        if residual is not None:
+            yield Copy(out, self._buffer(residual), self._rows * n * 2)
+        address = self._places.weight(weight)
+        add = residual is not None
+        yield Gemm(out, x[0], address, self._rows, n, k, x[1], add=add)
+
+    def _normalize(self, op: Operation) -> Iterable[Work]:
+        size = op.get("size") or op["n"]
+        yield self._normalized((op["out"], op["n"]), self._x(op), op, size)
+
+    def _normalized(
+        self,
+        out: tuple[str, int],
+        x: tuple[int, int],
+        norm: Mapping[str, Any],
+        size: int,
+        *,
+        rows: int | None = None,
+    ) -> Launch:
+        to = self._out(*out)
+        arguments = (
+            *(_pointer(to), _pointer(x[0]), _int(x[1])),
+            *norm_arguments(lambda name: _pointer(self._places.weight(str(name))), norm),
+        )
+        grid = (rows or self._rows, out[1] // size, 1)
+        return Launch(f"normalize<{size}>", grid, 256, size * 2 + _PAD_BYTES, arguments)
+
+    def _swiglu(self, op: Operation) -> Iterable[Work]:
+        n = op["n"]
+        gate, pitch = self._x(op)
+        up = self._buffer(op["y"]) if op.get("y") else gate + n * 2
+        yield self._gated(self._out(op["out"], n), gate, up, pitch, n)
+
+    def _gated(self, out: int, gate: int, up: int, pitch: int, n: int) -> Launch:
+        pointers = (_pointer(out), _pointer(gate), _pointer(up))
+        return self._elementwise("swiglu", n, (*pointers, _int(pitch), _int(n), _int(self._rows)))
+
+    def _add(self, op: Operation) -> Iterable[Work]:
+        n = self._widths[op["x"]]
+        x, y = self._buffer(op["x"]), self._buffer(op["y"])
+        pointers = (_pointer(self._out(op["out"], n)), _pointer(x), _pointer(y))
+        yield self._elementwise("add", n, (*pointers, _int(n * self._rows)))
+
+    def _scale_rows(self, op: Operation) -> Iterable[Work]:
+        n = self._widths[op["x"]]
+        x, gate = self._buffer(op["x"]), self._buffer(op["gate"])
+        yield self._scaled(self._out(op["out"], n), x, gate, n)
+
+    def _scaled(self, out: int, x: int, gate: int, n: int) -> Launch:
+        pointers = (_pointer(out), _pointer(x), _pointer(gate))
+        return self._elementwise("scale_rows", n, (*pointers, _int(n), _int(self._rows)))
+
+    def _elementwise(self, kernel: str, n: int, arguments: tuple[Any, ...]) -> Launch:
+        blocks = min(math.ceil(n * self._rows / 256), 1 << 14)
+        return Launch(kernel, (blocks, 1, 1), 256, 0, arguments)
+
+    def _attention(self, op: Operation) -> Iterable[Work]:
+        heads, kv_heads, size, given = op["heads"], op["kv_heads"], op["size"], self._given
+        query, query_pitch = self._part(op["q"])
+        keys, values = given.keys[op["layer"]], given.values[op["layer"]]
+        rotary = op.get("rotary") or {}
+        tables = (
+            _pointer(self._places.weight(rotary[name])) if rotary else _pointer(0)
+            for name in ("cos", "sin")
+        )
+        lengths, counts = _pointer(given.lengths), _pointer(given.counts)
+        sizes = (_int(given.width), _int(heads), _int(kv_heads), _int(given.capacity))
+        value, value_pitch = self._part(op["v"])
+        arguments = (
+            *self._heads(op["q"], op.get("q_norm"), heads, size),
+            *self._heads(op["k"], op.get("k_norm"), kv_heads, size),
+            *(_pointer(value), _int(value_pitch), *tables),
+            *(_int(rotary.get("size", 0)), _int(bool(rotary.get("interleaved")))),
+            *(_pointer(keys), _pointer(values), lengths, counts, *sizes),
+        )
+        grid = (self._rows, 1, 1)
+        yield Launch(f"append<{size}>", grid, _ATTENTION_WARPS * _WARP, 0, arguments)
+        out = self._out(op["out"], heads * size)
+        arguments = (
+            *(_pointer(out), _pointer(query), _int(query_pitch), _pointer(keys), _pointer(values)),
+            *(lengths, counts, *sizes, _float(op["scale"]), _float(op.get("softcap") or 0.0)),
+        )
+        grid = (math.ceil(given.width / _QUERIES), heads, given.sequences)
+        yield Launch(f"flash<{size}>", grid, 128, 2 * _POSITIONS * (size + 8) * 2, arguments)
+
+    def _heads(
+        self, part: Mapping[str, Any], norm: Mapping[str, Any] | None, heads: int, size: int
+    ) -> tuple[Any, ...]:
+        address, pitch = self._part(part)
+        if not norm:
+            return _pointer(address), _int(pitch), _pointer(0), _float(0.0), _int(size)
+        normed = heads * size if norm.get("whole") else size
+        weight = _pointer(self._places.weight(norm["weight"]))
+        return _pointer(address), _int(pitch), weight, _float(norm["eps"]), _int(normed)
+
+    def _route(self, op: Operation) -> Iterable[Work]:
+        experts, candidates, k = op["experts"], op["top_k"], self._widths[op["x"]]
+        x = self._buffer(op["x"])
+        if norm := op.get("norm"):
+            name = op.get("normed") or "normed"
+            yield self._normalized((name, k), (x, k), norm, k)
+            x = self._buffer(name)
+        logits = self._raw("router_logits", experts * _FLOAT)
+        weight = self._places.weight(op["weight"])
+        yield Gemm(logits, x, weight, self._rows, experts, k, k, floats=True)
+        if gate := self._shared.get(op["out"], {}).get("gate"):
+            out = self._out("shared_gate", 1)
+            yield Gemm(out, x, self._places.weight(gate), self._rows, 1, k, k)
+        ids, weights, places = self._pairs(candidates)
+        counts = self._places.zeros("rows.expert_counts", experts * _INT)
+        offsets = self._places.buffer("rows.offsets", (experts + 1) * _INT)
+        arguments = (
+            *map(_pointer, (ids, weights, places, counts, logits, self._places.router(op))),
+            _pointer(self._given.counts),
+            *(_int(bool(op.get("rounded_logits"))), _int(self._given.width), _int(self._rows)),
+        )
+        padded = math.ceil(experts / _WARP) * _WARP
+        grid = (math.ceil(self._rows / _ROUTE_WARPS), 1, 1)
+        yield Launch(f"route_rows<{padded}>", grid, _ROUTE_WARPS * _WARP, 0, arguments)
+        arguments = (_pointer(offsets), _pointer(counts), _int(experts))
+        yield Launch("sum_counts", (1, 1, 1), _WARP, 0, arguments)
+        size = self._rows * candidates
+        arguments = (
+            *map(_pointer, (*self._placed(candidates), places, ids, weights, offsets)),
+            *(_int(candidates), _int(size)),
+        )
+        yield Launch("place_pairs", (math.ceil(size / 256), 1, 1), 256, 0, arguments)
+
+    def _pairs(self, candidates: int) -> tuple[int, int, int]:
+        names = ("pair_ids", "pair_values", "places")
+        ids, weights, places = (self._raw(name, candidates * _INT) for name in names)
+        return ids, weights, places
+
+    def _placed(self, candidates: int) -> tuple[int, int]:
+        rows, weights = (
+            self._raw(name, candidates * _INT) for name in ("pair_rows", "pair_weights")
+        )
+        return rows, weights
+
+    def _experts(self, op: Operation) -> Iterable[Work]:
+        route, inner, k = self._routes[op["routing"]], op["intermediate"], self._widths[op["x"]]
+        candidates, experts, n = route["top_k"], route["experts"], self._hidden
+        keep = route["keep"]
+        most = self._rows * (keep["k"] if keep["kind"] == "top" else candidates)
+        tiles = min(math.ceil(most / _TILE) + experts, most)
+        hidden = self._raw("experts", candidates * inner * 2)
+        pairs = self._raw("pairs", candidates * n * 2)
+        offsets = _pointer(self._places.buffer("rows.offsets", (experts + 1) * _INT))
+        rows, weights = map(_pointer, self._placed(candidates))
+        x, weight = self._buffer(op["x"]), self._places.weight
+        biases = [
+            _pointer(weight(op[name])) if op.get(name) else _pointer(0)
+            for name in ("gate_up_bias", "down_bias")
+        ]
+        arguments: tuple[Any, ...] = (
+            *(_pointer(hidden), _pointer(x), offsets, rows, weights),
+            *(_pointer(weight(op["gate_up"])), biases[0], _int(experts), _int(inner)),
+        )
+        grid = (math.ceil(2 * inner / _TILE), tiles, 1)
+        yield Launch(f"grouped_gate_up<{k}>", grid, 256, _TILES_BYTES, arguments)
+        arguments = (
+            *(_pointer(pairs), _pointer(hidden), offsets, weights),
+            *(_pointer(weight(op["down"])), biases[1], _int(experts), _int(n)),
+        )
+        grid = (math.ceil(n / _TILE), tiles, 1)
+        yield Launch(f"grouped_down<{inner}>", grid, 256, _TILES_BYTES, arguments)
+        ids, _, places = self._pairs(candidates)
+        residual = self._buffer(op["residual"]) if op.get("residual") else 0
+        out = self._out(op["out"], n)
+        arguments = (
+            *map(_pointer, (out, pairs, ids, places, residual)),
+            *(_int(candidates), _int(n)),
+        )
+        yield Launch("sum_pairs", (self._rows, 1, 1), 256, 0, arguments)
+        if shared := op.get("shared"):
+            yield from self._shared_expert(shared, x, k, out)
+
+    def _shared_expert(self, shared: Mapping[str, Any], x: int, k: int, out: int) -> Iterable[Work]:
+        inner, given, weight = shared["intermediate"], shared["gate_up"], self._places.weight
+        if isinstance(given, str):
+            gate = self._out("shared_gate_up", 2 * inner)
+            up, pitch = gate + inner * 2, 2 * inner
+            yield Gemm(gate, x, weight(given), self._rows, 2 * inner, k, k)
+        else:
+            gate, up = self._out("shared_gates", inner), self._out("shared_ups", inner)
+            pitch = inner
+            yield Gemm(gate, x, weight(given["gate"]), self._rows, inner, k, k)
+            yield Gemm(up, x, weight(given["up"]), self._rows, inner, k, k)
+        hidden = self._out("shared_hidden", inner)
+        yield self._gated(hidden, gate, up, pitch, inner)
+        if shared.get("gate"):
+            yield self._scaled(hidden, hidden, self._buffer("shared_gate"), inner)
+        yield Gemm(
+            out, hidden, weight(shared["down"]), self._rows, self._hidden, inner, inner, True
+        )
+
+    def _x(self, op: Operation) -> tuple[int, int]:
+        return self._part({"buffer": op["x"], "offset": op.get("x_offset")})
+
+    def _part(self, part: Mapping[str, Any]) -> tuple[int, int]:
+        """Return where a part of rows begins, and how far rows are apart."""
+        address = self._buffer(part["buffer"])
+        return address + (part.get("offset") or 0) * 2, self._widths[part["buffer"]]
+
+    def _out(self, name: str, width: int) -> int:
+        self._widths[name] = width
+        return self._buffer(name)
+
+    def _buffer(self, name: str) -> int:
+        return self._raw(name, self._widths[name] * 2)
+
+    def _raw(self, name: str, size: int) -> int:
+        return self._places.buffer(f"rows.{name}", self._rows * size)

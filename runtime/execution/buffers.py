@@ -1,0 +1,60 @@
+"""Tensors in the memory of a device: made, copied, and looked at through numpy.
+
+Those of a shared cache are held as what numpy has of their size: bfloat16 as float16, whose bits
+mean something else. Bind them by address.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+Device = Literal["cpu", "cuda"]
+
+FLOAT, INT8, FLOAT16, BFLOAT16 = 1, 3, 10, 16
+"""ONNX's numbers of element types."""
+
+_HELD: dict[int, np.dtype[Any]] = {
+    FLOAT: np.dtype(np.float32),
+    INT8: np.dtype(np.int8),
+    FLOAT16: np.dtype(np.float16),
+    BFLOAT16: np.dtype(np.float16),
+}
+
+
+def new_array(shape: Sequence[int], element_type: int) -> NDArray[Any]:
+    """Return an array of undefined values that can hold such elements."""
+    return np.empty(shape, _HELD[element_type])
+
+
+def new_tensor(shape: Sequence[int], element_type: int, device: Device) -> onnxruntime.OrtValue:
+    """Return a tensor of undefined values in a device's memory."""
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), element_type, device, 0)
+
+
+def held_tensor(shape: Sequence[int], element_type: int, device: Device) -> onnxruntime.OrtValue:
+    """Return a tensor of undefined values that can hold such elements."""
+    held = FLOAT16 if element_type == BFLOAT16 else element_type
+    return new_tensor(shape, held, device)
+
+
+def to_device(array: NDArray[Any], device: Device) -> onnxruntime.OrtValue:
+    """Return a tensor in a device's memory; in the host's it is the array's own memory."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
+    """Return a tensor in host memory as an array; bfloat16, which numpy lacks, as float32."""
+    if value.element_type() != BFLOAT16:
+        array: NDArray[np.floating] = value.numpy()
+        return array
+    shape = value.shape()
+    halves = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    bits = np.frombuffer(halves, np.uint16).astype(np.uint32) << 16
+    return bits.view(np.float32).reshape(shape)

@@ -1,0 +1,149 @@
+"""Whether an artifact's decode steps run by kernels of our own, and what they need if they do."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
+from alloc_moe.runtime.artifact.tensors import read_initializers
+from alloc_moe.runtime.cuda import bindings
+from alloc_moe.runtime.cuda.device import Device
+from alloc_moe.runtime.cuda.prefill import obstacle
+from alloc_moe.runtime.cuda.prefiller import Prefiller
+from alloc_moe.runtime.cuda.routers import MOST_CANDIDATES, MOST_EXPERTS
+from alloc_moe.runtime.cuda.stepper import CacheMemory, Stepper
+from alloc_moe.runtime.cuda.weights import Weights
+from alloc_moe.runtime.errors import DeviceError
+from alloc_moe.runtime.execution.padding import pad_right
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from alloc_moe.runtime.artifact.files import ArtifactFiles
+    from alloc_moe.runtime.execution.cache import Cache
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_NAMES = frozenset(
+    "weight bias selection_bias sizes cos sin scales gate up gate_up gate_up_bias down down_bias "
+    "shared_gate".split()
+)
+
+
+class OwnKernels:
+    """An artifact's weights on the GPU and what runs its decode steps with them."""
+
+    def __init__(
+        self,
+        program: Mapping[str, Any],
+        files: ArtifactFiles,
+        data: Mapping[str, Path],
+        device: Device,
+    ) -> None:
+        if device.capability < bindings.LEAST_CAPABILITY:
+            raise DeviceError(f"the GPU's compute capability is {device.capability}, below 8.0")
+        initializers = read_initializers(files.graph, data, set(weight_names(program)))
+        self._weights = Weights(device, initializers)
+        self.stepper = Stepper(
+            device, program, weights=self._weights.address, floats=self._weights.floats
+        )
+        self._prefiller = Prefiller(device, self.stepper)
+        self.prefill_obstacle = obstacle(program, redistribution=files.plan.redistribution)
+        """Why onnxruntime computes prompts, None if own kernels do."""
+
+    def takes(
+        self, ids: NDArray[np.int64], new: NDArray[np.int64], logits_to_keep: int | None
+    ) -> bool:
+        """Whether a call is one that the kernels compute: a step, or a prompt's last logits."""
+        batch, width = ids.shape
+        if batch > self.stepper.most_sequences:
+            return False
+        if width == 1:
+            return True
+        prompt = logits_to_keep == 1 and bool(new[:, -1].all())
+        return self.prefill_obstacle is None and prompt
+
+    def run(
+        self, ids: NDArray[np.int64], new: NDArray[np.int64], cache: Cache, price: float | None
+    ) -> NDArray[np.floating]:
+        """Return the logits [batch, 1, vocabulary] of each sequence's last token.
+
+        The cache gets its key and value, but counts them only by `append`.
+
+        Args:
+            ids: [batch, width].
+            new: Their mask, of the same shape.
+            cache: On the device, with room for them.
+            price: In place of the one compiled in.
+        """
+        where = cache.addresses()
+        layers = range(len(where) // 2)
+        memory = CacheMemory(
+            tuple(where[f"past_key_values.{layer}.key"] for layer in layers),
+            tuple(where[f"past_key_values.{layer}.value"] for layer in layers),
+            cache.capacity,
+        )
+        if ids.shape[1] == 1:
+            real = new[:, 0]
+            logits = self.stepper.step(ids[:, 0], cache.real_tokens, real, memory, price=price)
+        else:
+            right = pad_right(ids, new, cache)
+            past = cache.real_tokens
+            logits = self._prefiller.run(right.ids, new.sum(axis=1), past, memory, price=price)
+        if logits.dtype == np.uint16:  # bfloat16
+            logits = (logits.astype(np.uint32) << 16).view(np.float32)
+        return logits[:, None]
+
+    def share(self, options: onnxruntime.SessionOptions) -> None:
+        """Have a session use the same weights."""
+        self._weights.share(options)
+
+
+def step_program(metadata: Mapping[str, str]) -> Mapping[str, Any] | str:
+    """Return an artifact's step program, or why it can't be run."""
+    text = metadata.get(STEP_KEY)
+    if text is None:
+        return metadata.get(NO_STEP_KEY, "the artifact was compiled without a step program")
+    program: Mapping[str, Any] = json.loads(text)
+    if program.get("format") != _FORMAT:
+        return f"its step program is of format {program.get('format')}, which isn't known here"
+    for op in program["ops"]:
+        if op["op"] == "route" and (op["experts"] > MOST_EXPERTS or op["top_k"] > MOST_CANDIDATES):
+            return (
+                f"a router chooses {op['top_k']} of {op['experts']} experts, more than is handled"
+            )
+    return program
+
+
+def weight_names(value: Any, key: str = "") -> Iterator[str]:
+    """Yield the initializers that a step program names."""
+    if isinstance(value, Mapping):
+        if value.get("op") == "scale_rows":  # whose gate is a buffer
+            return
+        for name, inner in value.items():
+            yield from weight_names(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from weight_names(inner, key)
+    elif isinstance(value, str) and key in _NAMES:
+        yield value
+
+
+def open_kernels(files: ArtifactFiles, data: Mapping[str, Path]) -> OwnKernels | str:
+    """Return what runs an artifact's decode steps, or why onnxruntime has to."""
+    program = step_program(files.onnx.metadata)
+    obstacle = bindings.missing()
+    if isinstance(program, str) or obstacle:
+        return obstacle if obstacle else str(program)
+    try:
+        return OwnKernels(program, files, data, Device())
+    except DeviceError as error:
+        return str(error).rstrip(".")

@@ -1,0 +1,74 @@
+"""Sessions whose decode steps run by our kernels, emulated, against onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from alloc_moe.runtime.execution.kernels import OwnKernels, step_program
+from alloc_moe.runtime.execution.session import ArtifactSession, open_session
+
+TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
+CASES = [
+    ("tiny-moe", "float32", ["--redistribute", "price"]),
+    ("tiny-moe", "float16", ["--redistribute", "batch"]),
+    ("tiny-qwen3-moe", "float16", ["--redistribute", "none"]),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def opened(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    compiled_for_cuda: Callable[..., Path],
+    emulator: ModuleType,
+) -> tuple[ArtifactSession, OwnKernels]:
+    """Return a session on the CPU and what emulates its kernels."""
+    name, dtype, options = request.param
+    session = open_session(compiled_for_cuda(name, dtype, *options), ep="cpu")
+    program = step_program(session.files.onnx.metadata)
+    assert not isinstance(program, str), program
+    device = emulator.EmulatedDevice(tmp_path_factory.mktemp("kernels"))
+    return session, OwnKernels(program, session.files, session.files.check_data(), device)
+
+
+def _decode(
+    session: ArtifactSession, kernels: OwnKernels | None, price: float | None
+) -> list[NDArray[np.floating]]:
+    """Return the logits of a left-padded prompt and of steps after it; row 0 ends before the last."""
+    session._kernels = kernels
+    random = np.random.default_rng(0)
+    mask = np.ones((3, 9), np.int64)
+    mask[1, :4] = mask[2, :1] = 0
+    cache = session.empty_cache(3, capacity=16)
+    logits = []
+    for step in range(4):
+        size = mask.shape[1] if not step else 1
+        if step:
+            mask = np.hstack([mask, [[int(step < 3)], [1], [1]]])
+        output = session.run(
+            random.integers(3, session.vocabulary, (3, size)),
+            attention_mask=mask,
+            cache=cache,
+            price=price if step == 1 else None,
+            logits_to_keep=1,
+        )
+        logits.append(output.logits)
+    return logits
+
+
+def test_steps_give_the_graphs_logits(opened: tuple[ArtifactSession, OwnKernels]) -> None:
+    session, kernels = opened
+    price = 0.05 if session.has_dial else None
+    expected, actual = _decode(session, None, price), _decode(session, kernels, price)
+    dtype = "float16" if expected[0].dtype == np.float16 else "float32"
+    for step, (one, other) in enumerate(zip(expected, actual, strict=True)):
+        rows = slice(1 if step == 3 else 0, None)
+        assert other.dtype == one.dtype
+        assert np.abs(one[rows].astype(float) - other[rows]).max() < TOLERANCE[dtype]
+    assert np.abs(actual[1][0] - actual[2][0]).max() > 0.1, "all steps are alike"
