@@ -33,7 +33,9 @@ def compile_kernels(
         DeviceError: NVRTC can't compile them.
     """
     wanted = sorted(set(kernels))
-    options = [f"-DTYPE={TYPES[dtype]}", f"--gpu-architecture=sm_{capability[0]}{capability[1]}"]
+    # Hopper's products of warp groups are for that very architecture.
+    target = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
+    options = [f"-DTYPE={TYPES[dtype]}", f"--gpu-architecture={target}"]
     options += ["-std=c++17", "-default-device"]
     sources = {path.name: path.read_text() for path in sorted(FOLDER.iterdir()) if path.is_file()}
     version = call(nvrtc.nvrtcVersion())

@@ -13,7 +13,7 @@ from alloc_moe.runtime.cuda.launches import Launch, Operation, Program, norm_arg
 
 _WARP = 32
 _ATTENTION_WARPS, _ROUTE_WARPS = 8, 8
-_TILE, _TILES_BYTES = 128, 4 * 2 * 128 * 32 * 2  # of kernels/grouped.cu: STAGES * TILE_BYTES
+_TILE, _TILES_BYTES = 128, 3 * 2 * 128 * 64 * 2 + 1024  # of kernels/grouped.cu
 _QUERIES, _POSITIONS = 64, 64  # of kernels/flash.cu
 _PAD_BYTES = 64
 _FLOAT, _INT = 4, 4

@@ -11,8 +11,12 @@ struct Groups {
 #if TYPE != 2
 
 #define TILE 128    // rows and columns of a block's tile
-#define STAGES 4    // of which loads are under way
-#define TILE_BYTES (2 * TILE * DEPTH * 2)
+#define STAGES 3    // of which loads are under way
+
+// Where eight rows of a tile fill 1024 bytes that begin at a multiple of that.
+__device__ __forceinline__ Real* tiles(Vec* dynamic) {
+    return (Real*)(((unsigned long long)dynamic + 1023) & ~1023ull);
+}
 
 // Finds a block's expert and the first of its rows. Returns false beyond the last tile.
 __device__ __forceinline__ bool find_tile(const int* offsets, int experts, int tile, int& expert,
@@ -46,21 +50,21 @@ __device__ __forceinline__ bool find_tile(const int* offsets, int experts, int t
     return expert >= 0;
 }
 
-// c[64, 32] of each warp += rows[128, K] . columns[128, K], 8 warps as 2 x 4.
+// c[16, 128] of each of 8 warps += rows[128, K] . columns[128, K]; c[n] has columns 8 n to 8 n + 7.
 // `row(i)` and `column(i)` give where a row begins, or nothing.
 template <int K, class Row, class Column>
-__device__ __forceinline__ void multiply_tile(float (&c)[4][4][4], Real* shared, const Row& row,
+__device__ __forceinline__ void multiply_tile(float (&c)[16][4], Real* shared, const Row& row,
                                               const Column& column) {
     constexpr int STEPS = (K + DEPTH - 1) / DEPTH;
-    const int thread = threadIdx.x, warp = thread / WARP;
+    const int thread = threadIdx.x;
     const int line = thread / 2, half = thread % 2;  // a thread copies half a row of both tiles
     const Real *from_row = row(line), *from_column = column(line);
     auto fetch = [&](int step) {
         if (step < STEPS) {
             Real* rows = shared + step % STAGES * 2 * TILE * DEPTH;
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int vec = half * 2 + i, k = step * DEPTH + vec * 8;
+            for (int i = 0; i < 4; ++i) {
+                const int vec = half * 4 + i, k = step * DEPTH + vec * 8;
                 const bool used = k < K;
                 const bool row_used = from_row && used, column_used = from_column && used;
                 copy_later(rows + place(line, vec), row_used ? from_row + k : shared, row_used);
@@ -72,32 +76,19 @@ __device__ __forceinline__ void multiply_tile(float (&c)[4][4][4], Real* shared,
     };
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    const int top = warp / 4 * 64, left = warp % 4 * 32;
     for (int step = 0; step < STEPS; ++step) {
         wait_for_copies<STAGES - 2>();
+        show_copies_to_tensor_cores();
         __syncthreads();
-        fetch(step + STAGES - 1);
         const Real* rows = shared + step % STAGES * 2 * TILE * DEPTH;
-        const Real* columns = rows + TILE * DEPTH;
-#pragma unroll
-        for (int k = 0; k < DEPTH; k += 16) {
-            u32 a[4][4], b[2][4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) load_rows(a[i], rows, top + i * 16, k);
-#pragma unroll
-            for (int j = 0; j < 2; ++j) load_columns(b[j], columns, left + j * 16, k);
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    multiply(c[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[j / 2][j % 2 * 2],
-                             b[j / 2][j % 2 * 2 + 1]);
-        }
+        begin_products(c, rows, rows + TILE * DEPTH);
+        fetch(step + STAGES - 1);
+        end_products(c);
     }
 }
 
 // hidden[pair, i] = weight[pair] silu(gate) up, gate and up being rows 2 i and 2 i + 1.
-// Grid: [2 inner / 128, most tiles]. Dynamic shared memory: STAGES * TILE_BYTES.
+// Grid: [2 inner / 128, most tiles]. Dynamic shared memory: STAGES tiles of both, and 1024 bytes.
 template <int K>
 __global__ void __launch_bounds__(256, 2)
     grouped_gate_up(Real* hidden, const Real* x, const int* offsets, const int* rows,
@@ -108,24 +99,22 @@ __global__ void __launch_bounds__(256, 2)
     if (!find_tile(offsets, experts, blockIdx.y, expert, first, count)) return;
     const int columns = 2 * inner, left = blockIdx.x * TILE;
     const Real* matrix = weight + (long)expert * columns * K;
-    float c[4][4][4] = {};
+    float c[16][4] = {};
     multiply_tile<K>(
-        c, (Real*)dynamic,
+        c, tiles(dynamic),
         [&](int i) { return i < count ? x + (long)rows[first + i] * K : (const Real*)nullptr; },
         [&](int i) {
             return left + i < columns ? matrix + (long)(left + i) * K : (const Real*)nullptr;
         });
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int at = warp / 4 * 64 + i * 16 + half * 8 + lane / 4;
-                const int column = left + warp % 4 * 32 + j * 8 + lane % 4 * 2;
+        for (int n = 0; n < 16; ++n) {
+            const int at = warp * 16 + half * 8 + lane / 4;
+            const int column = left + n * 8 + lane % 4 * 2;
                 if (at >= count || column >= columns) continue;
-                float gate = c[i][j][half * 2], up = c[i][j][half * 2 + 1];
+                float gate = c[n][half * 2], up = c[n][half * 2 + 1];
                 if (bias) {
                     gate += to_float(bias[(long)expert * columns + column]);
                     up += to_float(bias[(long)expert * columns + column + 1]);
@@ -139,35 +128,33 @@ __global__ void __launch_bounds__(256, 2)
 template <int INNER>
 __global__ void __launch_bounds__(256, 2)
     grouped_down(Real* out, const Real* hidden, const int* offsets, const float* pair_weights,
-                 const Real* weight, const Real* bias, int experts, int n) {
+                 const Real* weight, const Real* bias, int experts, int columns) {
     DYNAMIC_SHARED(dynamic);
     int expert, first, count;
     if (!find_tile(offsets, experts, blockIdx.y, expert, first, count)) return;
     const int left = blockIdx.x * TILE;
-    const Real* matrix = weight + (long)expert * n * INNER;
-    float c[4][4][4] = {};
+    const Real* matrix = weight + (long)expert * columns * INNER;
+    float c[16][4] = {};
     multiply_tile<INNER>(
-        c, (Real*)dynamic,
+        c, tiles(dynamic),
         [&](int i) {
             return i < count ? hidden + (long)(first + i) * INNER : (const Real*)nullptr;
         },
-        [&](int i) { return left + i < n ? matrix + (long)(left + i) * INNER : (const Real*)nullptr; });
+        [&](int i) { return left + i < columns ? matrix + (long)(left + i) * INNER : (const Real*)nullptr; });
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int at = warp / 4 * 64 + i * 16 + half * 8 + lane / 4;
-                const int column = left + warp % 4 * 32 + j * 8 + lane % 4 * 2;
-                if (at >= count || column >= n) continue;
-                float x[2] = {c[i][j][half * 2], c[i][j][half * 2 + 1]};
+        for (int n = 0; n < 16; ++n) {
+            const int at = warp * 16 + half * 8 + lane / 4;
+            const int column = left + n * 8 + lane % 4 * 2;
+                if (at >= count || column >= columns) continue;
+                float x[2] = {c[n][half * 2], c[n][half * 2 + 1]};
                 const long pair = first + at;
                 if (bias)
                     for (int o = 0; o < 2; ++o)
-                        x[o] += pair_weights[pair] * to_float(bias[(long)expert * n + column + o]);
-                *(u32*)(out + pair * n + column) =
+                        x[o] += pair_weights[pair] * to_float(bias[(long)expert * columns + column + o]);
+                *(u32*)(out + pair * columns + column) =
                     (u32)to_real(x[0]) | (u32)to_real(x[1]) << 16;
             }
 }
