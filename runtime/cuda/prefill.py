@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from alloc_moe.runtime.cuda.cublas import Gemm
-from alloc_moe.runtime.cuda.launches import Launch, Operation, Program, norm_arguments
+from alloc_moe.runtime.cuda.launches import norm_arguments
+from alloc_moe.runtime.cuda.records import Copy, Launch, Operation, Places, Program, Rows
 
 _WARP = 32
 _ATTENTION_WARPS, _ROUTE_WARPS = 8, 8
@@ -22,45 +22,7 @@ _POOLS = ("batch", "sequence")
 _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
 
-@dataclass(frozen=True)
-class Copy:
-    """Bytes from one place on the device to another."""
-
-    to: int
-    source: int
-    size: int
-
-
 Work = Launch | Gemm | Copy
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A call's tokens: ``sequences`` of up to ``width`` new ones each, right-padded.
-
-    Addresses on the device: ``ids`` [sequences, width] int64, ``lengths`` and ``counts``
-    [sequences] int32, which are the positions that each has had and its new ones; ``keys`` and
-    ``values`` by layer, [sequences, heads, capacity, size].
-    """
-
-    sequences: int
-    width: int
-    ids: int
-    lengths: int
-    counts: int
-    keys: Mapping[int, int]
-    values: Mapping[int, int]
-    capacity: int
-
-
-@dataclass(frozen=True)
-class Places:
-    """Addresses on the device, as in `launches.Memory`."""
-
-    weight: Callable[[str], int]
-    buffer: Callable[[str, int], int]
-    zeros: Callable[[str, int], int]
-    router: Callable[[Operation], int]
 
 
 def obstacle(program: Program, *, redistribution: str) -> str | None:
@@ -145,7 +107,13 @@ class _Planner:
         last = self._out("last", k)
         source = _pointer(self._buffer(op["x"]))
         counts = _pointer(self._given.counts)
-        arguments = (_pointer(last), source, counts, _int(self._given.width), _int(k))
+        arguments: tuple[Any, ...] = (
+            _pointer(last),
+            source,
+            counts,
+            _int(self._given.width),
+            _int(k),
+        )
         yield Launch("last_rows", (sequences, 1, 1), 256, 0, arguments)
         if norm := op.get("norm"):
             yield self._normalized(("last_normed", k), (last, k), norm, k, rows=sequences)
