@@ -4,11 +4,41 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test the families that its argument asks for, unless it names some itself.
+
+    ``family``: those that stand for all. ``any_family``: all, for tests that take no time.
+    ``compiled_family``: all, but those that stand for none are run by ``pytest -m families`` only.
+    """
+    settings = tomllib.loads((CHECKPOINTS / "families.toml").read_text("utf-8"))
+    few, every = settings["representative"], list(settings["families"])
+    marked = [
+        pytest.param(family, marks=() if family in few else pytest.mark.families)
+        for family in every
+    ]
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    given = {
+        argument.strip()
+        for names in named
+        for argument in (names.split(",") if isinstance(names, str) else names)
+    }
+    for argument, families in (
+        ("family", few),
+        ("any_family", every),
+        ("compiled_family", marked),
+    ):
+        if argument in metafunc.fixturenames and argument not in given:
+            metafunc.parametrize(argument, families)
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -27,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     @functools.cache
     def make(family: str) -> Path:
         # Loaded here, since it loads torch, which tests of the runtime do without.
-        small = _load_file(Path(__file__).parents[1] / "examples" / "checkpoints" / "small.py")
+        small = _load_file(CHECKPOINTS / "small.py")
         folder = tmp_path_factory.mktemp(family)
         return small.save_checkpoint(folder, small.FAMILIES[family])  # type: ignore[no-any-return]
 

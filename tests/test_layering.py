@@ -29,7 +29,16 @@ ROOMS = {
         *("base", "blockwise", "linear", "norm", "attention", "experts", "interface", "step"),
         "default",
     ),
-    "runtime": ("errors", "console", "artifact", "cuda", "execution", "text", "measure", "commands"),
+    "runtime": (
+        "errors",
+        "console",
+        "artifact",
+        "cuda",
+        "execution",
+        "text",
+        "measure",
+        "commands",
+    ),
 }
 """Each part's rooms and single modules, in an order in which each imports earlier ones only."""
 

@@ -3,6 +3,8 @@
     RoutedExperts(hidden [T, H], expert_ids [T, K], expert_weights [T, K],
                   gate_up, gate_up_bias?, down, down_bias?) -> [T, H]
 
+Its attributes alpha, beta and limit are those of the experts' gate (`Gate` in
+`compiler/model/architectures.py`).
 The router stays as it is, at its trained K; the passes lower the operator to what a plan asks for.
 """
 
@@ -16,6 +18,7 @@ import onnx
 import torch
 from onnxscript.values import Opset
 
+from alloc_moe.compiler.model.architectures import find_gate
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS
 
 if TYPE_CHECKING:
@@ -41,6 +44,9 @@ def register() -> Callable[..., torch.Tensor]:
         layer: int,
         transposed: bool,
         interleaved: bool,
+        alpha: float,
+        beta: float,
+        limit: float,
     ) -> torch.Tensor:
         # Only shapes matter: it is traced, and run once on zero weights to find the inputs.
         return torch.zeros_like(hidden)
@@ -72,8 +78,14 @@ def _register_schema() -> None:
                 ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Activations")
             ],
             attributes=[
-                onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, "")
-                for name in ("layer", "transposed", "interleaved")
+                *(
+                    onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, "")
+                    for name in ("layer", "transposed", "interleaved")
+                ),
+                *(
+                    onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.FLOAT, "")
+                    for name in ("alpha", "beta", "limit")
+                ),
             ],
         )
     )
@@ -90,6 +102,9 @@ def onnx_translation(
     layer: int,
     transposed: bool,
     interleaved: bool,
+    alpha: float,
+    beta: float,
+    limit: float,
 ) -> Any:
     """Translate the torch operator while torch.onnx records."""
     return Opset(DOMAIN, 1).RoutedExperts(
@@ -103,17 +118,25 @@ def onnx_translation(
         layer=layer,
         transposed=int(transposed),
         interleaved=int(interleaved),
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
     )
 
 
 def experts_forward(model: PreTrainedModel, names: list[str]) -> Callable[..., torch.Tensor]:
     """Return the experts function that records the operator for `names`, `model`'s experts."""
     operator = register()
-    index = {id(model.get_submodule(name)): layer for layer, name in enumerate(names)}
+    modules = [model.get_submodule(name) for name in names]
+    index = {id(module): layer for layer, module in enumerate(modules)}
+    gates = [find_gate(module) for module in modules]
 
     def forward(
         self: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        layer = index[id(self)]
+        gate = gates[layer]
+        assert gate is not None  # else the model was refused
         return operator(
             hidden,
             ids,
@@ -122,9 +145,12 @@ def experts_forward(model: PreTrainedModel, names: list[str]) -> Callable[..., t
             self.gate_up_proj_bias if self.has_bias else None,
             self.down_proj,
             self.down_proj_bias if self.has_bias else None,
-            index[id(self)],
+            layer,
             self.is_transposed,
             not self.is_concatenated,
+            gate.alpha,
+            gate.beta,
+            gate.limit,
         )
 
     return forward

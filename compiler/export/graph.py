@@ -15,11 +15,13 @@ import onnx_ir.passes.common as common
 import torch
 from onnxscript.optimizer import FOLDED_FROM_KEY, optimize_ir
 from onnxscript.rewriter import onnx_fusions, rewrite
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation
 
 from alloc_moe.compiler.export import experts_op
+from alloc_moe.compiler.export.sinks import sinks_as_columns
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.skeleton import build_skeleton, experts_function
 from alloc_moe.passes.base import lazy_tensor
@@ -71,7 +73,7 @@ def export_graph(checkpoint: Checkpoint, *, dtype: str = "float32") -> ir.Model:
 def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
     operator = experts_op.register()
     forward = experts_op.experts_forward(model, experts_names)
-    with experts_function(model, experts_op.IMPLEMENTATION, forward):
+    with experts_function(model, experts_op.IMPLEMENTATION, forward), sinks_as_columns(model):
         component, inputs = _sample_inputs(model)
         table = {operator: experts_op.onnx_translation}
         with mock.patch.dict(exporter_onnx._ONNX_TRANSLATION_TABLE, table):
@@ -97,13 +99,28 @@ def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, A
     """
     mask = torch.ones((2, 5), dtype=torch.int64)
     mask[0, 0] = 0
-    prompt = {"input_ids": torch.ones((2, 5), dtype=torch.int64), "attention_mask": mask}
+    prompt = {
+        "input_ids": torch.ones((2, 5), dtype=torch.int64),
+        "attention_mask": mask,
+        "past_key_values": _whole_cache(model),
+    }
     settings = model.generation_config
     settings.do_sample, settings.num_beams = False, 1
     settings.eos_token_id, settings.pad_token_id = None, 0
     component, inputs = decompose_for_generation(model, prompt, multi_token_decode=True)["decode"]
     inputs.pop("cache_position", None)
     return component, inputs
+
+
+def _whole_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty cache that keeps all tokens in layers that attend to the last ones only.
+
+    Their masks hide the others. So all layers keep the same columns from call to call.
+    """
+    cache = DynamicCache(config=model.config)
+    windowed = DynamicSlidingWindowLayer  # no subclass of it: those have states besides
+    cache.layers = [DynamicLayer() if type(la) is windowed else la for la in cache.layers]
+    return cache
 
 
 def _dynamic_shapes(inputs: dict[str, Any]) -> Any:

@@ -52,5 +52,5 @@ def _check_inputs(graph: ir.Model, moe: MoeModel) -> None:
     if unknown:
         raise UnsupportedModelError(
             f"{moe.config.model_type} keeps more state than keys and values ({unknown[0]}), "
-            "sliding windows or recurrent layers, which the runtimes can't carry from call to call."
+            "which the runtimes can't carry from call to call."
         )

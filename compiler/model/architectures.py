@@ -1,40 +1,106 @@
 """What deviates from the generic MoE layer: the one table of special cases.
 
 A model needs no row here if its experts module follows transformers' fused layout
-(`use_experts_implementation`) with SiLU gating, and if it exports.
+(`use_experts_implementation`) with a gate that `find_gate` finds, and if it exports.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_LLAMA4 = (
+    "it routes each token to one expert, so there is nothing to allocate, and its rotary embedding "
+    "uses complex numbers, which ONNX export doesn't support"
+)
 
 UNSUPPORTED: dict[str, str] = {
-    "phimoe": (
-        "its router always picks 2 experts by sparsemixer, whatever the configuration says, "
-        "so there is nothing to allocate"
+    "dbrx": (
+        "transformers keeps the experts of its layers in one matrix, not in the fused layout "
+        "(gate_up_proj and down_proj over all experts)"
     ),
-    "llama4": "its rotary embedding uses complex numbers, which ONNX export doesn't support",
-    "gpt_oss": (
-        "its experts clamp their gate and its cache holds sliding windows, neither of which is "
-        "lowered yet"
-    ),
-    "llama4_text": "its rotary embedding uses complex numbers, which ONNX export doesn't support",
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
 }
 """Model type -> why it can't be compiled, as the end of a sentence."""
 
+# What these keep from call to call are keys and values of all tokens, or of a window of the last.
+_CACHED = {"full_attention", "sliding_attention", "chunked_attention", "dummy"}
 
-def is_silu_gated(experts: Any) -> bool:
-    """Return whether an experts module of transformers computes down(silu(gate) * up), no more."""
+_NEAR, _FAR = 0.125, 1e4  # within any limit, and beyond it
+_DIGITS = 4  # of alpha and beta; a gate in float32 gives no more
+_TOLERANCE = 1e-5
+
+
+def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
+    """Return why the runtimes can't carry a model's cache from call to call, "" if they can."""
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    others = sorted(str(kind) for kind in set(kinds) - _CACHED)
+    if not others:
+        return ""
     return (
-        experts.has_gate
-        and type(experts)._apply_gate is _default_apply_gate
-        and not experts.has_post_expert_norm
-        and (
-            isinstance(experts.act_fn, torch.nn.SiLU | SiLUActivation)
-            or experts.act_fn is torch.nn.functional.silu
-        )
+        f"its layers of type {' and '.join(others)} keep other states than keys and values from "
+        "call to call, which the runtimes can't carry"
     )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How experts combine gate g and up u: ``g * sigmoid(alpha * g) * (u + beta)``.
+
+    Before that g is cut at ``limit``, u at both ends; infinite where nothing is.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float = math.inf
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return what the experts' down projection gets."""
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + self.beta)
+
+
+def find_gate(experts: Any) -> Gate | None:
+    """Return the gate that an experts module of transformers computes; None if it is another kind.
+
+    Found by what it computes, not by what it is called.
+    """
+    if not experts.has_gate or experts.has_post_expert_norm:
+        return None
+    try:
+        return _fit_gate(experts)
+    except (RuntimeError, TypeError, AttributeError, IndexError):  # it takes other arguments
+        return None
+
+
+def _fit_gate(experts: Any) -> Gate | None:
+    at_zero, near, far = _apply(experts, [_NEAR] * 3, [0.0, _NEAR, _FAR]).tolist()
+    slope = (near - at_zero) / _NEAR  # in up
+    half = slope / _NEAR  # sigmoid(alpha * gate)
+    if not 0 < half < 1:
+        return None
+    beta = round(at_zero / slope, _DIGITS)
+    alpha = round(math.log(half / (1 - half)) / _NEAR, _DIGITS)
+    most = far / slope - beta
+    found = Gate(alpha, beta, math.inf if most > _FAR / 2 else round(most, _DIGITS))
+    values = torch.tensor([-_FAR, *torch.linspace(-12, 12, 49).tolist(), _FAR], dtype=torch.float64)
+    gate, up = (grid.flatten() for grid in torch.meshgrid(values, values, indexing="ij"))
+    expected, actual = found(gate, up), _apply(experts, gate.tolist(), up.tolist())
+    agree = torch.allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return found if agree else None
+
+
+def _apply(experts: Any, gate: list[float], up: list[float]) -> torch.Tensor:
+    halves = torch.tensor([gate, up], dtype=torch.float64)
+    joined = halves.flatten() if experts.is_concatenated else halves.T.flatten()
+    with torch.inference_mode():
+        gated: torch.Tensor = experts._apply_gate(joined[None])
+    return gated[0].double()

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
 from alloc_moe.compiler.model import architectures
@@ -162,12 +168,13 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
+            reason = architectures.UNSUPPORTED.get(config.model_type, "")
+            reason = reason or architectures.why_cache_is_unsupported(config)
     except LIBRARY_ERRORS as error:
         raise UnsupportedModelError(
             f"transformers can't read {folder / 'config.json'}: {first_line(error)} "
             "Use a model type that transformers 5 knows, or --trust-remote-code for your own."
         ) from error
-    reason = architectures.UNSUPPORTED.get(config.model_type, "")
     if reason:
         raise UnsupportedModelError(f"{config.model_type} can't be compiled: {reason}.")
     pin_settings(config)
@@ -204,6 +211,14 @@ def build_skeleton_or_refuse(
     Raises:
         UnsupportedModelError: The configuration is none of a causal language model.
     """
+    if (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        raise UnsupportedModelError(
+            f"{config.model_type} takes images beside text, and transformers builds no causal "
+            "language model of its text part alone, so it can't be compiled."
+        )
     try:
         with quiet():
             return build_skeleton(config, torch.float32, trust_remote_code=trust_remote_code)

@@ -67,12 +67,12 @@ def _why_no_experts(model: PreTrainedModel) -> str:
 
 
 def _check_experts(model: PreTrainedModel, name: str, module: Any) -> None:
-    if not architectures.is_silu_gated(module):
+    if architectures.find_gate(module) is None:
         gate = "" if module.has_gate else " without a gate"
         raise UnsupportedModelError(
             f"{model.config.model_type}'s experts ({name}) compute "
             f"{getattr(module, 'act_fn', type(module).__name__)}{gate}; onnxruntime's MoE operator "
-            "computes SiLU-gated experts only."
+            "computes experts gated by SiLU, scaled and clamped or not, and no others."
         )
 
 

@@ -56,7 +56,7 @@ def _keys_and_values(
     for layer in range(len(stack)):
         with stack.resident(layer):
             for index, ids in enumerate(windows):
-                cache = DynamicCache(config=moe.model.config)
+                cache = DynamicCache()  # keeps all tokens, be the layer's window as it may
                 hidden[index] = stack.run(
                     ids,
                     hidden[index],

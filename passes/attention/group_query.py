@@ -61,8 +61,8 @@ class GroupAttentionPass(ir.passes.InPlacePass):
     """Replace ``Concat`` of the cache, and the ``Attention`` to it, by ``GroupQueryAttention``.
 
     All layers or none: it takes float32, keys and values of one shape, and masks that hide nothing
-    but later tokens and padding. What the graph computes for real tokens stays the same; for
-    padding tokens it is some finite number instead of zero.
+    but later tokens, padding and what lies before a window. What the graph computes for real tokens
+    stays the same; for padding tokens it is some finite number instead of zero.
 
     Bound to one buffer, a cache input and its output may have any capacity; the past is as long as
     the attention mask leaves it, whatever the size of the buffer. The operator continues a batch of
@@ -129,8 +129,14 @@ def _replace(model: ir.Model, layer: AttentionLayer, columns: _Columns) -> None:
     attributes: dict[str, int | float] = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads}
     if (scale := at.attributes.get("scale")) is not None:
         attributes["scale"] = scale.as_float()
+    if layer.window:
+        attributes["local_window_size"] = layer.window
     optional = [None] * 3  # cosine and sine, positions: RotaryEmbedding stays a node of its own
     inputs = [*rows, *layer.past, columns.last, columns.total, *optional, columns.padding]
+    if layer.sinks is not None:
+        numbers = layer.sinks.numpy().reshape(-1).astype(np.float32)
+        sinks = ir.tensor(numbers, name=f"{DOMAIN}.sinks.{at.outputs[0].name}")
+        inputs.append(add_initializer(model, sinks))
     node = insert(model, at, GROUP_QUERY_ATTENTION, inputs, attributes, MICROSOFT, outputs=3)
     for old, new in zip(layer.present, node.outputs[1:], strict=True):
         take_over(old, new)

@@ -39,10 +39,11 @@ _HALF_MULTIPLE = 8  # of the rotated half of a head, which the kernel takes
 class RotaryGroupAttentionPass(ir.passes.InPlacePass):
     """Replace attention, growing cache and rotary embedding by ``GroupQueryAttention``.
 
-    All layers or none. The graph then takes rows that begin with their tokens: `right_padded` says
-    what the attention mask must look like. It has no attention bias, which the fast kernels on CUDA
-    don't take. Where cosines and sines depend on more than the position, or ``positions`` is None,
-    the rotation stays a node of its own and ``position_ids`` an input.
+    All layers or none, and none if one has a window or sinks. The graph then takes rows that begin
+    with their tokens: `right_padded` says what the attention mask must look like. It has no
+    attention bias, which the fast kernels on CUDA don't take. Where cosines and sines depend on
+    more than the position, or ``positions`` is None, the rotation stays a node of its own and
+    ``position_ids`` an input.
 
     Bound to one buffer, a cache input and its output may have any capacity. The operator continues
     a batch of several sequences by one token at a time only.
@@ -57,7 +58,7 @@ class RotaryGroupAttentionPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         layers = match_layers(model, _DTYPES)
-        if not layers:
+        if not layers or any(layer.window or layer.sinks is not None for layer in layers):
             return ir.passes.PassResult(model, modified=False)
         model.opset_imports.setdefault(MICROSOFT, 1)
         builder = _Builder(model, self._positions)

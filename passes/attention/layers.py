@@ -8,18 +8,22 @@ from typing import Any
 
 import onnx_ir as ir
 
+from alloc_moe.passes.attention.masks import split_sinks, window_of
 from alloc_moe.passes.base import DOMAIN
 
 PAST = "past_key_values."
 
 _HEAD_SIZE_MULTIPLE = 8  # GroupQueryAttention takes no other sizes
-_COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
 ROWS_TO_HEADS = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer's attention: new keys and values [batch, heads, sequence, size] and their cache."""
+    """One layer's attention: new keys and values [batch, heads, sequence, size] and their cache.
+
+    ``window`` is how many tokens each attends to, 0 for all; ``sinks`` are scores of no column, one
+    per head.
+    """
 
     node: ir.Node
     key: ir.Value
@@ -29,6 +33,8 @@ class AttentionLayer:
     heads: int
     kv_heads: int
     head_size: int
+    window: int
+    sinks: ir.TensorProtocol | None
 
 
 def match_layers(
@@ -36,7 +42,8 @@ def match_layers(
 ) -> Sequence[AttentionLayer]:
     """Return all attention layers if GroupQueryAttention can compute them all, else none.
 
-    It takes keys and values of one shape, and masks that hide nothing but later tokens and padding.
+    It takes keys and values of one shape, and masks that hide nothing but later tokens, padding and
+    what lies before a window.
 
     Args:
         model: Its Attention nodes are looked at.
@@ -53,13 +60,15 @@ def _match(node: ir.Node, dtypes: Collection[ir.DataType | None]) -> AttentionLa
     query, keys, values, mask = (*node.inputs, *[None] * 4)[:4]
     settings = {name: attribute.value for name, attribute in node.attributes.items()}
     plain = not (settings.get("softcap") or settings.get("is_causal")) and len(node.inputs) == 4
-    key, value = _cached(keys), _cached(values)
-    if not plain or key is None or value is None or not _is_causal(mask):
+    heads, size = heads_of(query)
+    mask, sinks = split_sinks(mask, heads)
+    key, value = (_cached(states, padded=sinks is not None) for states in (keys, values))
+    window = window_of(mask)
+    if not plain or key is None or value is None or window is None:
         return None
     past_key, new_key, past_value, new_value = (
         given for given in (*key.inputs, *value.inputs) if given is not None
     )
-    heads, size = heads_of(query)
     kv_heads, kv_size = heads_of(new_key)
     if (
         past_key.dtype not in dtypes
@@ -72,12 +81,15 @@ def _match(node: ir.Node, dtypes: Collection[ir.DataType | None]) -> AttentionLa
     present = (key.outputs[0], value.outputs[0])
     if not all(output.is_graph_output() for output in present):
         return None
-    past = (past_key, past_value)
-    return AttentionLayer(node, new_key, new_value, past, present, heads, kv_heads, size)
+    past, shape = (past_key, past_value), (heads, kv_heads, size)
+    return AttentionLayer(node, new_key, new_value, past, present, *shape, window, sinks)
 
 
-def _cached(value: ir.Value | None) -> ir.Node | None:
-    """Return the Concat of past and new, looking through the repetition of key/value heads."""
+def _cached(value: ir.Value | None, *, padded: bool) -> ir.Node | None:
+    """Return the Concat of past and new, looking through the repetition of key/value heads.
+
+    With `padded` it is followed by the column of the sinks.
+    """
     node = producer(value)
     if node is not None and node.op_type == "Reshape":
         expand = producer(node.inputs[0])
@@ -87,31 +99,16 @@ def _cached(value: ir.Value | None) -> ir.Node | None:
         if repeat.op_type != "Unsqueeze" or constant(repeat.inputs[1]) != [2]:
             return None
         node = producer(repeat.inputs[0])
+    if padded:
+        if node is None or node.op_type != "Pad":
+            return None
+        node = producer(node.inputs[0])
     if node is None or node.op_type != "Concat" or len(node.inputs) != 2:
         return None
     past = node.inputs[0]
     grows = node.attributes["axis"].as_int() in (-2, 2)
     named = past is not None and past.is_graph_input() and (past.name or "").startswith(PAST)
     return node if grows and named else None
-
-
-def _is_causal(mask: ir.Value | None) -> bool:
-    """Whether a mask comes of one comparison of positions and the attention mask.
-
-    A sliding window compares twice.
-    """
-    if mask is None:
-        return False
-    comparisons, seen, todo = [], set(), [mask]
-    while todo:
-        node = todo.pop().producer()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.op_type in _COMPARISONS:
-            comparisons.append(node.op_type)
-        todo += [value for value in node.inputs if value is not None]
-    return comparisons == ["LessOrEqual"]
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:

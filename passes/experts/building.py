@@ -12,6 +12,7 @@ from onnxscript import OnnxFunction
 
 from alloc_moe.passes.base import DOMAIN, MICROSOFT, add_function, add_initializer
 from alloc_moe.passes.experts import routing
+from alloc_moe.passes.experts.gate import swiglu
 from alloc_moe.passes.experts.quantize import DOWN_SCALES, GATE_UP_SCALES, expert_format
 from alloc_moe.passes.experts.router_order import is_ranked
 from alloc_moe.passes.linear.quantize import INT8_ACTIVATIONS
@@ -138,14 +139,6 @@ def cast(builder: Builder, value: ir.Value, like: ir.Value | None) -> ir.Value:
     return builder.op("Cast", [value], attributes={"to": int(like.dtype)})[0]
 
 
-_SWIGLU: Mapping[str, Attribute] = {
-    "activation_type": "swiglu",
-    "swiglu_fusion": 1,
-    "activation_alpha": 1.0,
-    "activation_beta": 0.0,
-}
-
-
 def moe(
     builder: Builder,
     node: ir.Node,
@@ -158,7 +151,7 @@ def moe(
     gate_up, gate_up_bias, down, down_bias = (*node.inputs[3:7], None)[:4]
     probabilities = cast(builder, probabilities, gate_up)
     # Weights go in as logarithms: normalised over the top k they come out as weights.
-    attributes = {"k": k, "normalize_routing_weights": 1, **_SWIGLU}
+    attributes = {"k": k, "normalize_routing_weights": 1, **swiglu(node)}
     inputs = [hidden, probabilities, gate_up, gate_up_bias, down, down_bias]
     return builder.op("MoE", inputs, MICROSOFT, attributes)[0]
 
@@ -183,7 +176,7 @@ def qmoe(
     attributes = {
         "k": k,
         "normalize_routing_weights": int(weights is None),
-        **_SWIGLU,
+        **swiglu(node),
         "expert_weight_bits": form.bits,
         "block_size": form.block,
         "weights_prepacked": 0,

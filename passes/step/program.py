@@ -89,6 +89,8 @@ def _program(model: ir.Model, allocation: Allocation, positions: int | None) -> 
     if any(node.op_type == "Attention" for node in model.graph):
         raise NotExpressibleError("its attention stays the standard operator")
     outputs = {value.name: value for value in model.graph.outputs}
+    if LOGITS not in outputs:
+        raise NotExpressibleError("it has no logits")
     walk = walk_graph(model, allocation)
     logits = walk.whole(outputs[LOGITS])
     dtype = _DTYPES.get(_activations(model) or ir.DataType.UNDEFINED)

@@ -7,7 +7,8 @@ from typing import Any
 from alloc_moe.runtime.errors import DeviceError
 
 try:
-    from cuda.bindings import driver, nvrtc
+    from cuda.bindings import driver as driver
+    from cuda.bindings import nvrtc as nvrtc
 except ImportError:  # the extra `cuda` has them
     driver = nvrtc = None
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from alloc_moe.runtime.cuda.bindings import call, driver
 from alloc_moe.runtime.cuda.compiling import compile_kernels
 from alloc_moe.runtime.cuda.cublas import Cublas, Gemm
-from alloc_moe.runtime.cuda.launches import Launch
+from alloc_moe.runtime.cuda.records import Launch
 from alloc_moe.runtime.errors import DeviceError
 
 
@@ -72,7 +72,8 @@ class Device:
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """Return host memory that the GPU copies from and to without a detour."""
         address = int(call(driver.cuMemAllocHost(max(size, 16))))
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+        host = (ctypes.c_uint8 * size).from_address(address)
+        return np.ctypeslib.as_array(host)
 
     def pinned_once(self, name: str, size: int) -> NDArray[np.uint8]:
         """Return pinned memory by a name, made anew only where more is wanted."""

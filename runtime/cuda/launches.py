@@ -8,13 +8,10 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from alloc_moe.runtime.cuda.records import Launch, Memory, Operation, Program, Shape
 from alloc_moe.runtime.cuda.routers import MOST_TOKENS, Routing, most_kept
-
-Program = Mapping[str, Any]
-Operation = Mapping[str, Any]
 
 _WARP = 32
 _ROUTE_WARPS, _ATTENTION_WARPS, _GATE_UP_WARPS, _DOWN_WARPS = 8, 8, 4, 8
@@ -27,63 +24,8 @@ _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 _NOWHERE = _pointer(0)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel: a C++ expression, its grid, threads per block, bytes of dynamic shared memory.
-
-    Arguments are ctypes values.
-    """
-
-    kernel: str
-    grid: tuple[int, int, int]
-    threads: int
-    shared: int
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Addresses on the device.
-
-    Args:
-        weight: Gives that of an initializer.
-        buffer: Gives that of so many bytes by a name, the same for the same name.
-        zeros: The same, of bytes that were set to zero.
-        router: Gives that of a route operation's constants.
-        keys: Of the cache, by layer: [tokens, heads, capacity, size].
-        values: The same.
-        ids: Token ids [tokens] int64.
-        lengths: Positions that each sequence has had [tokens] int32.
-        real: Whether each token is no padding [tokens] int32.
-    """
-
-    weight: Callable[[str], int]
-    buffer: Callable[[str, int], int]
-    zeros: Callable[[str, int], int]
-    router: Callable[[Operation], int]
-    keys: Mapping[int, int]
-    values: Mapping[int, int]
-    ids: int
-    lengths: int
-    real: int
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What launches depend on besides the program.
-
-    ``tokens`` sequences of one new token each, room for ``capacity`` positions of each, the GPU's
-    number of ``multiprocessors``, bytes of an ``element``.
-    """
-
-    tokens: int
-    capacity: int
-    multiprocessors: int
-    element: int
-
-
 def plan_launches(program: Program, memory: Memory, shape: Shape) -> list[Launch]:
-    """Return a step's launches in order. Logits are in the buffer ``logits`` [tokens, vocabulary]."""
+    """Return a step's launches in order; the buffer ``logits`` [tokens, vocabulary] has logits."""
     planner = _Planner(program, memory, shape)
     return [launch for op in program["ops"] for launch in planner.plan(op)]
 
@@ -118,7 +60,8 @@ class _Planner:
     def _embed(self, op: Operation) -> Iterable[Launch]:
         out, table = self._out(op, self._hidden), self._weight(op["weight"])
         ids, scale = _pointer(self._memory.ids), _float(op.get("scale") or 1.0)
-        kernel, arguments = f"embed<{self._hidden}>", (out, table, ids, scale)
+        kernel = f"embed<{self._hidden}>"
+        arguments: tuple[Any, ...] = (out, table, ids, scale)
         if block := op.get("format"):
             kernel = f"embed_blocks<{self._hidden}, {block['bits']}>"
             scales = (self._weight(block["scales"]), _int(block["block"]))
@@ -195,10 +138,7 @@ class _Planner:
         experts, norm, k = op["experts"], op.get("norm"), self._widths[op["x"]]
         padded = math.ceil(experts / _WARP) * _WARP
         normed, gate = op.get("normed"), self._shared.get(op["out"], {}).get("gate")
-        if normed and norm:
-            normed_rows = self._out({"out": normed}, k)
-        else:
-            normed_rows = _NOWHERE
+        normed_rows = self._out({"out": normed}, k) if normed and norm else _NOWHERE
         logits = MOST_TOKENS * padded * 4
         arguments = (
             self._routing(),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from alloc_moe.runtime.cuda.cublas import Gemm
-from alloc_moe.runtime.cuda.launches import Launch, Operation, Program, norm_arguments
+from alloc_moe.runtime.cuda.launches import norm_arguments
+from alloc_moe.runtime.cuda.records import Copy, Launch, Operation, Places, Program, Rows
 
 _WARP = 32
 _ATTENTION_WARPS, _ROUTE_WARPS = 8, 8
@@ -23,47 +23,7 @@ _POOLS = ("batch", "sequence")
 _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
 
-@dataclass(frozen=True)
-class Copy:
-    """Bytes from one place on the device to another."""
-
-    to: int
-    source: int
-    size: int
-
-
 Work = Launch | Gemm | Copy
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A call's tokens: ``sequences`` of up to ``width`` new ones each, right-padded.
-
-    Addresses on the device: ``ids`` [sequences, width] int64, ``lengths`` and ``counts``
-    [sequences] int32, which are the positions that each has had and its new ones; ``keys`` and
-    ``values`` by layer, [sequences, heads, capacity, size].
-    """
-
-    sequences: int
-    width: int
-    ids: int
-    lengths: int
-    counts: int
-    keys: Mapping[int, int]
-    values: Mapping[int, int]
-    capacity: int
-
-
-@dataclass(frozen=True)
-class Places:
-    """Addresses on the device, as in `launches.Memory`."""
-
-    weight: Callable[[str], int]
-    buffer: Callable[[str, int], int]
-    zeros: Callable[[str, int], int]
-    router: Callable[[Operation], int]
-    most_shared: int
-    """Bytes of shared memory that a block can have."""
 
 
 def obstacle(program: Program, *, redistribution: str) -> str | None:
@@ -99,6 +59,8 @@ class _Planner:
         self._hidden = int(program["hidden"])
         self._tile = _WIDE if places.most_shared >= _tile_bytes(*_WIDE) else _NARROW
         self._widths: dict[str, int] = {}
+        self._last_uses = last_uses(program)
+        self._places_of: dict[str, str] = {}  # of buffers that took another one's memory over
         self._routes = {op["out"]: op for op in program["ops"] if op["op"] == "route"}
         self._shared = {
             op["routing"]: op["shared"]
@@ -107,6 +69,7 @@ class _Planner:
         }
 
     def plan(self, op: Operation) -> Iterable[Work]:
+        """Yield the work of one operation; operations are given in order."""
         plans: dict[str, Callable[[Operation], Iterable[Work]]] = {
             "embed": self._embed,
             "linear": self._linear,
@@ -137,8 +100,16 @@ class _Planner:
         if norm := op.get("norm"):
             yield self._normalized(("normed", k), (x, pitch), norm, k)
             x, pitch = self._buffer("normed"), k
+        residual, weight = op.get("residual"), self._places.weight(op["weight"])
+        if residual is not None and self._last_uses[residual] is op:
+            self._places_of[op["out"]] = self._places_of.get(residual, residual)
+            residual, add = None, True
+        else:
+            add = residual is not None
         out = self._out(op["out"], n)
-        yield from self._product(out, (x, pitch), op["weight"], n, k, op.get("residual"))
+        if residual is not None:
+            yield Copy(out, self._buffer(residual), self._rows * n * 2)
+        yield Gemm(out, x, weight, self._rows, n, k, pitch, add=add)
         if bias := op.get("bias"):
             arguments = (_pointer(out), _pointer(self._places.weight(bias)), _int(n))
             yield self._elementwise("add_bias", n, (*arguments, _int(self._rows)))
@@ -149,7 +120,13 @@ class _Planner:
         last = self._out("last", k)
         source = _pointer(self._buffer(op["x"]))
         counts = _pointer(self._given.counts)
-        arguments = (_pointer(last), source, counts, _int(self._given.width), _int(k))
+        arguments: tuple[Any, ...] = (
+            _pointer(last),
+            source,
+            counts,
+            _int(self._given.width),
+            _int(k),
+        )
         yield Launch("last_rows", (sequences, 1, 1), 256, 0, arguments)
         if norm := op.get("norm"):
             yield self._normalized(("last_normed", k), (last, k), norm, k, rows=sequences)
@@ -159,21 +136,6 @@ class _Planner:
         if bias := op.get("bias"):
             arguments = (_pointer(out), _pointer(self._places.weight(bias)), _int(n))
             yield self._elementwise("add_bias", n, (*arguments, _int(sequences)))
-
-    def _product(
-        self,
-        out: int,
-        x: tuple[int, int],
-        weight: str,
-        n: int,
-        k: int,
-        residual: str | None = None,
-    ) -> Iterable[Work]:
-        if residual is not None:
-            yield Copy(out, self._buffer(residual), self._rows * n * 2)
-        address = self._places.weight(weight)
-        add = residual is not None
-        yield Gemm(out, x[0], address, self._rows, n, k, x[1], add=add)
 
     def _normalize(self, op: Operation) -> Iterable[Work]:
         size = op.get("size") or op["n"]
@@ -382,10 +344,26 @@ class _Planner:
         return self._buffer(name)
 
     def _buffer(self, name: str) -> int:
-        return self._raw(name, self._widths[name] * 2)
+        return self._raw(self._places_of.get(name, name), self._widths[name] * 2)
 
     def _raw(self, name: str, size: int) -> int:
         return self._places.buffer(f"rows.{name}", self._rows * size)
+
+
+def last_uses(program: Program) -> dict[str, Operation]:
+    """Return the operation that reads each buffer last."""
+    uses: dict[str, Operation] = {}
+    for op in program["ops"]:
+        parts = [part["buffer"] for part in (op.get(name) for name in "qkv") if is_part(part)]
+        for name in (*(op.get(key) for key in ("x", "y", "gate", "residual")), *parts):
+            if isinstance(name, str):
+                uses[name] = op
+    return uses
+
+
+def is_part(value: Any) -> bool:
+    """Whether a field of an operation is a part of a buffer, and not a number of elements."""
+    return isinstance(value, Mapping) and "buffer" in value
 
 
 def _tile_bytes(columns: int, stages: int) -> int:

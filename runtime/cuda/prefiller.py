@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from alloc_moe.runtime.cuda.cublas import Gemm
 from alloc_moe.runtime.cuda.device import Device
-from alloc_moe.runtime.cuda.launches import Launch
-from alloc_moe.runtime.cuda.prefill import Copy, Places, Rows, Work, plan_prefill
+from alloc_moe.runtime.cuda.prefill import Work, plan_prefill
+from alloc_moe.runtime.cuda.records import Copy, Launch, Places, Rows
 from alloc_moe.runtime.cuda.stepper import CacheMemory, Stepper
 
 _MOST_ROWS = 4096  # computed at once: their buffers take some 100 KiB a row
@@ -38,7 +38,7 @@ class Prefiller:
         cache: CacheMemory,
         *,
         price: float | None = None,
-    ) -> NDArray[np.generic]:
+    ) -> NDArray[Any]:
         """Return the logits of each sequence's last token, and append keys and values.
 
         Args:
@@ -52,7 +52,7 @@ class Prefiller:
         self._stepper.set_price(price)
         batch, width = ids.shape
         piece = max(1, min(width, _MOST_ROWS // batch))
-        logits: NDArray[np.generic] | None = None
+        logits: NDArray[Any] | None = None
         for start in range(0, width, piece):
             part = ids[:, start : start + piece]
             here = np.clip(counts - start, 0, part.shape[1])
@@ -68,7 +68,7 @@ class Prefiller:
         counts: NDArray[np.integer],
         lengths: NDArray[np.integer],
         cache: CacheMemory,
-    ) -> NDArray[np.generic]:
+    ) -> NDArray[Any]:
         batch, width = ids.shape
         rows = Rows(
             sequences=batch,

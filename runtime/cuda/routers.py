@@ -1,4 +1,4 @@
-"""What the kernels know of a router: the C structures `Router` and `Routing` of kernels/route.cu."""
+"""What the kernels know of a router: the C structures `Router`, `Routing` of kernels/route.cu."""
 
 from __future__ import annotations
 

@@ -12,14 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.cuda.device import Device
-from alloc_moe.runtime.cuda.launches import (
-    Launch,
-    Memory,
-    Operation,
-    Program,
-    Shape,
-    plan_launches,
-)
+from alloc_moe.runtime.cuda.launches import plan_launches
+from alloc_moe.runtime.cuda.records import Launch, Memory, Operation, Program, Shape
 from alloc_moe.runtime.cuda.routers import MOST_TOKENS, Router, router_of
 
 _MOST_GRAPHS = 8  # kept at a time; a graph takes some 100 KiB
@@ -71,7 +65,7 @@ class Stepper:
         self._constants: dict[str, int] = {}
         self._graphs: OrderedDict[tuple[int, CacheMemory], Any] = OrderedDict()
         self._host = device.pinned(ctypes.sizeof(_Inputs))
-        self._inputs = _Inputs.from_buffer(self._host)
+        self._inputs = _Inputs.from_buffer(self._host.data)
         self._given = device.allocate(ctypes.sizeof(_Inputs), zero=True)
         self._row = int(program["vocabulary"]) * self._element
         self._logits = device.pinned(MOST_TOKENS * self._row)
@@ -90,7 +84,7 @@ class Stepper:
         cache: CacheMemory,
         *,
         price: float | None = None,
-    ) -> NDArray[np.generic]:
+    ) -> NDArray[Any]:
         """Return the logits of one new token per sequence, and append its key and value.
 
         Args:
@@ -114,7 +108,7 @@ class Stepper:
         self._device.wait()
         return self.as_logits(self._logits[: batch * self._row], batch)
 
-    def as_logits(self, data: NDArray[np.uint8], batch: int) -> NDArray[np.generic]:
+    def as_logits(self, data: NDArray[np.uint8], batch: int) -> NDArray[Any]:
         """Return a copy of bytes as logits [batch, vocabulary]; bfloat16 as uint16."""
         kind = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
         return data.view(kind[self.program["dtype"]]).reshape(batch, -1).copy()

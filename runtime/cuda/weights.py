@@ -47,7 +47,7 @@ class Weights:
     def share(
         self, options: onnxruntime.SessionOptions, names: Iterable[str] | None = None
     ) -> None:
-        """Have a session use this memory instead of copies of its own, where it wants it on the GPU."""
+        """Have a session use this memory, not copies of its own, where it wants it on the GPU."""
         holder = onnxruntime.InferenceSession(_HOLDER, providers=["CPUExecutionProvider"])
         for name in self._addresses if names is None else names:
             initializer = self._initializers[name]

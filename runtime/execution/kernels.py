@@ -33,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _NAMES = frozenset(
-    "weight bias selection_bias sizes cos sin scales gate up gate_up gate_up_bias down down_bias "
-    "shared_gate".split()
+    {
+        *("weight", "bias", "selection_bias", "sizes", "cos", "sin", "scales"),
+        *("gate", "up", "gate_up", "gate_up_bias", "down", "down_bias", "shared_gate"),
+    }
 )
 
 
@@ -99,7 +101,7 @@ class OwnKernels:
             past = cache.real_tokens
             logits = self._prefiller.run(right.ids, new.sum(axis=1), past, memory, price=price)
         if logits.dtype == np.uint16:  # bfloat16
-            logits = (logits.astype(np.uint32) << 16).view(np.float32)
+            return (logits.astype(np.uint32) << 16).view(np.float32)[:, None]
         return logits[:, None]
 
     def share(self, options: onnxruntime.SessionOptions) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
 from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
-from alloc_moe.runtime.artifact.onnx_file import with_data_names, with_outputs
 from alloc_moe.runtime.artifact.plan import (
     LOGITS_TO_KEEP_INPUT,
     PADDING_KEY,
@@ -23,11 +21,12 @@ from alloc_moe.runtime.artifact.plan import (
     SHARED_CACHE_KEY,
     AllocationPlan,
 )
-from alloc_moe.runtime.execution.kernels import OwnKernels, open_kernels
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
-from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
+from alloc_moe.runtime.execution.cache import Cache, find_slots
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
+from alloc_moe.runtime.execution.kernels import OwnKernels
+from alloc_moe.runtime.execution.opening import check_io, own_kernels, session_model
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
 from alloc_moe.runtime.execution.providers import (
     CUDA,
@@ -38,10 +37,7 @@ from alloc_moe.runtime.execution.providers import (
     ort_message,
     quiet_run,
     session_options,
-    utf8_path,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class ArtifactSession:
     ) -> None:
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = {value.name: value for value in session.get_outputs()}
-        _check_io(set(inputs), set(outputs), path=files.graph)
+        check_io(set(inputs), set(outputs), path=files.graph)
         self.files = files
         self.device: Literal["cpu", "cuda"] = "cuda" if CUDA in session.get_providers() else "cpu"
         self.shares_cache = SHARED_CACHE_KEY in files.onnx.metadata
@@ -311,49 +307,15 @@ def open_session(
     """
     files = find_artifact(path)
     data = files.check_data()
-    model, folder = _model(files, data, counting=count_activations)
+    model, folder = session_model(files, data, counting=count_activations)
     options = session_options(
         threads=threads, stop_spinning=stop_spinning, data_folder=folder, more=more_options
     )
     kernels = None
     if capture and ep != "cpu" and not count_activations and cuda_obstacle() is None:
-        kernels = _own_kernels(files, data, options)
+        kernels = own_kernels(files, data, options)
     session = create_session(model, options, ep=ep, name=files.graph)
     return ArtifactSession(session, files, counting=count_activations, kernels=kernels)
-
-
-def _own_kernels(
-    files: ArtifactFiles, data: Mapping[str, Path], options: onnxruntime.SessionOptions
-) -> OwnKernels | None:
-    """Return what decodes on the GPU by itself; a session of these options has the same weights."""
-    if PADDING_KEY not in files.onnx.metadata:
-        return None
-    kernels = open_kernels(files, data)
-    if isinstance(kernels, str):
-        logger.info("onnxruntime decodes, without own kernels: %s.", kernels)
-        return None
-    kernels.share(options)
-    return kernels
-
-
-def _model(
-    files: ArtifactFiles, data: Mapping[str, Path], *, counting: bool
-) -> tuple[str | bytes, Path | None]:
-    """Return the graph's path, or its content where that must change and where its data are."""
-    graph = files.graph
-    in_place = all(path == graph.parent / name for name, path in data.items())
-    if in_place and not counting:
-        return utf8_path(graph), None
-    content = graph.read_bytes()
-    if counting:
-        content = with_outputs(content, counted_values(files))
-    # onnxruntime follows no link out of the folder that it is told, as those of the hub's cache.
-    real = {name: path.resolve() for name, path in data.items()}
-    folders = {path.parent for path in real.values()} or {graph.parent}
-    names = {name: path.name for name, path in real.items() if path.name != name}
-    if names and len(folders) == 1:
-        content = with_data_names(content, names)
-    return content, folders.pop() if len(folders) == 1 else graph.parent
 
 
 def check_price(session: ArtifactSession, price: float | None) -> None:
@@ -374,17 +336,3 @@ def _split(
 ) -> tuple[onnxruntime.OrtValue, Sequence[onnxruntime.OrtValue], Sequence[onnxruntime.OrtValue]]:
     """Return logits, router probabilities of the layers, cache."""
     return values[0], values[1 : 1 + counted], values[1 + counted :]
-
-
-def _check_io(inputs: set[str], outputs: set[str], *, path: Path) -> None:
-    """Raise ArtifactError unless the graph has the I/O of a causal language model."""
-    known = {"input_ids", "attention_mask", "position_ids"}
-    lacking = {"input_ids", "attention_mask", "logits"} - inputs - outputs
-    extra = {name for name in inputs if name not in known and not is_past(name)}
-    unpaired = {name for name in inputs if is_past(name) and present_name(name) not in outputs}
-    for problem, names in (("lacks", lacking), ("needs", extra), ("never updates", unpaired)):
-        if names:
-            raise ArtifactError(
-                f"{path} {problem} {', '.join(sorted(names))}, which this version can't handle. "
-                "Update alloc-moe, or compile the model again."
-            )

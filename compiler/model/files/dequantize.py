@@ -60,10 +60,16 @@ def undo_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         scales: uint8 [experts, outputs, groups]: exponents, 127 being one.
     """
     table = torch.tensor([*_FP4, *(-value for value in _FP4)])
-    pairs = torch.stack([table[(blocks & 15).int()], table[(blocks >> 4).int()]], dim=-1)
-    factors = undo_e8m0(scales).unsqueeze(-1)
-    values = pairs.reshape(*scales.shape, _MX_BLOCK).mul_(factors)
-    return values.flatten(-2).transpose(-1, -2).contiguous()
+    byte = torch.arange(256)
+    pairs = torch.stack([table[byte & 15], table[byte >> 4]], dim=-1)  # of each byte
+    experts, outputs, groups, _ = blocks.shape
+    values = torch.empty(experts, groups * _MX_BLOCK, outputs)
+    for expert in range(experts):  # indices of all of them would take four times as much memory
+        found = torch.nn.functional.embedding(blocks[expert].int(), pairs)
+        scaled = found.reshape(outputs, groups, _MX_BLOCK)
+        scaled.mul_(undo_e8m0(scales[expert]).unsqueeze(-1))
+        values[expert] = scaled.flatten(-2).T
+    return values
 
 
 def undo_e8m0(exponents: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from alloc_moe.passes.base import DOWN, DOWN_BIAS, GATE_UP, GATE_UP_BIAS
+from alloc_moe.passes.experts.gate import is_silu
 from alloc_moe.passes.experts.quantize import DOWN_SCALES, GATE_UP_SCALES, expert_format
 from alloc_moe.passes.step.matching import (
     NotExpressibleError,
@@ -25,6 +26,8 @@ from alloc_moe.passes.step.state import Results, Walk
 def visit(walk: Walk, node: ir.Node) -> Results:
     """Write down a route, and the experts it leads to."""
     x = walk.whole(node.inputs[0])
+    if not is_silu(node):
+        raise NotExpressibleError("its experts' gate is no plain SiLU")
     matched = match_router(node)
     layer = node.attributes["layer"].as_int()
     routing = walk.buffer(0, ROUTED)

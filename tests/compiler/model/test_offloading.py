@@ -31,7 +31,6 @@ from alloc_moe.compiler.verify.expected import clear_references
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.console import Console
 
-FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2"]
 CALIBRATION = CalibrationSet(
     ids=np.random.default_rng(0).integers(0, 256, (5, 24)),
     sha256="0123456789abcdef",
@@ -71,14 +70,13 @@ def layer_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return reads
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_same(
-    moe_model: Models, offloaded: Models, family: str, token_ids: NDArray[np.int64]
+    moe_model: Models, offloaded: Models, any_family: str, token_ids: NDArray[np.int64]
 ) -> None:
     ids = torch.from_numpy(token_ids[:2])
     with torch.no_grad():
         expected, actual = (
-            model(family).model(input_ids=ids).logits for model in (moe_model, offloaded)
+            model(any_family).model(input_ids=ids).logits for model in (moe_model, offloaded)
         )
     assert torch.equal(actual, expected)
 
@@ -98,8 +96,11 @@ def test_configurations_of_generation_are_the_same(moe_model: Models, offloaded:
 @pytest.mark.parametrize(
     ("family", "metric"),
     [
-        *((family, "fisher") for family in FAMILIES),
-        *((family, "output") for family in ("olmoe", "deepseek_v2")),
+        *(
+            (family, metric)
+            for family in ("olmoe", "deepseek_v2")
+            for metric in ("fisher", "output")
+        ),
         *(("qwen2_moe", metric) for metric in ("kl", "ppl-suffix", "data-free")),
     ],
 )
@@ -166,7 +167,6 @@ def test_plans_and_corrections_are_the_same(
             np.testing.assert_array_equal(ours.scale, theirs.scale)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("redistribution", ["batch", "sequence"])
 def test_the_reference_of_verification_is_the_same(
     moe_model: Models,

@@ -14,8 +14,6 @@ from alloc_moe.compiler.model.reader import CheckpointReader
 
 Models = Callable[[str], MoeModel]
 
-FAMILIES = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2"]
-
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Change the tensors of a checkpoint in one file."""
@@ -31,9 +29,8 @@ def assert_reads_all(reader: CheckpointReader, expected: torch.nn.Module) -> Non
         assert torch.equal(read, tensor), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_equals_that_of_the_loaded_model(moe_model: Models, family: str) -> None:
-    moe = moe_model(family)
+def test_every_weight_equals_that_of_the_loaded_model(moe_model: Models, any_family: str) -> None:
+    moe = moe_model(any_family)
     assert_reads_all(moe.checkpoint.reader, moe.model)
 
 

@@ -30,7 +30,6 @@ from alloc_moe.compiler.reference.policies import LayerParameters
 
 Models = Callable[[str], MoeModel]
 
-FAMILIES = ["olmoe", "qwen2_moe", "deepseek_v2", "mixtral"]
 COMMON = ["price", "top-p", "ratio"]
 
 
@@ -72,7 +71,6 @@ def executed(
 
 
 @pytest.mark.parametrize("redistribution", SCORED)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_thresholds_per_layer_keep_what_was_asked(
     moe_model: Models, ids: torch.Tensor, family: str, redistribution: Redistribution
 ) -> None:
@@ -86,7 +84,6 @@ def test_thresholds_per_layer_keep_what_was_asked(
 
 
 @pytest.mark.parametrize("redistribution", COMMON)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_one_threshold_for_all_layers_keeps_what_was_asked(
     moe_model: Models, ids: torch.Tensor, family: str, redistribution: Redistribution
 ) -> None:
@@ -167,7 +164,6 @@ def test_equal_scores_never_exceed_the_target(
         assert found.activations <= 7.5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_dial_runs_from_all_experts_to_one_per_layer(
     moe_model: Models, ids: torch.Tensor, family: str
 ) -> None:

@@ -24,16 +24,16 @@ from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.runtime.execution.session import open_session
 
 TINY_MOE = Path(__file__).parents[3] / "examples" / "tiny-moe"
-FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_routers_stay_floats(moe_model: Callable[[str], MoeModel], family: str) -> None:
-    moe = moe_model(family)
+def test_routers_stay_floats(moe_model: Callable[[str], MoeModel], any_family: str) -> None:
+    moe = moe_model(any_family)
     chosen = choose_formats(moe.checkpoint, "int4")
     assert not [name for name in chosen.weights if "gate.weight" in name]
     assert any("o_proj" in name for name in chosen.weights)
-    assert chosen.experts == (BlockFormat(4, 32 if family != "mixtral" else 64),) * len(moe.layers)
+    assert chosen.experts == (BlockFormat(4, 32 if any_family != "mixtral" else 64),) * len(
+        moe.layers
+    )
 
 
 def test_embeddings_take_eight_bits_and_the_head_those_of_the_type(

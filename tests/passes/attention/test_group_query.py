@@ -40,15 +40,26 @@ _MASK = """
   blind = Less(count, half)
 """
 _WINDOW = """
-  near = Sub(queries1, one)
+  near = Sub(queries1, {window})
   recent = Greater(keys, near)
   seen = And(visible, recent)
 """
+_SINKS = """
+  mask_rows = Shape<start=0, end=3>(mask)
+  head_rows = Mul(mask_rows, by_heads)
+  mask_shape = Concat<axis=0>(head_rows, total)
+  masks = Expand(mask, mask_shape)
+  column_shape = Concat<axis=0>(head_rows, axis1)
+  column = Expand(sinks, column_shape)
+  one_more_column = Add(total, axis1)
+  mask_and_sinks = Concat<axis=-1>(masks, column)
+"""
+_PADDED = "  {kind}_padded{n} = Pad(present__{n}__{kind}, one_more)"
 _REPEAT = """
   {kind}_5d{n} = Unsqueeze(present__{n}__{kind}, axis2)
-  {kind}_sizes{n} = Concat<axis=0>(batch, kv_heads, groups, total, size)
+  {kind}_sizes{n} = Concat<axis=0>(batch, kv_heads, groups, {columns}, size)
   {kind}_repeated{n} = Expand({kind}_5d{n}, {kind}_sizes{n})
-  {kind}_merged{n} = Concat<axis=0>(batch, heads, total, size)
+  {kind}_merged{n} = Concat<axis=0>(batch, heads, {columns}, size)
   {kind}_all{n} = Reshape({kind}_repeated{n}, {kind}_merged{n})
 """
 _LAYER = """
@@ -63,7 +74,7 @@ _LAYER = """
   present__{n}__key = Concat<axis=-2>(past_key_values__{n}__key, k_turned{n})
   present__{n}__value = Concat<axis=-2>(past_key_values__{n}__value, v_heads{n})
   {repeats}
-  attended{n} = Attention<scale=0.2, is_causal=0, softcap={softcap}>(q_turned{n}, {k}, {v}, mask)
+  attended{n} = Attention<scale=0.2, is_causal=0, softcap={softcap}>(q_turned{n}, {k}, {v}, {mask})
   some{n} = Where(blind, zeros, attended{n})
   rows{n} = Transpose<perm=[0, 2, 1, 3]>(some{n})
   output{n} = Reshape(rows{n}, merge_heads)
@@ -75,24 +86,27 @@ def attention(
     kv_heads: int = 4,
     size: int = SIZE,
     value_size: int | None = None,
-    window: bool = False,
+    window: str = "",
+    sinks: bool = False,
     softcap: float = 0.0,
     type_: str = "float",
 ) -> ir.Model:
     """Return two layers as they are exported; the second's queries are the first's output."""
-    layers = ""
+    layers, columns = "", "one_more_column" if sinks else "total"
     for n, query in enumerate(("query", "output0")):
         repeated = kv_heads < HEADS
+        made = "{kind}_padded{n}" if sinks else "present__{n}__{kind}"
+        shapes = [_PADDED, _REPEAT.replace("present__{n}__{kind}", made)]
+        steps = "".join(shapes[not sinks : 1 + repeated])
         layers += _LAYER.format(
             n=n,
             query=query,
             kv=kv_heads,
             softcap=softcap,
-            repeats=_REPEAT.format(n=n, kind="key") + _REPEAT.format(n=n, kind="value")
-            if repeated
-            else "",
-            k=f"key_all{n}" if repeated else f"present__{n}__key",
-            v=f"value_all{n}" if repeated else f"present__{n}__value",
+            repeats="".join(steps.format(n=n, kind=k, columns=columns) for k in ("key", "value")),
+            k=f"key_all{n}" if repeated else made.format(n=n, kind="key"),
+            v=f"value_all{n}" if repeated else made.format(n=n, kind="value"),
+            mask="mask_and_sinks" if sinks else "mask",
         )
     sizes = {"key": size, "value": value_size or size}
     slots = [(n, kind) for n in range(2) for kind in sizes]
@@ -117,12 +131,14 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, {inputs}, {past})
 <int64 zero = {{0}}, int64 one = {{1}}, int64[1] axis1 = {{1}}, int64[1] axis2 = {{2}},
  int64[2] axes12 = {{1, 2}}, int64[1] axis_last = {{-1}}, float least = {{-3.4e38}},
  float half = {{0.5}}, {type_} zeros = {{0}}, int64[1] kv_heads = {{{kv_heads}}},
+ int64 two = {{2}}, int64[3] by_heads = {{1, {HEADS}, 1}},
+ float[1, {HEADS}, 1, 1] sinks = {{0.5, -1, 2, 0}}, int64[8] one_more = {{0, 0, 0, 0, 0, 0, 1, 0}},
  int64[1] heads = {{{HEADS}}}, int64[1] groups = {{{HEADS // kv_heads}}},
- int64[1] size = {{{size}}},
- int64[4] split_heads = {{0, 0, {HEADS}, {size}}}, int64[3] merge_heads = {{0, 0, -1}},
- int64[4] split_kv_heads = {{0, 0, {kv_heads}, -1}}>
+ int64[1] size = {{{size}}}, int64[4] split_heads = {{0, 0, {HEADS}, {size}}},
+ int64[3] merge_heads = {{0, 0, -1}}, int64[4] split_kv_heads = {{0, 0, {kv_heads}, -1}}>
 {{
-  {_MASK.format(window=_WINDOW if window else "seen = Identity(visible)")}
+  {_MASK.format(window=_WINDOW.format(window=window) if window else "seen = Identity(visible)")}
+  {_SINKS if sinks else ""}
   {layers}
 }}
 """
@@ -136,7 +152,7 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, {inputs}, {past})
         if (role := (value.name or "").rstrip("01")) in heads:
             last = sizes["value"] if role in ("v_heads", "attended") else size
             value.shape = ir.Shape(["b", heads[role], "s", last])
-        if role in ("output",):
+        if role == "output":
             value.shape = ir.Shape(["b", "s", HEADS * sizes["value"]])
     return model
 
@@ -175,16 +191,18 @@ CALLS = {
     "continuation": ([[0, 1, 1, 1, 1, 1]], 3),
     "decode": (PREFILL, 4),
 }
+FEATURES = [{}, {"window": "two"}, {"sinks": True}, {"window": "one", "sinks": True}]
 
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("features", FEATURES, ids=str)
 def test_real_tokens_get_what_they_got(
-    run: Run, rng: np.random.Generator, kv_heads: int, name: str
+    run: Run, rng: np.random.Generator, features: dict[str, Any], kv_heads: int, name: str
 ) -> None:
     mask, past = CALLS[name]
     inputs = call(rng, mask, past=past, kv_heads=kv_heads)
-    model = attention(kv_heads=kv_heads)
+    model = attention(kv_heads=kv_heads, **features)
     before = run(model, inputs)
     assert GroupAttentionPass()(model).modified
     after = run(model, inputs)
@@ -202,6 +220,15 @@ def test_another_key_makes_a_difference(run: Run, rng: np.random.Generator) -> N
     before = run(model, inputs)[0]
     inputs["past_key_values.1.key"][1, 0, 2, 3] += 0.1
     assert np.abs(run(model, inputs)[0] - before).max() > 1e-4
+
+
+def test_windows_and_sinks_are_the_operators_own() -> None:
+    model = attention(window="two", sinks=True)
+    GroupAttentionPass()(model)
+    for node in group_attention(model):
+        assert node.attributes["local_window_size"].as_int() == 2
+        sinks = ir.convenience.get_const_tensor(node.inputs[11])
+        assert sinks.numpy().tolist() == [0.5, -1, 2, 0]
 
 
 def test_the_graph_is_the_operator_and_what_all_layers_share() -> None:
@@ -275,7 +302,7 @@ def test_a_second_run_changes_nothing() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"window": True},
+        {"window": "past0"},  # no constant
         {"softcap": 30.0},
         {"value_size": 8},
         {"size": 12},

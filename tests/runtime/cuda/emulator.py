@@ -1,4 +1,4 @@
-"""Runs kernel launches on the CPU: the same CUDA source, compiled as C++, one thread after another."""
+"""Runs kernel launches on the CPU: the same CUDA source, as C++, one thread after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.cuda.cublas import Gemm
-from alloc_moe.runtime.cuda.launches import Launch
+from alloc_moe.runtime.cuda.records import Launch
 from alloc_moe.runtime.cuda.sources import FOLDER, SOURCES, TYPES
 
 HERE = Path(__file__).parent

@@ -40,7 +40,7 @@ def opened(
 def _decode(
     session: ArtifactSession, kernels: OwnKernels | None, price: float | None
 ) -> list[NDArray[np.floating]]:
-    """Return the logits of a left-padded prompt and of steps after it; row 0 ends before the last."""
+    """Return logits of a left-padded prompt and of steps after it; row 0 ends before the last."""
     session._kernels = kernels
     random = np.random.default_rng(0)
     mask = np.ones((3, 9), np.int64)

@@ -71,3 +71,20 @@ def quantize_fp8(
     sides = None if block is None else list(block)
     configure(folder, quantization_config={**FP8, "weight_block_size": sides})
     return exact
+
+
+def store_mxfp4(folder: Path) -> None:
+    """Give a gpt-oss the random experts of a published one, whose scales suit its width."""
+    random = torch.Generator().manual_seed(0)
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
+            for stem in (name, name.replace("gate_up", "down")):
+                experts, inputs, outputs = tensors.pop(stem).shape
+                shape = (experts, outputs, inputs // 32, 16)
+                byte = torch.randint(256, shape, generator=random, dtype=torch.uint8)
+                scale = torch.randint(121, 124, shape[:3], generator=random, dtype=torch.uint8)
+                tensors |= {f"{stem}_blocks": byte, f"{stem}_scales": scale}
+
+    change(folder, edit)
+    configure(folder, quantization_config={"quant_method": "mxfp4"})

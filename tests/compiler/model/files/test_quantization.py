@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from alloc_moe.compiler import compile
 from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError, VerificationError
 from alloc_moe.compiler.model.checks import second_reading
 from alloc_moe.compiler.model.files import stored
@@ -133,6 +134,24 @@ def test_mxfp4_experts_are_those_that_transformers_dequantises(tmp_path: Path) -
             expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
         assert torch.equal(reader.read(name, torch.float32), expected), name
     assert reader.unread == []
+
+
+@pytest.mark.slow
+def test_an_mxfp4_checkpoint_compiles_layer_by_layer(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("gpt_oss"), tmp_path / "gpt_oss"))
+    quantized.store_mxfp4(folder)
+    made = compile(
+        folder,
+        budget=0.5,
+        output=tmp_path / "out.onnx",
+        dtype="int4",
+        offload="always",
+        tokens=256,
+    )
+    assert made.plan.verify["max_abs_logit_error"] < 1e-3
+    assert made.plan.quantization["dtype"] == "int4"
 
 
 def test_mxfp4_values_by_hand() -> None:
