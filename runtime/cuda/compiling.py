@@ -10,9 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from alloc_moe.runtime.cuda.bindings import call, nvrtc
-from alloc_moe.runtime.cuda.sources import FOLDER, SOURCES, TYPES
 from alloc_moe.runtime.errors import DeviceError
 
+FOLDER = Path(__file__).parent / "kernels"
+SOURCES = ("linear.cu", "attention.cu", "experts.cu", "rows.cu", "flash.cu", "grouped.cu")
+TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+"""What TYPE is in the sources, by the data type of activations."""
 _CACHE = "ALLOC_MOE_CACHE"
 
 

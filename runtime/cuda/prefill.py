@@ -18,32 +18,11 @@ _WIDE, _NARROW = (256, 4), (128, 3)  # columns and stages of its tiles
 _QUERIES, _POSITIONS = 64, 64  # of kernels/flash.cu
 _PAD_BYTES = 64
 _FLOAT, _INT = 4, 4
-_POOLS = ("batch", "sequence")
 
 _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
 
 Work = Launch | Gemm | Copy
-
-
-def obstacle(program: Program, *, redistribution: str) -> str | None:
-    """Return why a program's calls of many tokens can't be computed so, None if they can."""
-    if program["dtype"] == "float32":
-        return "float32"
-    if redistribution in _POOLS:
-        return f"redistribution {redistribution}"
-    for op in program["ops"]:
-        shared = op.get("shared") or {}
-        formats = [op.get("format"), shared.get("format")]
-        if any(formats) and any(
-            format_ for given in formats if given for format_ in given.values()
-        ):
-            return "quantised weights"
-        if op["op"] == "route" and (op["keep"].get("quota") is not None or op.get("bias")):
-            return "a cap or a biased router"
-        if op["op"] == "attention" and op["size"] % 16:
-            return "a head size that is no multiple of 16"
-    return None
 
 
 def plan_prefill(program: Program, places: Places, rows: Rows) -> list[Work]:
@@ -100,7 +79,8 @@ class _Planner:
         if norm := op.get("norm"):
             yield self._normalized(("normed", k), (x, pitch), norm, k)
             x, pitch = self._buffer("normed"), k
-        residual, weight = op.get("residual"), self._places.weight(op["weight"])
+        residual: str | None = op.get("residual")
+        weight = self._places.weight(op["weight"])
         if residual is not None and self._last_uses[residual] is op:
             self._places_of[op["out"]] = self._places_of.get(residual, residual)
             residual, add = None, True

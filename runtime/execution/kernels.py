@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
 from alloc_moe.runtime.artifact.tensors import read_initializers
 from alloc_moe.runtime.cuda import bindings
 from alloc_moe.runtime.cuda.device import Device
-from alloc_moe.runtime.cuda.prefill import obstacle
 from alloc_moe.runtime.cuda.prefiller import Prefiller
-from alloc_moe.runtime.cuda.routers import MOST_CANDIDATES, MOST_EXPERTS
 from alloc_moe.runtime.cuda.stepper import CacheMemory, Stepper
 from alloc_moe.runtime.cuda.weights import Weights
 from alloc_moe.runtime.errors import DeviceError
 from alloc_moe.runtime.execution.padding import pad_right
+from alloc_moe.runtime.execution.programs import (
+    check_program,
+    prefill_obstacle,
+    step_program,
+    weight_names,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -30,14 +32,6 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.execution.cache import Cache
 
 logger = logging.getLogger(__name__)
-
-_FORMAT = 1
-_NAMES = frozenset(
-    {
-        *("weight", "bias", "selection_bias", "sizes", "cos", "sin", "scales"),
-        *("gate", "up", "gate_up", "gate_up_bias", "down", "down_bias", "shared_gate"),
-    }
-)
 
 
 class OwnKernels:
@@ -53,12 +47,13 @@ class OwnKernels:
         if device.capability < bindings.LEAST_CAPABILITY:
             raise DeviceError(f"the GPU's compute capability is {device.capability}, below 8.0")
         initializers = read_initializers(files.graph, data, set(weight_names(program)))
+        check_program(program, initializers)
         self._weights = Weights(device, initializers)
         self.stepper = Stepper(
             device, program, weights=self._weights.address, floats=self._weights.floats
         )
         self._prefiller = Prefiller(device, self.stepper)
-        self.prefill_obstacle = obstacle(program, redistribution=files.plan.redistribution)
+        self.prefill_obstacle = prefill_obstacle(program, redistribution=files.plan.redistribution)
         """Why onnxruntime computes prompts, None if own kernels do."""
 
     def takes(
@@ -107,36 +102,6 @@ class OwnKernels:
     def share(self, options: onnxruntime.SessionOptions) -> None:
         """Have a session use the same weights."""
         self._weights.share(options)
-
-
-def step_program(metadata: Mapping[str, str]) -> Mapping[str, Any] | str:
-    """Return an artifact's step program, or why it can't be run."""
-    text = metadata.get(STEP_KEY)
-    if text is None:
-        return metadata.get(NO_STEP_KEY, "the artifact was compiled without a step program")
-    program: Mapping[str, Any] = json.loads(text)
-    if program.get("format") != _FORMAT:
-        return f"its step program is of format {program.get('format')}, which isn't known here"
-    for op in program["ops"]:
-        if op["op"] == "route" and (op["experts"] > MOST_EXPERTS or op["top_k"] > MOST_CANDIDATES):
-            return (
-                f"a router chooses {op['top_k']} of {op['experts']} experts, more than is handled"
-            )
-    return program
-
-
-def weight_names(value: Any, key: str = "") -> Iterator[str]:
-    """Yield the initializers that a step program names."""
-    if isinstance(value, Mapping):
-        if value.get("op") == "scale_rows":  # whose gate is a buffer
-            return
-        for name, inner in value.items():
-            yield from weight_names(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from weight_names(inner, key)
-    elif isinstance(value, str) and key in _NAMES:
-        yield value
 
 
 def open_kernels(files: ArtifactFiles, data: Mapping[str, Path]) -> OwnKernels | str:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.cuda.compiling import FOLDER, SOURCES, TYPES
 from alloc_moe.runtime.cuda.cublas import Gemm
 from alloc_moe.runtime.cuda.records import Launch
-from alloc_moe.runtime.cuda.sources import FOLDER, SOURCES, TYPES
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")

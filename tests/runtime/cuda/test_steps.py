@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.execution.kernels import OwnKernels, step_program
+from alloc_moe.runtime.execution.kernels import OwnKernels
+from alloc_moe.runtime.execution.programs import step_program
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
