@@ -30,13 +30,7 @@ FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe"]
 # Biased projections, norms of each head, half of a head rotated, a first dense layer, a router with
 # sigmoid scores and a bias for the choice alone, a shared expert without a gate.
 GLM4_MOE: dict[str, Any] = {
-    "model_type": "glm4_moe",
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
     "num_hidden_layers": 3,
-    "num_key_value_heads": 2,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 4,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
     "n_group": 4,
@@ -45,8 +39,6 @@ GLM4_MOE: dict[str, Any] = {
     "norm_topk_prob": True,
     "head_dim": 32,
     "partial_rotary_factor": 0.5,
-    "use_qk_norm": True,
-    "attention_bias": True,
 }
 PROMPTS = ([5, 9, 2, 7], [3, 8])
 STEPS = ([11, 4], [6, 1], [12, 12])
@@ -67,7 +59,8 @@ def models(moe_model: Models, tmp_path_factory: pytest.TempPathFactory) -> Model
         assert spec.loader is not None
         small = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(small)
-        return load_model(str(small.save_checkpoint(tmp_path_factory.mktemp("glm"), GLM4_MOE)))
+        settings = {**small.FAMILIES["glm4_moe"], **GLM4_MOE}
+        return load_model(str(small.save_checkpoint(tmp_path_factory.mktemp("glm"), settings)))
 
     return lambda family: glm() if family == "glm4_moe" else moe_model(family)
 
@@ -207,13 +200,27 @@ def test_nothing_is_a_launch_of_its_own_that_could_join_another(
     )
 
 
-def test_latent_attention_is_said_to_have_no_program(
-    graphs: Callable[..., ir.Model], models: Models
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
+def test_latent_attention_windows_and_sinks_are_said_to_have_no_program(
+    graphs: Callable[..., ir.Model], models: Models, family: str
 ) -> None:
-    model = specialized(graphs("deepseek_v2"), allocated(models("deepseek_v2")))
+    model = specialized(graphs(family), allocated(models(family)))
     assert "alloc_moe.step" not in model.metadata_props
     reason = model.metadata_props["alloc_moe.no_step"]
     assert reason == "its attention stays the standard operator"
+
+
+@pytest.mark.parametrize("changed", [{"alpha": 1.702}, {"beta": 1.0}, {"limit": 7.0}], ids=str)
+def test_another_gate_than_silu_is_said_to_have_no_program(
+    graphs: Callable[..., ir.Model], models: Models, changed: dict[str, float]
+) -> None:
+    graph = graphs("olmoe").clone()
+    node = next(node for node in graph.graph if node.op_type == "RoutedExperts")
+    for name, value in changed.items():
+        node.attributes[name] = ir.AttrFloat32(name, value)
+    model = specialized(graph, allocated(models("olmoe")))
+    assert "alloc_moe.step" not in model.metadata_props
+    assert model.metadata_props["alloc_moe.no_step"] == "its experts' gate is no plain SiLU"
 
 
 @pytest.mark.parametrize(
