@@ -15,11 +15,7 @@ from alloc_moe.runtime.execution.programs import step_program
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
-CASES = [
-    ("tiny-moe", "float32", ["--redistribute", "price"]),
-    ("tiny-moe", "float16", ["--redistribute", "batch"]),
-    ("tiny-qwen3-moe", "float16", ["--redistribute", "none"]),
-]
+CASES = [("tiny-moe", "float32", "price"), ("tiny-qwen3-moe", "float16", "none")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -30,8 +26,7 @@ def opened(
     emulator: ModuleType,
 ) -> tuple[ArtifactSession, OwnKernels]:
     """Return a session on the CPU and what emulates its kernels."""
-    name, dtype, options = request.param
-    session = open_session(compiled_for_cuda(name, dtype, *options), ep="cpu")
+    session = open_session(compiled_for_cuda(*request.param), ep="cpu")
     program = step_program(session.files.onnx.metadata)
     assert not isinstance(program, str), program
     device = emulator.EmulatedDevice(tmp_path_factory.mktemp("kernels"))
@@ -73,3 +68,14 @@ def test_steps_give_the_graphs_logits(opened: tuple[ArtifactSession, OwnKernels]
         assert other.dtype == one.dtype
         assert np.abs(one[rows].astype(float) - other[rows]).max() < TOLERANCE[dtype]
     assert np.abs(actual[1][0] - actual[2][0]).max() > 0.1, "all steps are alike"
+
+
+def test_prompts_of_half_precision_run_by_own_kernels(
+    opened: tuple[ArtifactSession, OwnKernels],
+) -> None:
+    _, kernels = opened
+    prompt = np.zeros((2, 5), np.int64), np.ones((2, 5), np.int64)
+    half = kernels.stepper.program["dtype"] == "float16"
+    assert kernels.takes(*prompt, 1) is half
+    assert not kernels.takes(*prompt, None), "logits of all tokens"
+    assert not kernels.takes(np.zeros((17, 1), np.int64), np.ones((17, 1), np.int64), 1)
