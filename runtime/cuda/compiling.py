@@ -36,13 +36,7 @@ def compile_kernels(
         DeviceError: NVRTC can't compile them.
     """
     wanted = sorted(set(kernels))
-    # Hopper's products of warp groups are for that very architecture.
-    target = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
-    options = [f"-DTYPE={TYPES[dtype]}", f"--gpu-architecture={target}"]
-    options += ["-std=c++17", "-default-device"]
-    sources = {path.name: path.read_text() for path in sorted(FOLDER.iterdir()) if path.is_file()}
-    version = call(nvrtc.nvrtcVersion())
-    key = hashlib.sha256(json.dumps([wanted, options, sources, version]).encode()).hexdigest()
+    key, options, sources = _key(wanted, dtype, capability)
     folder = _cache_folder()
     kept = _read(folder, key)
     if kept is not None:
@@ -50,6 +44,26 @@ def compile_kernels(
     cubin, names = _compile(wanted, options, sources)
     _write(folder, key, cubin, names)
     return cubin, names
+
+
+def is_kept(kernels: Iterable[str], *, dtype: str, capability: tuple[int, int]) -> bool:
+    """Whether `compile_kernels` finds them on disk."""
+    key, _, _ = _key(sorted(set(kernels)), dtype, capability)
+    return _read(_cache_folder(), key) is not None
+
+
+def _key(
+    wanted: list[str], dtype: str, capability: tuple[int, int]
+) -> tuple[str, list[str], dict[str, str]]:
+    """Return what identifies the result, the options, and the sources by name."""
+    # Hopper's products of warp groups are for that very architecture.
+    target = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
+    options = [f"-DTYPE={TYPES[dtype]}", f"--gpu-architecture={target}"]
+    options += ["-std=c++17", "-default-device"]
+    sources = {path.name: path.read_text() for path in sorted(FOLDER.iterdir()) if path.is_file()}
+    version = call(nvrtc.nvrtcVersion())
+    content = json.dumps([wanted, options, sources, version])
+    return hashlib.sha256(content.encode()).hexdigest(), options, sources
 
 
 def _compile(

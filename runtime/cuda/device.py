@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.cuda.bindings import call, driver
-from alloc_moe.runtime.cuda.compiling import compile_kernels
+from alloc_moe.runtime.cuda.compiling import compile_kernels, is_kept
 from alloc_moe.runtime.cuda.cublas import Cublas, Gemm
 from alloc_moe.runtime.cuda.records import Launch
 from alloc_moe.runtime.errors import DeviceError
+
+logger = logging.getLogger(__name__)
 
 
 class Device:
@@ -28,6 +32,9 @@ class Device:
         self._functions: dict[str, Any] = {}
         self._overlaps = self.capability >= (9, 0)
         self._memory: list[int] = []
+        self._host_memory: list[int] = []
+        end = weakref.finalize(self, _release, self._context, self._memory, self._host_memory)
+        end.atexit = False  # the driver does it then
         self._pinned: dict[str, NDArray[np.uint8]] = {}
         self._cublas: Cublas | None = None
 
@@ -57,7 +64,7 @@ class Device:
         return int(call(driver.cuDeviceGetAttribute(attribute, self._device)))
 
     def allocate(self, size: int, *, zero: bool = False) -> int:
-        """Return the address of `size` bytes, kept until `close`."""
+        """Return the address of `size` bytes, kept as long as this object is."""
         address = int(call(driver.cuMemAlloc(max(size, 16))))
         self._memory.append(address)
         if zero:
@@ -72,6 +79,7 @@ class Device:
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """Return host memory that the GPU copies from and to without a detour."""
         address = int(call(driver.cuMemAllocHost(max(size, 16))))
+        self._host_memory.append(address)
         host = (ctypes.c_uint8 * size).from_address(address)
         return np.ctypeslib.as_array(host)
 
@@ -91,6 +99,8 @@ class Device:
         wanted = sorted(set(kernels) - set(self._functions))
         if not wanted:
             return
+        if not is_kept(wanted, dtype=dtype, capability=self.capability):
+            logger.info("Compiling %d kernels for this GPU; later they are on disk.", len(wanted))
         cubin, names = compile_kernels(wanted, dtype=dtype, capability=self.capability)
         module = call(driver.cuModuleLoadData(cubin))
         for kernel in wanted:
@@ -181,3 +191,14 @@ class Device:
     def wait(self) -> None:
         """Wait until the stream is done."""
         call(driver.cuStreamSynchronize(self.stream))
+
+
+def _release(context: Any, memory: list[int], host_memory: list[int]) -> None:
+    """Give back what a device had allocated; what fails has been given back with the context."""
+    driver.cuCtxSetCurrent(context)
+    for address in memory:
+        driver.cuMemFree(address)
+    for address in host_memory:
+        driver.cuMemFreeHost(address)
+    memory.clear()
+    host_memory.clear()
