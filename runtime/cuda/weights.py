@@ -44,12 +44,15 @@ class Weights:
         """Return an initializer of a few numbers, in the host's memory."""
         return self._initializers[name].floats()
 
-    def share(
-        self, options: onnxruntime.SessionOptions, names: Iterable[str] | None = None
-    ) -> None:
-        """Have a session use this memory, not copies of its own, where it wants it on the GPU."""
+    def share(self, options: onnxruntime.SessionOptions, names: Iterable[str]) -> None:
+        """Have a session use this memory instead of copies of its own, where it wants it there.
+
+        Args:
+            options: The session's.
+            names: Of weights that are no integers nor their scales: onnxruntime rearranges those.
+        """
         holder = onnxruntime.InferenceSession(_HOLDER, providers=["CPUExecutionProvider"])
-        for name in self._addresses if names is None else names:
+        for name in names:
             initializer = self._initializers[name]
             if initializer.values.nbytes < _LEAST_BYTES:
                 continue

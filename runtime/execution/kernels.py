@@ -21,6 +21,7 @@ from alloc_moe.runtime.execution.padding import pad_right
 from alloc_moe.runtime.execution.programs import (
     check_program,
     prefill_obstacle,
+    quantized_names,
     step_program,
     weight_names,
 )
@@ -49,6 +50,8 @@ class OwnKernels:
         initializers = read_initializers(files.graph, data, set(weight_names(program)))
         check_program(program, initializers)
         self._weights = Weights(device, initializers)
+        rounded = set(quantized_names(program))
+        self._shared = [name for name in initializers if name not in rounded]
         self.stepper = Stepper(
             device, program, weights=self._weights.address, floats=self._weights.floats
         )
@@ -101,7 +104,7 @@ class OwnKernels:
 
     def share(self, options: onnxruntime.SessionOptions) -> None:
         """Have a session use the same weights."""
-        self._weights.share(options)
+        self._weights.share(options, self._shared)
 
 
 def open_kernels(files: ArtifactFiles, data: Mapping[str, Path]) -> OwnKernels | str:

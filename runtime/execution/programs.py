@@ -66,6 +66,13 @@ def weight_names(value: Any, key: str = "") -> Iterator[str]:
         yield value
 
 
+def quantized_names(program: Program) -> Iterator[str]:
+    """Yield the initializers that are integers in blocks, and their scales."""
+    for name, _, block in _sizes(program):
+        if block:
+            yield from (name, block["scales"])
+
+
 def prefill_obstacle(program: Program, *, redistribution: str) -> str | None:
     """Return why a program's calls of many tokens can't be computed so, None if they can."""
     if program["dtype"] == "float32":
