@@ -68,7 +68,8 @@ class Device:
         address = int(call(driver.cuMemAlloc(max(size, 16))))
         self._memory.append(address)
         if zero:
-            call(driver.cuMemsetD8(address, 0, max(size, 16)))
+            # On our stream, which waits for no other.
+            call(driver.cuMemsetD8Async(address, 0, max(size, 16), self.stream))
         return address
 
     def free(self, address: int) -> None:
@@ -92,7 +93,9 @@ class Device:
     def upload(self, address: int, array: NDArray[Any]) -> None:
         """Copy an array to the device, and wait for it."""
         data = np.ascontiguousarray(array)
-        call(driver.cuMemcpyHtoD(address, data.ctypes.data, data.nbytes))
+        # A copy that names no stream may still be under way when kernels on ours begin.
+        call(driver.cuMemcpyHtoDAsync(address, data.ctypes.data, data.nbytes, self.stream))
+        self.wait()
 
     def load(self, kernels: Sequence[str], *, dtype: str) -> None:
         """Compile kernels, or read them from disk."""

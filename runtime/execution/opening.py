@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime
@@ -12,8 +12,9 @@ from alloc_moe.runtime.artifact.counting import counted_values
 from alloc_moe.runtime.artifact.files import ArtifactFiles
 from alloc_moe.runtime.artifact.onnx_file import with_data_names, with_outputs
 from alloc_moe.runtime.artifact.plan import PADDING_KEY
-from alloc_moe.runtime.errors import ArtifactError
-from alloc_moe.runtime.execution.cache import is_past, present_name
+from alloc_moe.runtime.errors import ArtifactError, GenerationError
+from alloc_moe.runtime.execution.buffers import FLOAT
+from alloc_moe.runtime.execution.cache import CacheSlot, is_past, present_name
 from alloc_moe.runtime.execution.kernels import OwnKernels, open_kernels
 from alloc_moe.runtime.execution.providers import utf8_path
 
@@ -66,3 +67,16 @@ def check_io(inputs: set[str], outputs: set[str], *, path: Path) -> None:
                 f"{path} {problem} {', '.join(sorted(names))}, which this version can't handle. "
                 "Update alloc-moe, or compile the model again."
             )
+
+
+def check_past(slots: Sequence[CacheSlot], *, path: Path) -> None:
+    """Raise GenerationError if onnxruntime would read a past on the GPU wrongly.
+
+    It has attention in float32 on the CPU only. That gets a copy of the cache's buffer, and takes
+    all of its columns as past: it appends in place only where input and output are one buffer.
+    """
+    if any(slot.element_type == FLOAT for slot in slots):
+        raise GenerationError(
+            f"onnxruntime can't go on from a past in float32 on CUDA, which {path} needs for this "
+            "call. Compile it with --dtype float16, or run it with --ep cpu."
+        )

@@ -26,7 +26,7 @@ from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache, find_slots
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
 from alloc_moe.runtime.execution.kernels import OwnKernels
-from alloc_moe.runtime.execution.opening import check_io, own_kernels, session_model
+from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
 from alloc_moe.runtime.execution.providers import (
     CUDA,
@@ -177,6 +177,8 @@ class ArtifactSession:
             logits = self._kernels.run(ids, new, cache, price)
             cache.append(new)
             return Output(logits, cache, None)
+        if cache.length and self.device == "cuda" and self.pads_right:
+            check_past(self.slots, path=self.files.graph)
         continued = self.shares_cache and batch > 1 and sequence > 1 and cache.length
         if goes_row_by_row(new, cache) if self.pads_right else continued:
             return self._run_rows(ids, new, cache, optional)
