@@ -78,7 +78,7 @@ def specialize(
         model.metadata_props[SHARED_CACHE_KEY] = _cache_type(attention)
         if right_padded_rows(model) is not None:
             model.metadata_props[PADDING_KEY] = "right"
-    elif cache_scales:
+    if cache_scales and model.metadata_props.get(SHARED_CACHE_KEY) != "int8":
         raise UnsupportedModelError(
             "An int8 cache needs keys and values of one shape in float32 on the CPU, which this "
             "model doesn't have. Use --cache float32."

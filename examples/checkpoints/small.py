@@ -18,8 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 _LIST: dict[str, Any] = tomllib.loads(Path(__file__).with_name("families.toml").read_text("utf-8"))
 
+_NONE = "none"  # TOML has no such value
+
 FAMILIES: dict[str, dict[str, Any]] = {
-    family: {**_LIST["shared"], **settings} for family, settings in _LIST["families"].items()
+    family: {
+        name: None if value == _NONE else value
+        for name, value in {**_LIST["shared"], **settings}.items()
+    }
+    for family, settings in _LIST["families"].items()
 }
 """The configuration of a small model of each family."""
 

@@ -55,4 +55,6 @@ def executed(name: str, value: NDArray[np.floating], most: int) -> NDArray[np.in
     """
     least = 0.0 if name.startswith(ROUTER_WEIGHTS.format(layer="")) else DROPPED / 2
     counts: NDArray[np.int64] = np.count_nonzero(value > least, axis=1)
-    return counts.clip(max=most)
+    # Where a lowering says what runs, not all experts do: there the graph is counted, not the plan.
+    chooses = counts == value.shape[1]
+    return np.where(chooses, counts.clip(max=most), counts)
