@@ -68,7 +68,7 @@ def weight_names(value: Any, key: str = "") -> Iterator[str]:
 
 def quantized_names(program: Program) -> Iterator[str]:
     """Yield the initializers that are integers in blocks, and their scales."""
-    for name, _, block in _sizes(program):
+    for name, _, block in weight_sizes(program):
         if block:
             yield from (name, block["scales"])
 
@@ -98,10 +98,7 @@ def check_program(program: Program, initializers: Mapping[str, Initializer]) -> 
 
     Kernels check nothing: what a damaged or hostile program says would be read beyond its end.
     """
-    try:
-        checks = list(_sizes(program))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DeviceError(f"the step program is damaged: {error!r}") from error
+    checks = weight_sizes(program)
     element_type = _ELEMENT_TYPES.get(str(program.get("dtype")))
     for name, size, block in checks:
         given = initializers[name]
@@ -113,6 +110,55 @@ def check_program(program: Program, initializers: Mapping[str, Initializer]) -> 
             fits = fits and scales.element_type == element_type
         if not fits:
             raise DeviceError(f"the weight {name} doesn't fit the step program")
+
+
+def _check_buffers(program: Program) -> None:
+    """Raise ValueError if an operation reads beyond a buffer, or a layer that isn't there."""
+    widths: dict[str, int] = {}
+    cache = {entry["layer"]: (entry["heads"], entry["key_size"]) for entry in program["kv"]}
+    hidden = program["hidden"]
+
+    def reads(name: str | None, size: int, offset: int | None = 0) -> None:
+        if name is not None and not 0 <= (offset or 0) <= widths[name] - size:
+            raise ValueError(f"{size} elements are read of {name}")
+
+    for op in program["ops"]:
+        kind, width = op["op"], op.get("n", hidden)
+        if kind == "linear":
+            reads(op["x"], op["k"], op.get("x_offset"))
+            reads(op.get("residual"), width)
+        elif kind == "attention":
+            heads, size = (op["heads"], op["kv_heads"], op["kv_heads"]), op["size"]
+            for part, count in zip("qkv", heads, strict=True):
+                reads(op[part]["buffer"], _size(count, 1) * size, op[part].get("offset"))
+            if cache[op["layer"]] != (op["kv_heads"], size) or heads[0] % heads[1]:
+                raise ValueError(f"the heads of layer {op['layer']} don't fit the cache")
+            width = heads[0] * size
+        elif kind == "swiglu":
+            reads(op["x"], width if op.get("y") else 2 * width, op.get("x_offset"))
+            reads(op.get("y"), width)
+        elif kind in ("norm", "add", "scale_rows", "experts"):
+            reads(op["x"], width, op.get("x_offset"))
+            reads(op.get("y"), width)
+            reads(op.get("residual"), width)
+        elif kind == "route":
+            width = widths[op["x"]]
+            if op.get("normed"):
+                widths[op["normed"]] = width
+        widths[op["out"]] = width
+
+
+def weight_sizes(program: Program) -> list[tuple[str, int, Mapping[str, Any] | None]]:
+    """Return weights, how many elements of each are read, and how they are quantised.
+
+    Raises:
+        DeviceError: Something is missing, or would be read beyond its end.
+    """
+    try:
+        _check_buffers(program)
+        return list(_sizes(program))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DeviceError(f"the step program is damaged: {error!r}") from error
 
 
 def _sizes(program: Program) -> Iterator[tuple[str, int, Mapping[str, Any] | None]]:

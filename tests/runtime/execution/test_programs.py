@@ -25,6 +25,7 @@ PROGRAM: dict[str, Any] = {
     "hidden": 32,
     "vocabulary": 40,
     "context_length": 16,
+    "kv": [],
     "ops": [
         {"op": "embed", "weight": "table", "out": "a", "n": 32},
         {
@@ -91,6 +92,10 @@ def test_a_weight_of_another_type_is_refused() -> None:
         (2, "routing", "nowhere"),
         (1, "experts", "4"),
         (3, "weight", None),
+        (3, "x", "nowhere"),
+        (3, "x_offset", 8),
+        (3, "x_offset", -8),
+        (2, "x", "r2"),
     ],
 )
 def test_a_damaged_program_is_refused(op: int, field: str, value: object) -> None:
@@ -130,3 +135,27 @@ def test_prompts_that_kernels_leave_to_onnxruntime() -> None:
     assert prefill_obstacle(PROGRAM, redistribution="none") is None
     assert prefill_obstacle(PROGRAM, redistribution="batch") == "redistribution batch"
     assert prefill_obstacle({**PROGRAM, "dtype": "float32"}, redistribution="none") == "float32"
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer": 1}, {"size": 32}, {"heads": 5}, {"q": {"buffer": "a", "offset": 24}}]
+)
+def test_attention_beyond_its_buffer_or_cache_is_refused(change: dict[str, Any]) -> None:
+    attention: dict[str, Any] = {
+        "op": "attention",
+        "layer": 0,
+        "heads": 2,
+        "kv_heads": 1,
+        "size": 8,
+        "out": "c",
+        **{part: {"buffer": "a", "offset": 0} for part in "qkv"},
+    }
+    cache = {"layer": 0, "heads": 1, "key_size": 8, "value_size": 8}
+
+    def program(attention: dict[str, Any]) -> dict[str, Any]:
+        ops = [PROGRAM["ops"][0], attention, *PROGRAM["ops"][1:]]
+        return {**PROGRAM, "kv": [cache], "ops": ops}
+
+    check_program(program(attention), _initializers())
+    with pytest.raises(DeviceError, match="the step program is damaged"):
+        check_program(program({**attention, **change}), _initializers())
