@@ -39,7 +39,7 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
         f"alloc_moe/{path.relative_to(ROOT).as_posix()}"
         for part in ("compiler", "passes", "runtime")
         for path in (ROOT / part).rglob("*")
-        if path.suffix in (".py", ".txt", ".typed", ".css", ".js")
+        if path.suffix in (".py", ".txt", ".typed", ".css", ".js", ".cu", ".cuh")
         and "__pycache__" not in path.parts
     }
     assert found == expected
@@ -50,6 +50,7 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
         "alloc_moe/compiler/sweep/report/page.js",
         "alloc_moe/compiler/py.typed",
         "alloc_moe/passes/py.typed",
+        "alloc_moe/runtime/cuda/kernels/experts.cu",
         "alloc_moe/runtime/py.typed",
     } <= found
 
