@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from alloc_moe.runtime.cuda.bindings import call, nvrtc
 from alloc_moe.runtime.errors import DeviceError
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "kernels"
 SOURCES = ("linear.cu", "attention.cu", "experts.cu", "rows.cu", "flash.cu", "grouped.cu")
@@ -41,15 +44,10 @@ def compile_kernels(
     kept = _read(folder, key)
     if kept is not None:
         return kept
+    logger.info("Compiling %d kernels for this GPU; later they are on disk.", len(wanted))
     cubin, names = _compile(wanted, options, sources)
     _write(folder, key, cubin, names)
     return cubin, names
-
-
-def is_kept(kernels: Iterable[str], *, dtype: str, capability: tuple[int, int]) -> bool:
-    """Whether `compile_kernels` finds them on disk."""
-    key, _, _ = _key(sorted(set(kernels)), dtype, capability)
-    return _read(_cache_folder(), key) is not None
 
 
 def _key(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.cuda.bindings import call, driver
-from alloc_moe.runtime.cuda.compiling import compile_kernels, is_kept
+from alloc_moe.runtime.cuda.compiling import compile_kernels
 from alloc_moe.runtime.cuda.cublas import Cublas, Gemm
 from alloc_moe.runtime.cuda.records import Launch
 from alloc_moe.runtime.errors import DeviceError
-
-logger = logging.getLogger(__name__)
 
 
 class Device:
@@ -102,8 +99,6 @@ class Device:
         wanted = sorted(set(kernels) - set(self._functions))
         if not wanted:
             return
-        if not is_kept(wanted, dtype=dtype, capability=self.capability):
-            logger.info("Compiling %d kernels for this GPU; later they are on disk.", len(wanted))
         cubin, names = compile_kernels(wanted, dtype=dtype, capability=self.capability)
         module = call(driver.cuModuleLoadData(cubin))
         for kernel in wanted:
