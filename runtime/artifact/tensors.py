@@ -43,8 +43,13 @@ class Initializer:
     def floats(self) -> NDArray[np.float32]:
         """Return the values as float32."""
         if self.element_type == _BFLOAT16:
-            return (self.values.astype(np.uint32) << 16).view(np.float32)
+            return from_bfloat16(self.values)
         return self.values.astype(np.float32)
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return the numbers that bits are in bfloat16, which numpy lacks."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def read_initializers(

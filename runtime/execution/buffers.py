@@ -15,6 +15,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.artifact.tensors import from_bfloat16
+
 Device = Literal["cpu", "cuda"]
 
 FLOAT, INT8, FLOAT16, BFLOAT16 = 1, 3, 10, 16
@@ -56,5 +58,4 @@ def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
         return array
     shape = value.shape()
     halves = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    bits = np.frombuffer(halves, np.uint16).astype(np.uint32) << 16
-    return bits.view(np.float32).reshape(shape)
+    return from_bfloat16(np.frombuffer(halves, np.uint16)).reshape(shape)

@@ -136,6 +136,7 @@ class Cache:
         self.length = 0
         self.binding: onnxruntime.IOBinding | None = None
         self.bound_inputs: tuple[object, ...] = ()  # what else `binding` was made for
+        self.place: object | None = None  # what kernels of our own made of `addresses`
         self._slots = slots
         self._device = device
         self._mask = np.ones((batch, capacity), np.int64)
@@ -306,4 +307,4 @@ class Cache:
             values.append(to_device(buffer, self._device))
             if self._device == "cpu":  # what the graph writes is in the array
                 self._buffers.append(buffer)
-        self.values, self.binding = values, None
+        self.values, self.binding, self.place = values, None, None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.artifact.tensors import read_initializers
+from alloc_moe.runtime.artifact.tensors import from_bfloat16, read_initializers
 from alloc_moe.runtime.cuda import bindings
 from alloc_moe.runtime.cuda.device import Device
 from alloc_moe.runtime.cuda.prefiller import Prefiller
@@ -84,13 +84,9 @@ class OwnKernels:
             cache: On the device, with room for them.
             price: In place of the one compiled in.
         """
-        where = cache.addresses()
-        layers = range(len(where) // 2)
-        memory = CacheMemory(
-            tuple(where[f"past_key_values.{layer}.key"] for layer in layers),
-            tuple(where[f"past_key_values.{layer}.value"] for layer in layers),
-            cache.capacity,
-        )
+        memory = cache.place
+        if not isinstance(memory, CacheMemory):
+            cache.place = memory = _memory(cache)
         if ids.shape[1] == 1:
             real = new[:, 0]
             logits = self.stepper.step(ids[:, 0], cache.real_tokens, real, memory, price=price)
@@ -98,13 +94,23 @@ class OwnKernels:
             right = pad_right(ids, new, cache)
             past = cache.real_tokens
             logits = self._prefiller.run(right.ids, new.sum(axis=1), past, memory, price=price)
-        if logits.dtype == np.uint16:  # bfloat16
-            return (logits.astype(np.uint32) << 16).view(np.float32)[:, None]
+        if logits.dtype == np.uint16:
+            logits = from_bfloat16(logits)
         return logits[:, None]
 
     def share(self, options: onnxruntime.SessionOptions) -> None:
         """Have a session use the same weights."""
         self._weights.share(options, self._shared)
+
+
+def _memory(cache: Cache) -> CacheMemory:
+    where = cache.addresses()
+    layers = range(len(where) // 2)
+    keys, values = (
+        tuple(where[f"past_key_values.{layer}.{kind}"] for layer in layers)
+        for kind in ("key", "value")
+    )
+    return CacheMemory(keys, values, cache.capacity)
 
 
 def open_kernels(files: ArtifactFiles, data: Mapping[str, Path]) -> OwnKernels | str:
