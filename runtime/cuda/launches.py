@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from alloc_moe.runtime.cuda.records import Launch, Memory, Operation, Program, Shape
+from alloc_moe.runtime.cuda.records import Launch, Memory, Operation, Places, Program, Shape
 from alloc_moe.runtime.cuda.routers import MOST_TOKENS, Routing, most_kept
 
 _WARP = 32
@@ -30,11 +30,15 @@ def plan_launches(program: Program, memory: Memory, shape: Shape) -> list[Launch
     return [launch for op in program["ops"] for launch in planner.plan(op)]
 
 
-class _Planner:
-    def __init__(self, program: Program, memory: Memory, shape: Shape) -> None:
-        self._memory, self._shape = memory, shape
+class Planner:
+    """What plans of steps and of prompts share: the program's buffers, and arguments of kernels.
+
+    A subclass has a method ``plan_OP`` for each operation, and says where buffers are.
+    """
+
+    def __init__(self, program: Program, places: Places, element: int) -> None:
+        self._places, self._element = places, element
         self._hidden = int(program["hidden"])
-        self._groups = math.ceil(shape.tokens / _GROUP)
         self._widths: dict[str, int] = {}
         self._routes = {op["out"]: op for op in program["ops"] if op["op"] == "route"}
         self._shared = {
@@ -42,22 +46,62 @@ class _Planner:
             for op in program["ops"]
             if op["op"] == "experts" and op.get("shared")
         }
-        self._plans: dict[str, Callable[[Operation], Iterable[Launch]]] = {
-            "embed": self._embed,
-            "linear": self._linear,
-            "norm": self._normalize,
-            "swiglu": self._swiglu,
-            "add": self._add,
-            "scale_rows": self._scale_rows,
-            "attention": self._attention,
-            "route": self._route,
-            "experts": self._experts,
-        }
 
-    def plan(self, op: Operation) -> Iterable[Launch]:
-        return self._plans[op["op"]](op)
+    def plan(self, op: Operation) -> Iterable[Any]:
+        """Yield the work of one operation; operations are given in order."""
+        planned: Iterable[Any] = getattr(self, f"plan_{op['op']}")(op)
+        return planned
 
-    def _embed(self, op: Operation) -> Iterable[Launch]:
+    def _address(self, name: str) -> int:
+        """Return where a buffer is whose width is known."""
+        raise NotImplementedError
+
+    def _part(self, part: Mapping[str, Any]) -> tuple[int, int]:
+        """Return where a part of row buffers begins, and how far rows are apart."""
+        buffer, offset = part["buffer"], part.get("offset") or 0
+        return self._address(buffer) + offset * self._element, self._widths[buffer]
+
+    def _x(self, op: Operation) -> tuple[int, int]:
+        return self._part({"buffer": op["x"], "offset": op.get("x_offset")})
+
+    def _up(self, op: Operation, gate: int) -> int:
+        """Return where a gated operation's second factor is: in ``y``, or behind the gate."""
+        return self._address(op["y"]) if op.get("y") else gate + op["n"] * self._element
+
+    def _heads(
+        self, part: Mapping[str, Any], norm: Mapping[str, Any] | None, heads: int, size: int
+    ) -> tuple[Any, ...]:
+        """Return the arguments that say where new queries or keys are, and how they are normed."""
+        given = _of_part(self._part(part))
+        if not norm:
+            return (*given, _NOWHERE, _float(0.0), _int(size))
+        normed = heads * size if norm.get("whole") else size
+        return (*given, self._weight(norm["weight"]), _float(norm["eps"]), _int(normed))
+
+    def _rotary(self, op: Operation) -> tuple[Any, ...]:
+        rotary = op.get("rotary") or {}
+        return (
+            *(self._weight(rotary.get("cos")), self._weight(rotary.get("sin"))),
+            *(_int(rotary.get("size", 0)), _int(bool(rotary.get("interleaved")))),
+        )
+
+    def _norm(self, norm: Mapping[str, Any] | None) -> tuple[Any, ...]:
+        if not norm:
+            return _NOWHERE, _float(0.0), _float(0.0)
+        weight, offset = self._weight(norm["weight"]), _float(norm.get("offset") or 0.0)
+        return weight, _float(norm["eps"]), offset
+
+    def _weight(self, name: str | None) -> Any:
+        return _pointer(self._places.weight(name)) if name else _NOWHERE
+
+
+class _Planner(Planner):
+    def __init__(self, program: Program, memory: Memory, shape: Shape) -> None:
+        super().__init__(program, memory, shape.element)
+        self._memory, self._shape = memory, shape
+        self._groups = math.ceil(shape.tokens / _GROUP)
+
+    def plan_embed(self, op: Operation) -> Iterable[Launch]:
         out, table = self._out(op, self._hidden), self._weight(op["weight"])
         ids, scale = _pointer(self._memory.ids), _float(op.get("scale") or 1.0)
         kernel = f"embed<{self._hidden}>"
@@ -68,46 +112,46 @@ class _Planner:
             arguments = (out, table, *scales, ids, scale)
         yield Launch(kernel, (self._shape.tokens, 1, 1), 128, 0, arguments)
 
-    def _linear(self, op: Operation) -> Iterable[Launch]:
+    def plan_linear(self, op: Operation) -> Iterable[Launch]:
         n, k, norm = op["n"], op["k"], op.get("norm")
         bits, scales, block = self._format(op.get("format"))
         tiles = math.ceil(n / 16)
         warps = 4 if tiles >= 2 * self._shape.multiprocessors else 8
         kernel = f"linear<{k}, {bits}, {self._groups}, {warps}, {_bool(norm)}>"
         arguments = (
-            *(self._out(op, n), *self._x(op), self._weight(op["weight"]), scales, block),
+            *(self._out(op, n), *_of_part(self._x(op)), self._weight(op["weight"]), scales, block),
             *(self._weight(op.get("bias")), self._rows(op.get("residual"))),
-            *(*norm_arguments(self._weight, norm), _int(n), _int(self._shape.tokens)),
+            *(*self._norm(norm), _int(n), _int(self._shape.tokens)),
         )
         grid = (min(tiles, 4 * self._shape.multiprocessors), 1, 1)
         yield Launch(kernel, grid, warps * _WARP, self._normed(k) if norm else 0, arguments)
 
-    def _normalize(self, op: Operation) -> Iterable[Launch]:
+    def plan_norm(self, op: Operation) -> Iterable[Launch]:
         n, size = op["n"], op.get("size") or op["n"]
-        arguments = (self._out(op, n), *self._x(op), *norm_arguments(self._weight, op))
-        shared = size * self._shape.element + _PAD_BYTES
+        arguments = (self._out(op, n), *_of_part(self._x(op)), *self._norm(op))
+        shared = size * self._element + _PAD_BYTES
         grid = (self._shape.tokens, n // size, 1)
         yield Launch(f"normalize<{size}>", grid, 256, shared, arguments)
 
-    def _swiglu(self, op: Operation) -> Iterable[Launch]:
+    def plan_swiglu(self, op: Operation) -> Iterable[Launch]:
         n, tokens = op["n"], self._shape.tokens
         gate, pitch = self._x(op)
-        up = self._rows(op["y"]) if op.get("y") else _moved(gate, n * self._shape.element)
-        arguments = (self._out(op, n), gate, up, pitch, _int(n), _int(tokens))
+        rows = (self._out(op, n), _pointer(gate), _pointer(self._up(op, gate)))
+        arguments = (*rows, _int(pitch), _int(n), _int(tokens))
         yield _elementwise("swiglu", n * tokens, arguments)
 
-    def _add(self, op: Operation) -> Iterable[Launch]:
+    def plan_add(self, op: Operation) -> Iterable[Launch]:
         n = self._widths[op["x"]]
         rows = (self._out(op, n), self._rows(op["x"]), self._rows(op["y"]))
         size = n * self._shape.tokens
         yield _elementwise("add", size, (*rows, _int(size)))
 
-    def _scale_rows(self, op: Operation) -> Iterable[Launch]:
+    def plan_scale_rows(self, op: Operation) -> Iterable[Launch]:
         n, tokens = self._widths[op["x"]], self._shape.tokens
         rows = (self._out(op, n), self._rows(op["x"]), self._rows(op["gate"]))
         yield _elementwise("scale_rows", n * tokens, (*rows, _int(n), _int(tokens)))
 
-    def _attention(self, op: Operation) -> Iterable[Launch]:
+    def plan_attention(self, op: Operation) -> Iterable[Launch]:
         heads, kv_heads, size = op["heads"], op["kv_heads"], op["size"]
         each = heads_per_block(heads // kv_heads, size)
         blocks, shape = heads // each, self._shape
@@ -115,16 +159,14 @@ class _Planner:
             shape.capacity, blocks=blocks * shape.tokens, multiprocessors=shape.multiprocessors
         )
         partial = shape.tokens * heads * splits * (size + 2) * 4
-        rotary = op.get("rotary") or {}
         arguments = (
             self._out(op, heads * size),
             _pointer(self._memory.keys[op["layer"]]),
             _pointer(self._memory.values[op["layer"]]),
             *self._heads(op["q"], op.get("q_norm"), heads, size),
             *self._heads(op["k"], op.get("k_norm"), kv_heads, size),
-            *self._part(op["v"]),
-            *(self._weight(rotary.get("cos")), self._weight(rotary.get("sin"))),
-            *(_int(rotary.get("size", 0)), _int(bool(rotary.get("interleaved")))),
+            *_of_part(self._part(op["v"])),
+            *self._rotary(op),
             _pointer(self._memory.lengths),
             _pointer(self._memory.buffer("alloc_moe.partial", partial)),
             _pointer(self._memory.zeros("alloc_moe.done", MOST_TOKENS * blocks * 4)),
@@ -134,7 +176,7 @@ class _Planner:
         kernel = f"attention<{size}, {each}>"
         yield Launch(kernel, (blocks, splits, shape.tokens), _ATTENTION_WARPS * _WARP, 0, arguments)
 
-    def _route(self, op: Operation) -> Iterable[Launch]:
+    def plan_route(self, op: Operation) -> Iterable[Launch]:
         experts, norm, k = op["experts"], op.get("norm"), self._widths[op["x"]]
         padded = math.ceil(experts / _WARP) * _WARP
         normed, gate = op.get("normed"), self._shared.get(op["out"], {}).get("gate")
@@ -146,7 +188,7 @@ class _Planner:
             normed_rows,
             _pointer(self._memory.zeros("alloc_moe.arrived", 4)),
             *(self._rows(op["x"]), self._weight(op["weight"]), self._weight(op.get("bias"))),
-            *(*norm_arguments(self._weight, norm), self._weight(gate)),
+            *(*self._norm(norm), self._weight(gate)),
             *(_pointer(self._memory.router(op)), _pointer(self._memory.real)),
             *(_int(bool(op.get("rounded_logits"))), _int(self._shape.tokens)),
         )
@@ -155,11 +197,11 @@ class _Planner:
         shared = self._normed(k) if norm else 0
         yield Launch(kernel, grid, _ROUTE_WARPS * _WARP, shared, arguments)
 
-    def _experts(self, op: Operation) -> Iterable[Launch]:
+    def plan_experts(self, op: Operation) -> Iterable[Launch]:
         tokens, inner, k = self._shape.tokens, op["intermediate"], self._widths[op["x"]]
         formats, shared = op.get("format") or {}, op.get("shared") or {}
         kept, shared_inner = most_kept(self._routes[op["routing"]], tokens), 0
-        hidden = kept * tokens * inner * self._shape.element
+        hidden = kept * tokens * inner * self._element
         hidden_rows = _pointer(self._memory.buffer("alloc_moe.experts", hidden))
         shared_rows = _NOWHERE
         if shared:
@@ -209,12 +251,12 @@ class _Planner:
         scales = block.get("scales")
         if isinstance(given, str):  # one matrix, gate first
             rows = shared["intermediate"] * k
-            apart = rows * bits // 8 if bits else rows * self._shape.element
+            apart = rows * bits // 8 if bits else rows * self._element
             first = self._memory.weight(given)
             gate = (_pointer(first), self._weight(scales))
             up_scales = _NOWHERE
             if scales:
-                offset = rows // size * self._shape.element
+                offset = rows // size * self._element
                 up_scales = _pointer(self._memory.weight(scales) + offset)
             return gate, (_pointer(first + apart), up_scales), (bits, size)
         scales = scales or {}
@@ -223,36 +265,15 @@ class _Planner:
         )
         return parts[0], parts[1], (bits, size)
 
-    def _heads(
-        self, part: Mapping[str, Any], norm: Mapping[str, Any] | None, heads: int, size: int
-    ) -> tuple[Any, ...]:
-        if not norm:
-            return (*self._part(part), _NOWHERE, _float(0.0), _int(size))
-        normed = heads * size if norm.get("whole") else size
-        weight = self._weight(norm["weight"])
-        return (*self._part(part), weight, _float(norm["eps"]), _int(normed))
-
-    def _part(self, part: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return where a part of row buffers begins, and how far rows are apart."""
-        buffer, offset = part["buffer"], part.get("offset") or 0
-        rows = _moved(self._rows(buffer), offset * self._shape.element)
-        return rows, _int(self._widths[buffer])
-
-    def _x(self, op: Operation) -> tuple[Any, Any]:
-        return self._part({"buffer": op["x"], "offset": op.get("x_offset")})
-
     def _out(self, op: Operation, width: int) -> Any:
         self._widths[op["out"]] = width
         return self._rows(op["out"])
 
     def _rows(self, name: str | None) -> Any:
-        if name is None:
-            return _NOWHERE
-        size = MOST_TOKENS * self._widths[name] * self._shape.element
-        return _pointer(self._memory.buffer(name, size))
+        return _NOWHERE if name is None else _pointer(self._address(name))
 
-    def _weight(self, name: str | None) -> Any:
-        return _pointer(self._memory.weight(name)) if name else _NOWHERE
+    def _address(self, name: str) -> int:
+        return self._memory.buffer(name, MOST_TOKENS * self._widths[name] * self._element)
 
     def _routing(self) -> Any:
         # A layer's experts have run before the next layer's router writes.
@@ -264,7 +285,7 @@ class _Planner:
         return block["bits"], self._weight(block["scales"]), _int(block["block"])
 
     def _normed(self, k: int) -> int:
-        return self._shape.tokens * (k * self._shape.element + _PAD_BYTES)
+        return self._shape.tokens * (k * self._element + _PAD_BYTES)
 
 
 def heads_per_block(group: int, size: int) -> int:
@@ -280,20 +301,13 @@ def split_positions(capacity: int, *, blocks: int, multiprocessors: int) -> tupl
     return math.ceil(capacity / chunk), chunk
 
 
-def _moved(pointer: Any, offset: int) -> Any:
-    return _pointer((pointer.value or 0) + offset)
+def _of_part(part: tuple[int, int]) -> tuple[Any, Any]:
+    address, pitch = part
+    return _pointer(address), _int(pitch)
 
 
 def _elementwise(kernel: str, size: int, arguments: tuple[Any, ...]) -> Launch:
     return Launch(kernel, (math.ceil(size / 256), 1, 1), 256, 0, arguments)
-
-
-def norm_arguments(
-    weight: Callable[[str | None], Any], norm: Mapping[str, Any] | None
-) -> tuple[Any, ...]:
-    if not norm:
-        return _NOWHERE, _float(0.0), _float(0.0)
-    return weight(norm["weight"]), _float(norm["eps"]), _float(norm.get("offset") or 0.0)
 
 
 def _bool(value: object) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from alloc_moe.runtime.cuda.cublas import Gemm
-from alloc_moe.runtime.cuda.launches import norm_arguments
+from alloc_moe.runtime.cuda.launches import Planner
 from alloc_moe.runtime.cuda.records import Copy, Launch, Operation, Places, Program, Rows
 
 _WARP = 32
@@ -17,7 +17,7 @@ _TILE, _DEPTH = 128, 64  # of kernels/grouped.cu
 _WIDE, _NARROW = (256, 4), (128, 3)  # columns and stages of its tiles
 _QUERIES, _POSITIONS = 64, 64  # of kernels/flash.cu
 _PAD_BYTES = 64
-_FLOAT, _INT = 4, 4
+_ELEMENT, _FLOAT, _INT = 2, 4, 4  # bytes; prompts are computed in 16 bits
 
 _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
@@ -25,44 +25,30 @@ _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 Work = Launch | Gemm | Copy
 
 
-def plan_prefill(program: Program, places: Places, rows: Rows) -> list[Work]:
-    """Return a call's work in order; the last tokens' logits are in ``logits`` [sequences, V]."""
-    planner = _Planner(program, places, rows)
+def plan_prefill(program: Program, places: Places, rows: Rows, *, most_shared: int) -> list[Work]:
+    """Return a call's work in order; the last tokens' logits are in ``logits`` [sequences, V].
+
+    Args:
+        program: The step program.
+        places: Addresses.
+        rows: The call's tokens.
+        most_shared: Bytes of shared memory that a block can have.
+    """
+    planner = _Planner(program, places, rows, most_shared)
     return [work for op in program["ops"] for work in planner.plan(op)]
 
 
-class _Planner:
-    def __init__(self, program: Program, places: Places, rows: Rows) -> None:
-        self._places, self._given = places, rows
+class _Planner(Planner):
+    def __init__(self, program: Program, places: Places, rows: Rows, most_shared: int) -> None:
+        super().__init__(program, places, _ELEMENT)
+        self._given = rows
         self._rows = rows.sequences * rows.width
-        self._hidden = int(program["hidden"])
-        self._tile = _WIDE if places.most_shared >= _tile_bytes(*_WIDE) else _NARROW
-        self._widths: dict[str, int] = {}
+        self._row_counts: dict[str, int] = {}  # of buffers that have fewer
+        self._tile = _WIDE if most_shared >= _tile_bytes(*_WIDE) else _NARROW
         self._last_uses = last_uses(program)
         self._places_of: dict[str, str] = {}  # of buffers that took another one's memory over
-        self._routes = {op["out"]: op for op in program["ops"] if op["op"] == "route"}
-        self._shared = {
-            op["routing"]: op["shared"]
-            for op in program["ops"]
-            if op["op"] == "experts" and op.get("shared")
-        }
 
-    def plan(self, op: Operation) -> Iterable[Work]:
-        """Yield the work of one operation; operations are given in order."""
-        plans: dict[str, Callable[[Operation], Iterable[Work]]] = {
-            "embed": self._embed,
-            "linear": self._linear,
-            "norm": self._normalize,
-            "swiglu": self._swiglu,
-            "add": self._add,
-            "scale_rows": self._scale_rows,
-            "attention": self._attention,
-            "route": self._route,
-            "experts": self._experts,
-        }
-        return plans[op["op"]](op)
-
-    def _embed(self, op: Operation) -> Iterable[Work]:
+    def plan_embed(self, op: Operation) -> Iterable[Work]:
         out, table = self._out(op["out"], self._hidden), self._places.weight(op["weight"])
         arguments = (
             *(_pointer(out), _pointer(table), _pointer(self._given.ids)),
@@ -70,7 +56,7 @@ class _Planner:
         )
         yield Launch(f"embed<{self._hidden}>", (self._rows, 1, 1), 128, 0, arguments)
 
-    def _linear(self, op: Operation) -> Iterable[Work]:
+    def plan_linear(self, op: Operation) -> Iterable[Work]:
         n, k = op["n"], op["k"]
         if op["out"] == "logits":
             yield from self._logits(op)
@@ -78,7 +64,7 @@ class _Planner:
         x, pitch = self._x(op)
         if norm := op.get("norm"):
             yield self._normalized(("normed", k), (x, pitch), norm, k)
-            x, pitch = self._buffer("normed"), k
+            x, pitch = self._address("normed"), k
         residual: str | None = op.get("residual")
         weight = self._places.weight(op["weight"])
         if residual is not None and self._last_uses[residual] is op:
@@ -88,7 +74,7 @@ class _Planner:
             add = residual is not None
         out = self._out(op["out"], n)
         if residual is not None:
-            yield Copy(out, self._buffer(residual), self._rows * n * 2)
+            yield Copy(out, self._address(residual), self._rows * n * _ELEMENT)
         yield Gemm(out, x, weight, self._rows, n, k, pitch, add=add)
         if bias := op.get("bias"):
             arguments = (_pointer(out), _pointer(self._places.weight(bias)), _int(n))
@@ -97,8 +83,8 @@ class _Planner:
     def _logits(self, op: Operation) -> Iterable[Work]:
         """Yield what computes the logits of each sequence's last token."""
         n, k, sequences = op["n"], op["k"], self._given.sequences
-        last = self._out("last", k)
-        source = _pointer(self._buffer(op["x"]))
+        last = self._out("last", k, sequences)
+        source = _pointer(self._address(op["x"]))
         counts = _pointer(self._given.counts)
         arguments: tuple[Any, ...] = (
             _pointer(last),
@@ -110,14 +96,14 @@ class _Planner:
         yield Launch("last_rows", (sequences, 1, 1), 256, 0, arguments)
         if norm := op.get("norm"):
             yield self._normalized(("last_normed", k), (last, k), norm, k, rows=sequences)
-            last = self._buffer("last_normed")
-        out = self._out("logits", n)
+            last = self._address("last_normed")
+        out = self._out("logits", n, sequences)
         yield Gemm(out, last, self._places.weight(op["weight"]), sequences, n, k, k)
         if bias := op.get("bias"):
             arguments = (_pointer(out), _pointer(self._places.weight(bias)), _int(n))
             yield self._elementwise("add_bias", n, (*arguments, _int(sequences)))
 
-    def _normalize(self, op: Operation) -> Iterable[Work]:
+    def plan_norm(self, op: Operation) -> Iterable[Work]:
         size = op.get("size") or op["n"]
         yield self._normalized((op["out"], op["n"]), self._x(op), op, size)
 
@@ -130,33 +116,33 @@ class _Planner:
         *,
         rows: int | None = None,
     ) -> Launch:
-        to = self._out(*out)
+        to = self._out(*out, rows)
         arguments = (
             *(_pointer(to), _pointer(x[0]), _int(x[1])),
-            *norm_arguments(lambda name: _pointer(self._places.weight(str(name))), norm),
+            *self._norm(norm),
         )
         grid = (rows or self._rows, out[1] // size, 1)
-        return Launch(f"normalize<{size}>", grid, 256, size * 2 + _PAD_BYTES, arguments)
+        return Launch(f"normalize<{size}>", grid, 256, size * _ELEMENT + _PAD_BYTES, arguments)
 
-    def _swiglu(self, op: Operation) -> Iterable[Work]:
+    def plan_swiglu(self, op: Operation) -> Iterable[Work]:
         n = op["n"]
         gate, pitch = self._x(op)
-        up = self._buffer(op["y"]) if op.get("y") else gate + n * 2
+        up = self._up(op, gate)
         yield self._gated(self._out(op["out"], n), gate, up, pitch, n)
 
     def _gated(self, out: int, gate: int, up: int, pitch: int, n: int) -> Launch:
         pointers = (_pointer(out), _pointer(gate), _pointer(up))
         return self._elementwise("swiglu", n, (*pointers, _int(pitch), _int(n), _int(self._rows)))
 
-    def _add(self, op: Operation) -> Iterable[Work]:
+    def plan_add(self, op: Operation) -> Iterable[Work]:
         n = self._widths[op["x"]]
-        x, y = self._buffer(op["x"]), self._buffer(op["y"])
+        x, y = self._address(op["x"]), self._address(op["y"])
         pointers = (_pointer(self._out(op["out"], n)), _pointer(x), _pointer(y))
         yield self._elementwise("add", n, (*pointers, _int(n * self._rows)))
 
-    def _scale_rows(self, op: Operation) -> Iterable[Work]:
+    def plan_scale_rows(self, op: Operation) -> Iterable[Work]:
         n = self._widths[op["x"]]
-        x, gate = self._buffer(op["x"]), self._buffer(op["gate"])
+        x, gate = self._address(op["x"]), self._address(op["gate"])
         yield self._scaled(self._out(op["out"], n), x, gate, n)
 
     def _scaled(self, out: int, x: int, gate: int, n: int) -> Launch:
@@ -167,23 +153,17 @@ class _Planner:
         blocks = min(math.ceil(n * self._rows / 256), 1 << 14)
         return Launch(kernel, (blocks, 1, 1), 256, 0, arguments)
 
-    def _attention(self, op: Operation) -> Iterable[Work]:
+    def plan_attention(self, op: Operation) -> Iterable[Work]:
         heads, kv_heads, size, given = op["heads"], op["kv_heads"], op["size"], self._given
         query, query_pitch = self._part(op["q"])
         keys, values = given.keys[op["layer"]], given.values[op["layer"]]
-        rotary = op.get("rotary") or {}
-        tables = (
-            _pointer(self._places.weight(rotary[name])) if rotary else _pointer(0)
-            for name in ("cos", "sin")
-        )
         lengths, counts = _pointer(given.lengths), _pointer(given.counts)
         sizes = (_int(given.width), _int(heads), _int(kv_heads), _int(given.capacity))
         value, value_pitch = self._part(op["v"])
         arguments = (
             *self._heads(op["q"], op.get("q_norm"), heads, size),
             *self._heads(op["k"], op.get("k_norm"), kv_heads, size),
-            *(_pointer(value), _int(value_pitch), *tables),
-            *(_int(rotary.get("size", 0)), _int(bool(rotary.get("interleaved")))),
+            *(_pointer(value), _int(value_pitch), *self._rotary(op)),
             *(_pointer(keys), _pointer(values), lengths, counts, *sizes),
         )
         grid = (self._rows, math.ceil((heads + kv_heads) / _ATTENTION_WARPS), 1)
@@ -194,25 +174,15 @@ class _Planner:
             *(lengths, counts, *sizes, _float(op["scale"]), _float(op.get("softcap") or 0.0)),
         )
         grid = (math.ceil(given.width / _QUERIES), heads, given.sequences)
-        yield Launch(f"flash<{size}>", grid, 128, 4 * _POSITIONS * (size + 8) * 2, arguments)
+        yield Launch(f"flash<{size}>", grid, 128, 4 * _POSITIONS * (size + 8) * _ELEMENT, arguments)
 
-    def _heads(
-        self, part: Mapping[str, Any], norm: Mapping[str, Any] | None, heads: int, size: int
-    ) -> tuple[Any, ...]:
-        address, pitch = self._part(part)
-        if not norm:
-            return _pointer(address), _int(pitch), _pointer(0), _float(0.0), _int(size)
-        normed = heads * size if norm.get("whole") else size
-        weight = _pointer(self._places.weight(norm["weight"]))
-        return _pointer(address), _int(pitch), weight, _float(norm["eps"]), _int(normed)
-
-    def _route(self, op: Operation) -> Iterable[Work]:
+    def plan_route(self, op: Operation) -> Iterable[Work]:
         experts, candidates, k = op["experts"], op["top_k"], self._widths[op["x"]]
-        x = self._buffer(op["x"])
+        x = self._address(op["x"])
         if norm := op.get("norm"):
             name = op.get("normed") or "normed"
             yield self._normalized((name, k), (x, k), norm, k)
-            x = self._buffer(name)
+            x = self._address(name)
         logits = self._raw("router_logits", experts * _FLOAT)
         weight = self._places.weight(op["weight"])
         yield Gemm(logits, x, weight, self._rows, experts, k, k, floats=True)
@@ -250,17 +220,17 @@ class _Planner:
         )
         return rows, weights
 
-    def _experts(self, op: Operation) -> Iterable[Work]:
+    def plan_experts(self, op: Operation) -> Iterable[Work]:
         route, inner, k = self._routes[op["routing"]], op["intermediate"], self._widths[op["x"]]
         candidates, experts, n = route["top_k"], route["experts"], self._hidden
         keep = route["keep"]
         most = self._rows * (keep["k"] if keep["kind"] == "top" else candidates)
         tiles = min(math.ceil(most / _TILE) + experts, most)
-        hidden = self._raw("experts", candidates * inner * 2)
-        pairs = self._raw("pairs", candidates * n * 2)
+        hidden = self._raw("experts", candidates * inner * _ELEMENT)
+        pairs = self._raw("pairs", candidates * n * _ELEMENT)
         offsets = _pointer(self._places.buffer("rows.offsets", (experts + 1) * _INT))
         rows, weights = map(_pointer, self._placed(candidates))
-        x, weight = self._buffer(op["x"]), self._places.weight
+        x, weight = self._address(op["x"]), self._places.weight
         biases = [
             _pointer(weight(op[name])) if op.get(name) else _pointer(0)
             for name in ("gate_up_bias", "down_bias")
@@ -282,7 +252,7 @@ class _Planner:
         kernel = f"grouped_down<{inner}, {columns}, {stages}>"
         yield Launch(kernel, grid, 256, shared_bytes, arguments)
         ids, _, places = self._pairs(candidates)
-        residual = self._buffer(op["residual"]) if op.get("residual") else 0
+        residual = self._address(op["residual"]) if op.get("residual") else 0
         out = self._out(op["out"], n)
         arguments = (
             *map(_pointer, (out, pairs, ids, places, residual)),
@@ -296,7 +266,7 @@ class _Planner:
         inner, given, weight = shared["intermediate"], shared["gate_up"], self._places.weight
         if isinstance(given, str):
             gate = self._out("shared_gate_up", 2 * inner)
-            up, pitch = gate + inner * 2, 2 * inner
+            up, pitch = gate + inner * _ELEMENT, 2 * inner
             yield Gemm(gate, x, weight(given), self._rows, 2 * inner, k, k)
         else:
             gate, up = self._out("shared_gates", inner), self._out("shared_ups", inner)
@@ -306,28 +276,23 @@ class _Planner:
         hidden = self._out("shared_hidden", inner)
         yield self._gated(hidden, gate, up, pitch, inner)
         if shared.get("gate"):
-            yield self._scaled(hidden, hidden, self._buffer("shared_gate"), inner)
+            yield self._scaled(hidden, hidden, self._address("shared_gate"), inner)
         yield Gemm(
             out, hidden, weight(shared["down"]), self._rows, self._hidden, inner, inner, True
         )
 
-    def _x(self, op: Operation) -> tuple[int, int]:
-        return self._part({"buffer": op["x"], "offset": op.get("x_offset")})
-
-    def _part(self, part: Mapping[str, Any]) -> tuple[int, int]:
-        """Return where a part of rows begins, and how far rows are apart."""
-        address = self._buffer(part["buffer"])
-        return address + (part.get("offset") or 0) * 2, self._widths[part["buffer"]]
-
-    def _out(self, name: str, width: int) -> int:
+    def _out(self, name: str, width: int, rows: int | None = None) -> int:
         self._widths[name] = width
-        return self._buffer(name)
+        if rows is not None:
+            self._row_counts[name] = rows
+        return self._address(name)
 
-    def _buffer(self, name: str) -> int:
-        return self._raw(self._places_of.get(name, name), self._widths[name] * 2)
+    def _address(self, name: str) -> int:
+        rows = self._row_counts.get(name, self._rows)
+        return self._raw(self._places_of.get(name, name), self._widths[name] * _ELEMENT, rows)
 
-    def _raw(self, name: str, size: int) -> int:
-        return self._places.buffer(f"rows.{name}", self._rows * size)
+    def _raw(self, name: str, size: int, rows: int | None = None) -> int:
+        return self._places.buffer(f"rows.{name}", (self._rows if rows is None else rows) * size)
 
 
 def last_uses(program: Program) -> dict[str, Operation]:
@@ -347,4 +312,4 @@ def is_part(value: Any) -> bool:
 
 
 def _tile_bytes(columns: int, stages: int) -> int:
-    return stages * (_TILE + columns) * _DEPTH * 2 + 1024
+    return stages * (_TILE + columns) * _DEPTH * _ELEMENT + 1024

@@ -28,6 +28,7 @@ class Prefiller:
     def __init__(self, device: Device, stepper: Stepper) -> None:
         self._device, self._stepper = device, stepper
         self._buffers: dict[str, tuple[int, int]] = {}
+        self._outgrown: list[int] = []
         self._checked: set[str] = set()
 
     def run(
@@ -85,9 +86,9 @@ class Prefiller:
             buffer=self._buffer,
             zeros=lambda name, size: self._buffer(name, size, zero=True),
             router=self._stepper.router,
-            most_shared=self._device.most_shared,
         )
-        work = plan_prefill(self._stepper.program, places, rows)
+        program, most_shared = self._stepper.program, self._device.most_shared
+        work = plan_prefill(program, places, rows, most_shared=most_shared)
         self._load([item for item in work if isinstance(item, Launch)])
         for item in work:
             self._do(item)
@@ -95,6 +96,8 @@ class Prefiller:
         host = self._device.pinned_once("rows.logits", size)
         self._device.copy_out(host, self._buffer("rows.logits", size), size)
         self._device.wait()
+        while self._outgrown:
+            self._device.free(self._outgrown.pop())
         return self._stepper.as_logits(host[:size], batch)
 
     def _do(self, item: Work) -> None:
@@ -123,9 +126,8 @@ class Prefiller:
     def _buffer(self, name: str, size: int, *, zero: bool = False) -> int:
         address, room = self._buffers.get(name, (0, 0))
         if room < size:
-            if address:
-                self._device.wait()
-                self._device.free(address)
+            if address:  # planned work may use it yet
+                self._outgrown.append(address)
             room = 1 << math.ceil(math.log2(size))
             address = self._device.allocate(room, zero=zero)
             self._buffers[name] = (address, room)

@@ -25,14 +25,27 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Addresses on the device.
+class Places:
+    """Addresses on the device that all plans need.
 
     Args:
         weight: Gives that of an initializer.
         buffer: Gives that of so many bytes by a name, the same for the same name.
         zeros: The same, of bytes that were set to zero.
         router: Gives that of a route operation's constants.
+    """
+
+    weight: Callable[[str], int]
+    buffer: Callable[[str, int], int]
+    zeros: Callable[[str, int], int]
+    router: Callable[[Operation], int]
+
+
+@dataclass(frozen=True)
+class Memory(Places):
+    """Addresses on the device for a step.
+
+    Args:
         keys: Of the cache, by layer: [tokens, heads, capacity, size].
         values: The same.
         ids: Token ids [tokens] int64.
@@ -40,10 +53,6 @@ class Memory:
         real: Whether each token is no padding [tokens] int32.
     """
 
-    weight: Callable[[str], int]
-    buffer: Callable[[str, int], int]
-    zeros: Callable[[str, int], int]
-    router: Callable[[Operation], int]
     keys: Mapping[int, int]
     values: Mapping[int, int]
     ids: int
@@ -91,15 +100,3 @@ class Rows:
     keys: Mapping[int, int]
     values: Mapping[int, int]
     capacity: int
-
-
-@dataclass(frozen=True)
-class Places:
-    """Addresses on the device, as in `Memory`."""
-
-    weight: Callable[[str], int]
-    buffer: Callable[[str, int], int]
-    zeros: Callable[[str, int], int]
-    router: Callable[[Operation], int]
-    most_shared: int
-    """Bytes of shared memory that a block can have."""
