@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from alloc_moe.passes.base import MICROSOFT
 from alloc_moe.passes.step.parts import Format
 
 _RESHAPING = {"Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten"}
@@ -92,12 +91,6 @@ def matrix(node: ir.Node) -> tuple[str, int, int] | None:
         return None
     rows, columns = shape
     return None if rows is None or columns is None else (name, rows, columns)
-
-
-def is_product(node: ir.Node) -> bool:
-    """Whether a node multiplies by a matrix."""
-    standard = node.domain in ("", "ai.onnx") and node.op_type in ("MatMul", "Gemm")
-    return standard or (node.domain == MICROSOFT and node.op_type == "FusedMatMul")
 
 
 def block_format(node: ir.Node, scales: int, zero_points: int, *more: int) -> Format:

@@ -30,7 +30,9 @@ class Device:
         self._overlaps = self.capability >= (9, 0)
         self._memory: list[int] = []
         self._host_memory: list[int] = []
-        end = weakref.finalize(self, _release, self._context, self._memory, self._host_memory)
+        self._graphs: list[Any] = []
+        held = (self._graphs, self._memory, self._host_memory)
+        end = weakref.finalize(self, _release, self._context, *held)
         end.atexit = False  # the driver does it then
         self._pinned: dict[str, NDArray[np.uint8]] = {}
         self._cublas: Cublas | None = None
@@ -168,6 +170,7 @@ class Device:
             graph = call(driver.cuStreamEndCapture(self.stream))
         executable = call(driver.cuGraphInstantiate(graph, 0))
         call(driver.cuGraphDestroy(graph))
+        self._graphs.append(executable)
         return executable
 
     def replay(self, graph: Any) -> None:
@@ -176,6 +179,7 @@ class Device:
 
     def destroy(self, graph: Any) -> None:
         """Forget a captured graph."""
+        self._graphs.remove(graph)
         call(driver.cuGraphExecDestroy(graph))
 
     def copy_in(self, address: int, host: NDArray[np.uint8], size: int) -> None:
@@ -191,12 +195,13 @@ class Device:
         call(driver.cuStreamSynchronize(self.stream))
 
 
-def _release(context: Any, memory: list[int], host_memory: list[int]) -> None:
-    """Give back what a device had allocated; what fails has been given back with the context."""
+def _release(context: Any, graphs: list[Any], memory: list[int], host_memory: list[int]) -> None:
+    """Give back what a device had made; what fails has been given back with the context."""
     driver.cuCtxSetCurrent(context)
-    for address in memory:
-        driver.cuMemFree(address)
-    for address in host_memory:
-        driver.cuMemFreeHost(address)
-    memory.clear()
-    host_memory.clear()
+    for held, give_back in (
+        (graphs, driver.cuGraphExecDestroy),
+        (memory, driver.cuMemFree),
+        (host_memory, driver.cuMemFreeHost),
+    ):
+        while held:
+            give_back(held.pop())

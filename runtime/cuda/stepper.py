@@ -118,18 +118,6 @@ class Stepper:
         value = np.array([self._price if price is None else price], np.float32)
         self._device.upload(self._given + _Inputs.price.offset, value)
 
-    def prepare(self, batch: int, cache: CacheMemory) -> None:
-        """Compile the kernels and capture the step, so that the first step is as fast as others."""
-        self._device.make_current()
-        self._graph(batch, cache)
-
-    def close(self) -> None:
-        """Give the GPU's memory back."""
-        self._device.make_current()
-        for graph in self._graphs.values():
-            self._device.destroy(graph)
-        self._graphs.clear()
-
     def _graph(self, batch: int, cache: CacheMemory) -> Any:
         key = (batch, cache)
         if key in self._graphs:
@@ -156,7 +144,7 @@ class Stepper:
         memory = Memory(
             weight=self.weight,
             buffer=self._buffer,
-            zeros=self._zeros,
+            zeros=self._buffer,  # all are zeros at first, and kernels leave these so
             router=self.router,
             keys=dict(enumerate(cache.keys)),
             values=dict(enumerate(cache.values)),
@@ -174,9 +162,6 @@ class Stepper:
             address = self._device.allocate(size, zero=True)
             self._buffers[name] = (address, size)
         return address
-
-    def _zeros(self, name: str, size: int) -> int:
-        return self._buffer(name, size)  # kernels leave it as they found it
 
     def router(self, op: Operation) -> int:
         """Return the address of a route operation's constants."""
