@@ -82,15 +82,7 @@ class GroupAttentionPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
-        for node in group_attention(model):
-            for past in node.inputs[3:5]:
-                assert past is not None
-                others = [user for user in past.consumers() if user is not node]
-                if not all(is_batch(user) for user in others):
-                    raise ir.passes.PostconditionError(
-                        f"{past.name} is read by {[user.name for user in others]} too, which don't "
-                        "know that its buffer may be longer than the past."
-                    )
+        check_pasts(model)
 
 
 def group_attention(model: ir.Model) -> Iterator[ir.Node]:
@@ -98,6 +90,19 @@ def group_attention(model: ir.Model) -> Iterator[ir.Node]:
     for node in model.graph:
         if node.domain == MICROSOFT and node.op_type == GROUP_QUERY_ATTENTION:
             yield node
+
+
+def check_pasts(model: ir.Model) -> None:
+    """Raise PostconditionError if something else reads a cache, whose buffer may be longer."""
+    for node in group_attention(model):
+        for past in node.inputs[3:5]:
+            assert past is not None
+            others = [user for user in past.consumers() if user is not node]
+            if not all(is_batch(user) for user in others):
+                raise ir.passes.PostconditionError(
+                    f"{past.name} is read by {[user.name for user in others]} too, which don't "
+                    "know that its buffer may be longer than the past."
+                )
 
 
 class _Columns:

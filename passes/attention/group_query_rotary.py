@@ -6,13 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from alloc_moe.passes.attention.group_query import GROUP_QUERY_ATTENTION, group_attention
+from alloc_moe.passes.attention.group_query import GROUP_QUERY_ATTENTION, check_pasts
 from alloc_moe.passes.attention.layers import (
     ROWS_TO_HEADS,
     AttentionLayer,
     free_past_lengths,
     insert,
-    is_batch,
     is_transposed,
     match_layers,
     measure_tokens,
@@ -73,15 +72,7 @@ class RotaryGroupAttentionPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
-        for node in group_attention(model):
-            for past in node.inputs[3:5]:
-                assert past is not None
-                others = [user for user in past.consumers() if user is not node]
-                if not all(is_batch(user) for user in others):
-                    raise ir.passes.PostconditionError(
-                        f"{past.name} is read by {[user.name for user in others]} too, which don't "
-                        "know that its buffer may be longer than the past."
-                    )
+        check_pasts(model)
 
 
 def right_padded_rows(model: ir.Model) -> ir.Node | None:

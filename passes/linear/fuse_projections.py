@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
-from alloc_moe.passes.base import MICROSOFT, add_initializer, lazy_tensor
+from alloc_moe.passes.base import MICROSOFT
+from alloc_moe.passes.linear.joining import is_own, joined, replace_by_parts
 
 _JOINED = (1, 2, 5)
 """Inputs of MatMulNBits that have a row per output: packed weights, scales, biases."""
@@ -40,15 +40,10 @@ def _groups(model: ir.Model) -> Iterator[list[ir.Node]]:
         if node.domain != MICROSOFT or node.op_type != "MatMulNBits":
             continue
         given = tuple(at for at, value in enumerate(node.inputs) if at and value is not None)
-        if set(given) <= set(_JOINED) and all(map(_is_own, node.inputs[1:])):
+        if set(given) <= set(_JOINED) and all(is_own(node.inputs[at]) for at in given):
             form = {name: node.attributes[name].value for name in node.attributes if name != "N"}
             found[node.inputs[0], given, *sorted(form.items())].append(node)
     yield from (nodes for nodes in found.values() if len(nodes) > 1)
-
-
-def _is_own(value: ir.Value | None) -> bool:
-    """Whether no other node reads a weight."""
-    return value is None or (value.is_initializer() and len(value.uses()) == 1)
 
 
 def _fuse(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
@@ -57,7 +52,7 @@ def _fuse(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     inputs = list(first.inputs)
     for at in range(1, len(inputs)):
         if inputs[at] is not None:
-            inputs[at] = _joined(model, nodes, at)
+            inputs[at] = joined(model, [node.inputs[at] for node in nodes])
     attributes = {name: attribute.value for name, attribute in first.attributes.items()}
     fused = ir.node(
         first.op_type,
@@ -66,35 +61,4 @@ def _fuse(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         domain=MICROSOFT,
         name="+".join(node.name or "" for node in nodes),
     )
-    product, result = fused.outputs[0], first.outputs[0]
-    product.name, product.type = f"{result.name}.joined", result.type
-    if result.shape is not None:
-        product.shape = ir.Shape([*result.shape[:-1], sum(rows)])
-    sizes = ir.tensor(np.array(rows, np.int64), name=f"{product.name}.rows")
-    split = ir.node(
-        "Split",
-        [product, add_initializer(model, sizes)],
-        attributes={"axis": -1},
-        num_outputs=len(nodes),
-    )
-    model.graph.insert_before(first, [fused, split])
-    for node, part in zip(nodes, split.outputs, strict=True):
-        old = node.outputs[0]
-        part.name, part.type, part.shape = old.name, old.type, old.shape
-        ir.convenience.replace_all_uses_with(old, part)
-        model.graph.remove(node, safe=True)
-
-
-def _joined(model: ir.Model, nodes: Sequence[ir.Node], at: int) -> ir.Value:
-    """Return one input of the nodes, row below row."""
-    values = [node.inputs[at] for node in nodes]
-    tensors = [value.const_value for value in values if value and value.const_value]
-    assert len(tensors) == len(nodes)
-    sizes = [tensor.shape.numpy() for tensor in tensors]
-    shape = (sum(size[0] for size in sizes), *sizes[0][1:])
-
-    def compute() -> np.ndarray:
-        return np.concatenate([tensor.numpy() for tensor in tensors])
-
-    name = "+".join(tensor.name or "" for tensor in tensors)
-    return add_initializer(model, lazy_tensor(compute, shape, tensors[0].dtype, name))
+    replace_by_parts(model, nodes, fused, rows)

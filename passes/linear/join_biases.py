@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
-from alloc_moe.passes.base import add_initializer, lazy_tensor
+from alloc_moe.passes.linear.joining import is_own, joined
 
 
 class JoinBiasesPass(ir.passes.InPlacePass):
@@ -44,9 +43,8 @@ def _bias_added(part: ir.Value) -> ir.Node | None:
     if len(users) != 1 or users[0].op_type != "Add" or users[0].outputs[0].is_graph_output():
         return None
     bias, width = _bias(users[0], part), part.shape[-1] if part.shape else None
-    own = bias is not None and bias.is_initializer() and len(bias.uses()) == 1
-    fits = own and bias is not None and bias.shape is not None and list(bias.shape) == [width]
-    return users[0] if fits else None
+    fits = bias is not None and bias.shape is not None and list(bias.shape) == [width]
+    return users[0] if fits and is_own(bias) else None
 
 
 def _bias(add: ir.Node, part: ir.Value) -> ir.Value | None:
@@ -57,18 +55,11 @@ def _bias(add: ir.Node, part: ir.Value) -> ir.Value | None:
 def _join(model: ir.Model, split: ir.Node, adds: list[ir.Node]) -> None:
     pairs = zip(adds, split.outputs, strict=True)
     biases = [_bias(add, part) for add, part in pairs]
-    tensors = [bias.const_value for bias in biases if bias and bias.const_value]
-    assert len(tensors) == len(adds)
-
-    def compute() -> np.ndarray:
-        return np.concatenate([tensor.numpy() for tensor in tensors])
-
-    name = "+".join(tensor.name or "" for tensor in tensors)
-    width = sum(tensor.size for tensor in tensors)
-    joined = add_initializer(model, lazy_tensor(compute, (width,), tensors[0].dtype, name))
     product = split.inputs[0]
     assert product is not None
-    biased = ir.node("Add", [product, joined], name=f"{split.name or product.name}.biases")
+    biased = ir.node(
+        "Add", [product, joined(model, biases)], name=f"{split.name or product.name}.biases"
+    )
     value = biased.outputs[0]
     value.name, value.type, value.shape = f"{product.name}.biased", product.type, product.shape
     model.graph.insert_before(split, biased)
