@@ -1,6 +1,7 @@
-// What all kernels of a decode step share: elements of vectors, sums of warps, products of fragments.
+// What all kernels share: elements of vectors, sums of warps, products of fragments.
 //
-// Under EMULATED the same source runs on a CPU: tests/runtime/cuda/emulation.hpp has what a GPU has.
+// Under EMULATED the same source runs on a CPU: tests/runtime/cuda/emulation.hpp has what a GPU
+// has.
 #pragma once
 #include "types.cuh"
 #ifndef EMULATED

@@ -49,12 +49,8 @@ __global__ void __launch_bounds__(WARPS * WARP, GATE_UP_BLOCKS)
     __syncthreads();
     for (int i = threadIdx.x; i < tokens * 8; i += WARPS * WARP) {
         const int t = i / 8, at = tile * 8 + i % 8;
-        float gate = 0.0f, up = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            gate += parts[w * GROUPS * 128 + t * 16 + i % 8];
-            up += parts[w * GROUPS * 128 + t * 16 + i % 8 + 8];
-        }
+        float gate = sum_of_parts<GROUPS, WARPS>(parts, t * 16 + i % 8);
+        float up = sum_of_parts<GROUPS, WARPS>(parts, t * 16 + i % 8 + 8);
         if (slot < 0) {
             const float weight = shared_gated ? routing->shared[t] : 1.0f;
             shared_hidden[(long)t * shared_inner + at] = to_real(silu(gate) * up * weight);
@@ -137,9 +133,7 @@ __global__ void __launch_bounds__(WARPS * WARP)
     __syncthreads();
     for (int i = threadIdx.x; i < tokens * 16; i += WARPS * WARP) {
         const int t = i / 16, column = tile * 16 + i % 16;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += parts[w * GROUPS * 128 + i];
+        float sum = sum_of_parts<GROUPS, WARPS>(parts, i);
         if (bias)
             for (int slot = 0; slot < count; ++slot)
                 if (users[slot] >> t & 1)

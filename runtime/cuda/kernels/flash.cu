@@ -7,8 +7,8 @@
 #define QUERIES 64
 #define POSITIONS 64
 
-// Grid: [width / 64, heads, sequences]; 4 warps of 16 queries. Dynamic shared memory: twice keys and
-// values of POSITIONS rows, SIZE + 8 elements apart. Query `i` of a sequence is at `past + i`.
+// Grid: [width / 64, heads, sequences]; 4 warps of 16 queries. Dynamic shared memory: twice keys
+// and values of POSITIONS rows, SIZE + 8 elements apart. Query `i` of a sequence is at `past + i`.
 template <int SIZE>
 __global__ void __launch_bounds__(128)
     flash(Real* out, const Real* query, int query_pitch, const Real* keys, const Real* values,
@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(128)
     const int past = lengths[sequence], count = counts[sequence];
     if (begin >= count) return;
     const long row = (long)sequence * kv_heads + head / (heads / kv_heads);
-    const Real *key_rows = keys + row * capacity * SIZE, *value_rows = values + row * capacity * SIZE;
+    const Real* key_rows = keys + row * capacity * SIZE;
+    const Real* value_rows = values + row * capacity * SIZE;
     const int mine = begin + thread / WARP * 16 + g;
     u32 q[STEPS][4];
     const Real* of_mine = query + ((long)sequence * width + mine) * query_pitch + head * SIZE;
@@ -38,7 +39,9 @@ __global__ void __launch_bounds__(128)
         }
     float sum[SIZE / 8][4] = {}, largest[2] = {-1e30f, -1e30f}, total[2] = {0.0f, 0.0f};
     const int end = past + min(begin + QUERIES, count);
-    auto tile = [&](int from) { return (Real*)dynamic + from / POSITIONS % 2 * 2 * POSITIONS * PITCH; };
+    auto tile = [&](int from) {
+        return (Real*)dynamic + from / POSITIONS % 2 * 2 * POSITIONS * PITCH;
+    };
     auto fetch = [&](int from) {
         Real* to = tile(from);
         for (int i = thread; from < end && i < POSITIONS * VECS; i += 128) {

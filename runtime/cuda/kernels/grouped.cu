@@ -70,7 +70,8 @@ __device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], Real* 
 #pragma unroll
             for (int i = 0; i < TILE / 32; ++i) {
                 const bool used = from_rows[i] && k < K;
-                copy_later(stage + place(line + i * 32, vec), used ? from_rows[i] + k : shared, used);
+                copy_later(stage + place(line + i * 32, vec), used ? from_rows[i] + k : shared,
+                           used);
             }
 #pragma unroll
             for (int i = 0; i < COLUMNS / 32; ++i) {
@@ -95,8 +96,37 @@ __device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], Real* 
     end_products<0>(c);
 }
 
+// Gives `use` each pair of neighbouring columns of a warp's part of a tile: row, column, values.
+template <int N, class Use>
+__device__ __forceinline__ void for_each_result(const float (&c)[N][4], int count, int left,
+                                                int columns, const Use& use) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const int row = warp * 16 + half * 8 + lane / 4;
+            const int column = left + n * 8 + lane % 4 * 2;
+            if (row < count && column < columns)
+                use(row, column, c[n][half * 2], c[n][half * 2 + 1]);
+        }
+}
+
+// Products of an expert's matrix [columns, K] with its rows in a block's tile; `row(i)` gives where
+// the i-th begins.
+template <int K, int COLUMNS, int STAGES, class Row>
+__device__ __forceinline__ void multiply_expert(float (&c)[COLUMNS / 8][4], Vec* dynamic,
+                                                const Real* matrix, int columns, int left,
+                                                int count, const Row& row) {
+    const Real* none = nullptr;
+    multiply_tile<K, COLUMNS, STAGES>(
+        c, tiles(dynamic), [&](int i) { return i < count ? row(i) : none; },
+        [&](int i) { return left + i < columns ? matrix + (long)(left + i) * K : none; });
+}
+
 // hidden[pair, i] = weight[pair] silu(gate) up, gate and up being rows 2 i and 2 i + 1.
-// Grid: [2 inner / COLUMNS, most tiles]. Dynamic shared memory: STAGES tiles of rows and columns, and 1024 bytes.
+// Grid: [2 inner / COLUMNS, most tiles]. Dynamic shared memory: STAGES tiles of rows and columns,
+// and 1024 bytes.
 template <int K, int COLUMNS, int STAGES>
 __global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
     grouped_gate_up(Real* hidden, const Real* x, const int* offsets, const int* rows,
@@ -106,33 +136,22 @@ __global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
     int expert, first, count;
     if (!find_tile(offsets, experts, blockIdx.y, expert, first, count)) return;
     const int columns = 2 * inner, left = blockIdx.x * COLUMNS;
-    const Real* matrix = weight + (long)expert * columns * K;
     float c[COLUMNS / 8][4] = {};
-    multiply_tile<K, COLUMNS, STAGES>(
-        c, tiles(dynamic),
-        [&](int i) { return i < count ? x + (long)rows[first + i] * K : (const Real*)nullptr; },
-        [&](int i) {
-            return left + i < columns ? matrix + (long)(left + i) * K : (const Real*)nullptr;
-        });
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n) {
-            const int at = warp * 16 + half * 8 + lane / 4;
-            const int column = left + n * 8 + lane % 4 * 2;
-                if (at >= count || column >= columns) continue;
-                float gate = c[n][half * 2], up = c[n][half * 2 + 1];
-                if (bias) {
-                    gate += to_float(bias[(long)expert * columns + column]);
-                    up += to_float(bias[(long)expert * columns + column + 1]);
-                }
-                const long pair = first + at;
-                hidden[pair * inner + column / 2] = to_real(silu(gate) * up * pair_weights[pair]);
-            }
+    multiply_expert<K, COLUMNS, STAGES>(
+        c, dynamic, weight + (long)expert * columns * K, columns, left, count,
+        [&](int i) { return x + (long)rows[first + i] * K; });
+    for_each_result(c, count, left, columns, [&](int row, int column, float gate, float up) {
+        const long pair = first + row;
+        if (bias) {
+            gate += to_float(bias[(long)expert * columns + column]);
+            up += to_float(bias[(long)expert * columns + column + 1]);
+        }
+        hidden[pair * inner + column / 2] = to_real(silu(gate) * up * pair_weights[pair]);
+    });
 }
 
-// out[pair, n] = hidden[pair] . weight[expert, n] + pair_weight bias. Grid: [N / COLUMNS, most tiles].
+// out[pair, n] = hidden[pair] . weight[expert, n] + pair_weight bias.
+// Grid: [N / COLUMNS, most tiles].
 template <int INNER, int COLUMNS, int STAGES>
 __global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
     grouped_down(Real* out, const Real* hidden, const int* offsets, const float* pair_weights,
@@ -141,30 +160,18 @@ __global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
     int expert, first, count;
     if (!find_tile(offsets, experts, blockIdx.y, expert, first, count)) return;
     const int left = blockIdx.x * COLUMNS;
-    const Real* matrix = weight + (long)expert * columns * INNER;
     float c[COLUMNS / 8][4] = {};
-    multiply_tile<INNER, COLUMNS, STAGES>(
-        c, tiles(dynamic),
-        [&](int i) {
-            return i < count ? hidden + (long)(first + i) * INNER : (const Real*)nullptr;
-        },
-        [&](int i) { return left + i < columns ? matrix + (long)(left + i) * INNER : (const Real*)nullptr; });
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n) {
-            const int at = warp * 16 + half * 8 + lane / 4;
-            const int column = left + n * 8 + lane % 4 * 2;
-                if (at >= count || column >= columns) continue;
-                float x[2] = {c[n][half * 2], c[n][half * 2 + 1]};
-                const long pair = first + at;
-                if (bias)
-                    for (int o = 0; o < 2; ++o)
-                        x[o] += pair_weights[pair] * to_float(bias[(long)expert * columns + column + o]);
-                *(u32*)(out + pair * columns + column) =
-                    (u32)to_real(x[0]) | (u32)to_real(x[1]) << 16;
-            }
+    multiply_expert<INNER, COLUMNS, STAGES>(
+        c, dynamic, weight + (long)expert * columns * INNER, columns, left, count,
+        [&](int i) { return hidden + (long)(first + i) * INNER; });
+    for_each_result(c, count, left, columns, [&](int row, int column, float x, float y) {
+        const long pair = first + row;
+        if (bias) {
+            x += pair_weights[pair] * to_float(bias[(long)expert * columns + column]);
+            y += pair_weights[pair] * to_float(bias[(long)expert * columns + column + 1]);
+        }
+        *(u32*)(out + pair * columns + column) = (u32)to_real(x) | (u32)to_real(y) << 16;
+    });
 }
 
 #endif

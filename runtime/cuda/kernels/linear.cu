@@ -61,6 +61,15 @@ __device__ __forceinline__ void store_products(float* part, const float (&c)[GRO
     }
 }
 
+// What all warps of a block have of an element that `store_products` wrote.
+template <int GROUPS, int WARPS>
+__device__ __forceinline__ float sum_of_parts(const float* parts, int i) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) sum += parts[warp * GROUPS * 128 + i];
+    return sum;
+}
+
 // Grid: any number of blocks. Shared memory: [tokens, K + ROW_PAD] Real with a norm.
 template <int K, int BITS, int GROUPS, int WARPS, bool NORMED>
 __global__ void __launch_bounds__(WARPS * WARP)
@@ -97,10 +106,8 @@ __global__ void __launch_bounds__(WARPS * WARP)
         __syncthreads();
         for (int i = threadIdx.x; i < tokens * 16; i += WARPS * WARP) {
             const int t = i / 16, column = tile * 16 + i % 16;
-            float sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) sum += parts[w * GROUPS * 128 + i];
             if (column < n) {
+                float sum = sum_of_parts<GROUPS, WARPS>(parts, i);
                 if (bias) sum = to_float(to_real(sum)) + to_float(bias[column]);
                 if (residual)
                     sum = to_float(to_real(sum)) + to_float(residual[(long)t * n + column]);

@@ -12,8 +12,8 @@ __device__ __forceinline__ int place(int row, int vec) {
     return row * DEPTH + ((vec ^ row) & 7) * 8;
 }
 
-// Products of 128 rows and 8 N columns of DEPTH elements, by 8 warps of 16 rows each. `c` must not be
-// read before `end_products<0>`; `end_products<1>` leaves the last product under way.
+// Products of 128 rows and 8 N columns of DEPTH elements, by 8 warps of 16 rows each. `c` must not
+// be read before `end_products<0>`; `end_products<1>` leaves the last product under way.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ __forceinline__ void show_copies_to_tensor_cores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

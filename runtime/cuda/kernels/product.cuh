@@ -1,4 +1,4 @@
-// Products of a weight's rows with a step's tokens, for weights as they are or in blocks of 4 or 8 bits.
+// Products of a weight's rows with a step's tokens; weights are as they are, or in blocks of bits.
 #pragma once
 #include "common.cuh"
 
@@ -139,7 +139,8 @@ struct Pieces {
 };
 
 // Multiplies rows `row` and `row8` with the tokens; `first` are the pieces of step 0.
-// `token(group, k)` gives elements k... of the lane's token in a group of 8, zeros where there is none.
+// `token(group, k)` gives elements from k on of the lane's token in a group of 8, zeros where there
+// is none.
 template <int K, int BITS, int WARPS, int MOST, int GROUPS, class Token>
 __device__ __forceinline__ void multiply_rows(float (&c)[GROUPS][4],
                                               Pieces<K, BITS, WARPS, MOST>& first,

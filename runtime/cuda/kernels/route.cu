@@ -1,4 +1,4 @@
-// A layer's router: scores, the best candidates of each token, which of them run, and by which expert.
+// A layer's router: scores, the best candidates of each token, and which of them run.
 #pragma once
 #include "linear.cu"
 
@@ -109,7 +109,8 @@ __device__ __forceinline__ Candidate choose(float* scores, float* ranking, const
         mine.weight = used ? expf(mine.weight - most) : 0.0f;
         mine.weight /= sum_of_warp(mine.weight);
     }
-    if (r.renormalize) mine.weight /= sum_of_warp(used ? mine.weight : 0.0f) + r.renormalize_epsilon;
+    if (r.renormalize)
+        mine.weight /= sum_of_warp(used ? mine.weight : 0.0f) + r.renormalize_epsilon;
     mine.weight *= r.scale;
     if (r.rounded) mine.weight = to_float(to_real(mine.weight));
     return mine;
@@ -149,6 +150,44 @@ __device__ __forceinline__ float score_of(const Candidate& mine, const Router& r
         return -behind;
     }
     return added;
+}
+
+// A token's candidates, lane j having the j-th by weight: whether it is kept before any contest,
+// what it is judged by, and the sum of all weights.
+struct Choice {
+    Candidate mine;
+    bool used, keep;
+    float score, whole;
+};
+
+// Chooses for one token, by a warp. `weights` and `experts` get the candidates in their order.
+__device__ __forceinline__ Choice choose_ranked(float* scores, float* ranking, float* weights,
+                                                int* experts, const Router& r) {
+    const int lane = threadIdx.x % WARP;
+    __syncwarp();
+    Choice choice = {choose(scores, ranking, r), lane < r.candidates};
+    Candidate& mine = choice.mine;
+    choice.whole = sum_of_warp(choice.used ? mine.weight : 0.0f);
+    const int rank = rank_of(mine, r.candidates);
+    if (choice.used) {
+        weights[rank] = mine.weight;
+        experts[rank] = mine.expert;
+    }
+    __syncwarp();
+    if (choice.used) mine = {weights[lane], experts[lane]};
+    choice.keep = r.keep == KEEP_TOP ? lane < r.kept : lane == 0;
+    choice.score = mine.weight;
+    if (r.keep == KEEP_SCORE) {
+        choice.score = score_of(mine, r);
+        choice.keep = choice.keep || choice.score >= (r.price ? *r.price : r.threshold);
+    }
+    choice.keep = choice.keep && choice.used;
+    return choice;
+}
+
+// What kept weights are multiplied by, so that they sum to what all candidates' do.
+__device__ __forceinline__ float share_of(float whole, float kept) {
+    return whole / fmaxf(kept, 1e-30f);
 }
 
 typedef float PerCandidate[MOST_TOKENS][MOST_CANDIDATES];
@@ -196,28 +235,13 @@ __device__ __forceinline__ void choose_experts(Routing* routing, const float* lo
     for (int t = warp; t < tokens; t += ROUTE_WARPS) {
         for (int e = lane; e < r.experts; e += WARP)
             scores[warp][e] = __ldcg(logits + (long)t * r.experts + e);
-        __syncwarp();
-        Candidate mine = choose(scores[warp], ranking[warp], r);
-        const bool used = lane < r.candidates;
-        const float whole = sum_of_warp(used ? mine.weight : 0.0f);
-        const int rank = rank_of(mine, r.candidates);
-        if (used) {
-            weights[t][rank] = mine.weight;
-            experts[t][rank] = mine.expert;
+        const Choice choice =
+            choose_ranked(scores[warp], ranking[warp], weights[t], experts[t], r);
+        if (choice.used) {
+            kept[t][lane] = choice.keep && real[t];
+            contest[t][lane] = choice.score;
         }
-        __syncwarp();
-        if (used) mine = {weights[t][lane], experts[t][lane]};
-        bool keep = r.keep == KEEP_TOP ? lane < r.kept : lane == 0;
-        float score = mine.weight;
-        if (r.keep == KEEP_SCORE) {
-            score = score_of(mine, r);
-            keep = keep || score >= (r.price ? *r.price : r.threshold);
-        }
-        if (used) {
-            kept[t][lane] = keep && real[t];
-            contest[t][lane] = score;
-        }
-        if (lane == 0) wholes[t] = whole;
+        if (lane == 0) wholes[t] = choice.whole;
     }
     __syncthreads();
     if (r.keep == KEEP_POOL || r.quota >= 0.0) compete(kept, contest, r, real, tokens);
@@ -225,7 +249,7 @@ __device__ __forceinline__ void choose_experts(Routing* routing, const float* lo
         for (int t = warp; t < tokens; t += ROUTE_WARPS) {
             const bool keep = lane < r.candidates && kept[t][lane];
             const float share = sum_of_warp(keep ? weights[t][lane] : 0.0f);
-            if (keep) weights[t][lane] *= wholes[t] / fmaxf(share, 1e-30f);
+            if (keep) weights[t][lane] *= share_of(wholes[t], share);
         }
         __syncthreads();
     }
@@ -300,10 +324,8 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     __syncthreads();
     for (int i = threadIdx.x; i < tokens * 16; i += ROUTE_WARPS * WARP) {
         const int t = i / 16, e = base + i % 16;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < ROUTE_WARPS; ++w) sum += parts[w * GROUPS * 128 + i];
         if (e >= n) continue;
+        float sum = sum_of_parts<GROUPS, ROUTE_WARPS>(parts, i);
         if (bias && !is_gate) sum += to_float(bias[e]);
         if (rounded_logits || is_gate) sum = to_float(to_real(sum));
         if (is_gate) {

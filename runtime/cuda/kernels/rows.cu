@@ -3,8 +3,8 @@
 #include "attention.cu"
 #include "route.cu"
 
-// Grid: [sequences * width, heads / 8], of queries and keys together. Normalises and rotates a row's queries in place, and writes its key
-// and value to the cache.
+// Grid: [sequences * width, heads / 8], of queries and keys together. Normalises and rotates a
+// row's queries in place, and writes its key and value to the cache.
 template <int SIZE>
 __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
     append(Real* query, int query_pitch, const Real* query_norm, float query_epsilon,
@@ -52,9 +52,10 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
             raw[warp][i] = x;
         }
         __syncwarp();
-        Real* to = is_query ? queries + (long)head * SIZE
-                            : keys + (((long)sequence * kv_heads + head) * capacity + position) * SIZE;
-        for (int i = lane; i < SIZE; i += WARP) to[i] = to_real(rotated(raw[warp], i, rotary, position));
+        const long place = ((long)sequence * kv_heads + head) * capacity + position;
+        Real* to = is_query ? queries + (long)head * SIZE : keys + place * SIZE;
+        for (int i = lane; i < SIZE; i += WARP)
+            to[i] = to_real(rotated(raw[warp], i, rotary, position));
         __syncwarp();
     }
     if (blockIdx.y) return;
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
     }
 }
 
-// Grid: rows / 8. A warp chooses the experts of a row from `logits` [rows, E] float: ids [rows, K] are
-// -1 where dropped, `counts` of the experts grow, `places` are the rows' among an expert's.
+// Grid: rows / 8. A warp chooses the experts of a row from `logits` [rows, E] float: ids [rows, K]
+// are -1 where dropped, `counts` of the experts grow, `places` are the rows' among an expert's.
 template <int EXPERTS>
 __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     route_rows(int* ids, float* weights, int* places, int* expert_counts, const float* logits,
@@ -82,28 +83,15 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
         const float x = logits[(long)row * r.experts + e];
         scores[warp][e] = rounded_logits ? to_float(to_real(x)) : x;
     }
-    __syncwarp();
-    Candidate mine = choose(scores[warp], ranking[warp], r);
-    const bool used = lane < r.candidates;
-    const float whole = sum_of_warp(used ? mine.weight : 0.0f);
-    const int rank = rank_of(mine, r.candidates);
-    if (used) {
-        ranked[warp][rank] = mine.weight;
-        experts[warp][rank] = mine.expert;
-    }
-    __syncwarp();
-    if (used) mine = {ranked[warp][lane], experts[warp][lane]};
-    bool keep = r.keep == KEEP_TOP ? lane < r.kept : lane == 0;
-    if (r.keep == KEEP_SCORE)
-        keep = score_of(mine, r) >= (r.price ? *r.price : r.threshold) || keep;
-    keep = keep && used && real;
+    const Choice choice =
+        choose_ranked(scores[warp], ranking[warp], ranked[warp], experts[warp], r);
+    const Candidate& mine = choice.mine;
+    const bool keep = choice.keep && real;
     const float share = sum_of_warp(keep ? mine.weight : 0.0f);
-    if (used) {
+    if (choice.used) {
         const long at = (long)row * r.candidates + lane;
-        float weight = mine.weight;
-        if (r.renormalize_kept) weight *= whole / fmaxf(share, 1e-30f);
         ids[at] = keep ? mine.expert : -1;
-        weights[at] = weight;
+        weights[at] = mine.weight * (r.renormalize_kept ? share_of(choice.whole, share) : 1.0f);
         if (keep) places[at] = atomicAdd(expert_counts + mine.expert, 1);
     }
 }
