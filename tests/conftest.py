@@ -80,3 +80,18 @@ def toy_artifact() -> ModuleType:
 def step_interpreter() -> ModuleType:
     """Return the module that runs step programs in numpy."""
     return _load_file(Path(__file__).parent / "passes" / "step" / "interpreter.py")
+
+
+@pytest.fixture(scope="session")
+def exported_attention() -> ModuleType:
+    """Return the module that builds attention as it is exported."""
+    return _load_file(Path(__file__).parent / "passes" / "attention" / "exported_attention.py")
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ModuleType:
+    """Return the module that runs kernels on the CPU."""
+    module = _load_file(Path(__file__).parent / "runtime" / "cuda" / "emulator.py")
+    if module.COMPILER is None:
+        pytest.skip("no C++ compiler, by which kernels are emulated")
+    return module

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from alloc_moe.passes.attention.group_query_rotary import RotaryGroupAttentionPass
 
-_SPEC = importlib.util.spec_from_file_location(
-    "exported_attention", Path(__file__).with_name("exported_attention.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-exported_attention = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(exported_attention)
-
 
 @pytest.mark.parametrize("features", [{"window": "two"}, {"sinks": True}], ids=str)
-def test_windows_and_sinks_stay_as_they_are(features: dict[str, Any]) -> None:
+def test_windows_and_sinks_stay_as_they_are(
+    exported_attention: ModuleType, features: dict[str, Any]
+) -> None:
     model = exported_attention.attention(**features)
     before = [node.op_type for node in model.graph]
     assert not RotaryGroupAttentionPass(None)(model).modified
     assert [node.op_type for node in model.graph] == before
 
 
-def test_without_them_the_operator_attends() -> None:
+def test_without_them_the_operator_attends(exported_attention: ModuleType) -> None:
     model = exported_attention.attention()
     assert RotaryGroupAttentionPass(None)(model).modified
     found = [node.op_type for node in model.graph]

@@ -1,11 +1,9 @@
-"""Artifacts for CUDA, and what emulates their kernels."""
+"""Artifacts for CUDA."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -31,18 +29,3 @@ def compiled_for_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return path
 
     return compiled
-
-
-@pytest.fixture(scope="session")
-def emulator() -> ModuleType:
-    """Return the module that runs kernels on the CPU."""
-    spec = importlib.util.spec_from_file_location(
-        "emulator", Path(__file__).with_name("emulator.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if module.COMPILER is None:
-        pytest.skip("no C++ compiler, by which kernels are emulated")
-    return module

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on a CPU, one block after the other: every thread is a fiber that gives way
-// where threads wait for each other. For checks of arithmetic and of indices, not of races or speed.
+// where threads wait for each other. It checks arithmetic and indices, not races or speed.
 #pragma once
 #include <ucontext.h>
 
