@@ -4,7 +4,7 @@
 # mypy: disable-error-code="arg-type, misc, return-value, type-arg, type-var"
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -131,34 +131,42 @@ class _Columns:
 def _replace(model: ir.Model, layer: AttentionLayer, columns: _Columns) -> None:
     at = layer.node
     rows = [_merged(model, at, value, columns) for value in (at.inputs[0], layer.key, layer.value)]
-    attributes: dict[str, int | float] = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads}
-    if (scale := at.attributes.get("scale")) is not None:
-        attributes["scale"] = scale.as_float()
-    if layer.window:
-        attributes["local_window_size"] = layer.window
     optional = [None] * 3  # cosine and sine, positions: RotaryEmbedding stays a node of its own
     inputs = [*rows, *layer.past, columns.last, columns.total, *optional, columns.padding]
     if layer.sinks is not None:
         numbers = layer.sinks.numpy().reshape(-1).astype(np.float32)
         sinks = ir.tensor(numbers, name=f"{DOMAIN}.sinks.{at.outputs[0].name}")
         inputs.append(add_initializer(model, sinks))
-    node = insert(model, at, GROUP_QUERY_ATTENTION, inputs, attributes, MICROSOFT, outputs=3)
+    attend(model, layer, inputs, {"local_window_size": layer.window} if layer.window else {})
+
+
+def attend(
+    model: ir.Model,
+    layer: AttentionLayer,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, int],
+) -> ir.Node:
+    """Put the operator in a layer's place, the layer's heads and scale among its attributes."""
+    at = layer.node
+    given: dict[str, int | float] = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads}
+    if (scale := at.attributes.get("scale")) is not None:
+        given["scale"] = scale.as_float()
+    given |= attributes
+    node = insert(model, at, GROUP_QUERY_ATTENTION, inputs, given, MICROSOFT, outputs=3)
     for old, new in zip(layer.present, node.outputs[1:], strict=True):
         take_over(old, new)
     merged = merging(at.outputs[0])
     if merged is not None:
         take_over(merged, node.outputs[0])
-        return
-    shape = add_initializer(
-        model,
-        ir.tensor(
-            np.array([0, 0, layer.heads, layer.head_size], np.int64),
-            name=f"{DOMAIN}.split_heads.{at.outputs[0].name}",
-        ),
+        return node
+    shape = ir.tensor(
+        np.array([0, 0, layer.heads, layer.head_size], np.int64),
+        name=f"{DOMAIN}.split_heads.{at.outputs[0].name}",
     )
-    split = insert(model, at, "Reshape", [node.outputs[0], shape])
+    split = insert(model, at, "Reshape", [node.outputs[0], add_initializer(model, shape)])
     heads = insert(model, at, "Transpose", split.outputs, {"perm": ROWS_TO_HEADS})
     take_over(at.outputs[0], heads.outputs[0])
+    return node
 
 
 def _merged(model: ir.Model, at: ir.Node, value: ir.Value, columns: _Columns) -> ir.Value:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from alloc_moe.passes.attention.group_query import GROUP_QUERY_ATTENTION, check_pasts
+from alloc_moe.passes.attention.group_query import attend, check_pasts
 from alloc_moe.passes.attention.layers import (
     ROWS_TO_HEADS,
     AttentionLayer,
@@ -15,10 +15,8 @@ from alloc_moe.passes.attention.layers import (
     is_transposed,
     match_layers,
     measure_tokens,
-    merging,
     producer,
     rank,
-    take_over,
 )
 from alloc_moe.passes.attention.right_padded import RIGHT_PADDED, right_padded
 from alloc_moe.passes.attention.rotary import (
@@ -109,41 +107,14 @@ class _Builder:
         at = layer.node
         query, key = match_rotation(at.inputs[0]), match_rotation(layer.key)
         tables = self._shared_tables(query, key, layer.head_size)
-        attributes: dict[str, int | float] = {
-            "num_heads": layer.heads,
-            "kv_num_heads": layer.kv_heads,
-        }
-        if (scale := at.attributes.get("scale")) is not None:
-            attributes["scale"] = scale.as_float()
+        attributes: dict[str, int] = {}
         given: list[ir.Value | None] = [at.inputs[0], layer.key, layer.value]
         if tables is not None and query is not None and key is not None:
             given[:2] = [query.source, key.source]
-            attributes |= {"do_rotary": 1, "rotary_interleaved": int(query.interleaved)}
+            attributes = {"do_rotary": 1, "rotary_interleaved": int(query.interleaved)}
         rows = [self._merged(at, value) for value in given if value is not None]
         inputs = [*rows, *layer.past, self._last, self._total, *(tables or ())]
-        node = insert(
-            self._model, at, GROUP_QUERY_ATTENTION, inputs, attributes, MICROSOFT, outputs=3
-        )
-        node.name = at.name
-        for old, new in zip(layer.present, node.outputs[1:], strict=True):
-            take_over(old, new)
-        merged = merging(at.outputs[0])
-        if merged is not None:
-            take_over(merged, node.outputs[0])
-            return
-        heads = np.array([0, 0, layer.heads, layer.head_size], np.int64)
-        shape = ir.tensor(heads, name=f"{DOMAIN}.split_heads.{at.outputs[0].name}")
-        split = insert(
-            self._model,
-            at,
-            "Reshape",
-            [node.outputs[0], add_initializer(self._model, shape)],
-        )
-        order = {"perm": ROWS_TO_HEADS}
-        take_over(
-            at.outputs[0],
-            insert(self._model, at, "Transpose", split.outputs, order).outputs[0],
-        )
+        attend(self._model, layer, inputs, attributes).name = at.name
 
     def _shared_tables(
         self, query: Rotation | None, key: Rotation | None, head_size: int
