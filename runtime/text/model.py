@@ -66,7 +66,7 @@ class TextModel:
     def chat_prompt(self, messages: Iterable[Message]) -> str:
         """Return the text that asks the model for the next answer of a conversation.
 
-        It holds the start token if the model wants one: encode it without special tokens.
+        It holds the start token if the model wants one: encode it with `encode_prompt`.
 
         Raises:
             GenerationError: The model has no chat template, or none for such messages.
@@ -78,6 +78,10 @@ class TextModel:
                 "template it was trained with (--chat-template)."
             )
         return self.chat_template.render(checked_messages(messages))
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Return the token ids of a text from `chat_prompt`."""
+        return encode(self.tokenizer, prompt, special=False)
 
     def generate(
         self,
@@ -169,7 +173,7 @@ class TextModel:
             texts = _texts(prompts)
             return texts, [self.encode(text) for text in texts]
         texts = [self.chat_prompt(conversation) for conversation in _conversations(messages)]
-        return texts, [encode(self.tokenizer, text, special=False) for text in texts]
+        return texts, [self.encode_prompt(text) for text in texts]
 
 
 def _conversations(messages: Any) -> Sequence[Sequence[Message]]:  # whatever was given
