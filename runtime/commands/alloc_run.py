@@ -13,11 +13,13 @@ from alloc_moe.runtime.commands.failures import Command
 from alloc_moe.runtime.commands.numeric import FiniteRange, seed_type, tokens_type
 from alloc_moe.runtime.commands.options import (
     budget_option,
+    chat_template_option,
     common_options,
     ep_option,
     examples,
     session_option,
     threads_option,
+    tokenizer_option,
 )
 from alloc_moe.runtime.commands.texts import argument_text, read_text
 from alloc_moe.runtime.console import Console, duration
@@ -66,9 +68,7 @@ def _optional_text(_context: object, _option: object, text: str | None) -> str |
 @click.option(
     "--system", callback=_optional_text, help="With --chat: what to tell the model beforehand."
 )
-@click.option(
-    "--chat-template", type=click.Path(), help="A jinja2 file, if the model has none of its own."
-)
+@chat_template_option
 @click.option("--max-new-tokens", type=tokens_type(), default=128, show_default=True)
 @click.option(
     "--temperature",
@@ -110,9 +110,7 @@ def _optional_text(_context: object, _option: object, text: str | None) -> str |
 @ep_option
 @threads_option
 @session_option
-@click.option(
-    "--tokenizer", type=click.Path(), help="tokenizer.json, or its folder, if it isn't found."
-)
+@tokenizer_option
 @common_options
 def run_command(
     console: Console,
