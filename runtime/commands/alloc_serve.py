@@ -138,38 +138,39 @@ def serve_command(
     local = _is_loopback(host)
     if not local and api_key is None:
         console.warn(f"No key is asked for (ALLOC_MOE_API_KEY), so all who reach {host} may ask.")
-    listener = _listener(host, port)
-    model = load(
-        artifact,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        ep=ep,
-        threads=threads,
-        # On a GPU counting would leave our kernels out.
-        count_activations=ep == "cpu" or cuda_obstacle() is not None,
-        more_options=session_entries,
-    )
-    limits = Limits(rows=max_batch, waiting=queue, new_tokens=max_new_tokens, seconds=timeout)
-    server = Server(model, name=name or _name(model.session.files), limits=limits, key=api_key)
-    app = application(server, hosts=[*_LOCAL_NAMES, host] if local else None)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        ws="none",
-        limit_concurrency=max_batch + queue + _SPARE_CONNECTIONS,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=grace,
-    )
-    if server.scheduler.most_rows < max_batch:
-        console.note("Answers are written one at a time: in this artifact, tokens compete.")
-    console.result(f"Serving {server.name} at {_url(listener)}", {"url": _url(listener)})
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn ends, then raises it again
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
-    console.note("Stopped.")
+    with _listener(host, port) as listener:
+        model = load(
+            artifact,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            ep=ep,
+            threads=threads,
+            # On a GPU counting would leave our kernels out.
+            count_activations=ep == "cpu" or cuda_obstacle() is not None,
+            more_options=session_entries,
+        )
+        limits = Limits(rows=max_batch, waiting=queue, new_tokens=max_new_tokens, seconds=timeout)
+        server = Server(model, name=name or _name(model.session.files), limits=limits, key=api_key)
+        app = application(server, hosts=[*_LOCAL_NAMES, host] if local else None)
+        if server.scheduler.most_rows < max_batch:
+            console.note("Answers are written one at a time: in this artifact, tokens compete.")
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            ws="none",
+            limit_concurrency=max_batch + queue + _SPARE_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=grace,
+        )
+        # Once requests have ended, uvicorn raises the signal again that it was stopped by.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            console.result(f"Serving {server.name} at {_url(listener)}", {"url": _url(listener)})
+            uvicorn.Server(config).run(sockets=[listener])
+        console.note("Stopped.")
 
 
 def _is_loopback(host: str) -> bool:
