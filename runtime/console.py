@@ -201,10 +201,10 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
     return "".join(_spelled(c) if c not in keep and _controls(c) else c for c in text)
 
 
-def say(line: str) -> None:
+def say(line: str, *, newline: bool = True) -> None:
     """Print a line on stderr; where that is closed or full, the work matters more."""
     try:
-        click.echo(line, err=True)
+        click.echo(line, err=True, nl=newline)
     except (OSError, ValueError):
         mute(sys.stderr)
 

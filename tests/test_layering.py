@@ -37,6 +37,7 @@ ROOMS = {
         "execution",
         "text",
         "measure",
+        "serving",  # texts over HTTP: on all that runs a model, below what starts it
         "commands",
     ),
 }

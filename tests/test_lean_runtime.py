@@ -8,6 +8,7 @@ import sys
 import pytest
 
 FORBIDDEN = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "scipy", "safetensors")
+EXTRAS = ("jinja2", "starlette", "uvicorn")
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -33,12 +34,13 @@ def loaded_by(statement: str) -> set[str]:
 def test_runtime_loads_nothing_of_the_compiler(statement: str) -> None:
     loaded = loaded_by(statement)
     assert not loaded & {*FORBIDDEN, "alloc_moe.compiler", "alloc_moe.passes"}
+    assert not loaded & {*EXTRAS, "alloc_moe.runtime.serving"}
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["run", "inspect", "bench", "serve"])
 def test_help_needs_no_onnxruntime(command: str) -> None:
     loaded = loaded_by(
         f"from alloc_moe.runtime.commands.alloc_{command} import {command}_command as command\n"
         "command.main(['--help'], standalone_mode=False)"
     )
-    assert not loaded & {"onnxruntime", "numpy", "tokenizers"}
+    assert not loaded & {"onnxruntime", "numpy", "tokenizers", "jinja2", "starlette"}

@@ -39,7 +39,7 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
         f"alloc_moe/{path.relative_to(ROOT).as_posix()}"
         for part in ("compiler", "passes", "runtime")
         for path in (ROOT / part).rglob("*")
-        if path.suffix in (".py", ".txt", ".typed", ".css", ".js", ".cu", ".cuh")
+        if path.suffix in (".py", ".txt", ".typed", ".css", ".js", ".html", ".cu", ".cuh")
         and "__pycache__" not in path.parts
     }
     assert found == expected
@@ -51,6 +51,7 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
         "alloc_moe/compiler/py.typed",
         "alloc_moe/passes/py.typed",
         "alloc_moe/runtime/cuda/kernels/experts.cu",
+        "alloc_moe/runtime/serving/page.html",
         "alloc_moe/runtime/py.typed",
     } <= found
 
@@ -70,7 +71,7 @@ def test_every_command_is_installed(wheel: zipfile.ZipFile) -> None:
     assert set(scripts) == {
         *("alloc-compile", "alloc-profile", "alloc-eval"),
         *("alloc-run", "alloc-bench", "alloc-inspect"),
-        *("alloc-sweep", "alloc-lm-eval"),
+        *("alloc-sweep", "alloc-lm-eval", "alloc-serve"),
     }
     for target in scripts.values():
         module, _, function = target.partition(":")

@@ -13,11 +13,13 @@ from alloc_moe.runtime.commands.failures import Command
 from alloc_moe.runtime.commands.numeric import FiniteRange, seed_type, tokens_type
 from alloc_moe.runtime.commands.options import (
     budget_option,
+    chat_template_option,
     common_options,
     ep_option,
     examples,
     session_option,
     threads_option,
+    tokenizer_option,
 )
 from alloc_moe.runtime.commands.texts import argument_text, read_text
 from alloc_moe.runtime.console import Console, duration
@@ -28,15 +30,27 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.text.model import Completion
 
 
+def _texts(_context: object, _option: object, texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(argument_text, texts))
+
+
+def _optional_text(_context: object, _option: object, text: str | None) -> str | None:
+    return None if text is None else argument_text(text)
+
+
 @click.command(
-    cls=Command, epilog=examples("alloc-run out.onnx --prompt 'The committee' --max-new-tokens 64")
+    cls=Command,
+    epilog=examples(
+        "alloc-run out.onnx --prompt 'The committee' --max-new-tokens 64",
+        "alloc-run bundle/ --chat --temperature 0.7 --min-p 0.05",
+    ),
 )
 @click.argument("artifact", type=click.Path())
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
-    callback=lambda _context, _option, texts: tuple(map(argument_text, texts)),
+    callback=_texts,
     help="Text to continue. Repeatable.",
 )
 @click.option(
@@ -46,6 +60,15 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, allow_dash=True),
     help="File whose whole text is a prompt; - is stdin. Repeatable.",
 )
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Talk with the model: lines from stdin are messages. /help says what else they can be.",
+)
+@click.option(
+    "--system", callback=_optional_text, help="With --chat: what to tell the model beforehand."
+)
+@chat_template_option
 @click.option("--max-new-tokens", type=tokens_type(), default=128, show_default=True)
 @click.option(
     "--temperature",
@@ -61,23 +84,48 @@ if TYPE_CHECKING:
     show_default=True,
     help="Draw from the likeliest tokens that make up this probability.",
 )
+@click.option(
+    "--min-p",
+    type=FiniteRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Leave out tokens less likely than this share of the likeliest one's probability.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=FiniteRange(0, 1000, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1, what was said before becomes less likely.",
+)
+@click.option(
+    "--stop",
+    "stop_strings",
+    multiple=True,
+    callback=_texts,
+    help="Text that ends a continuation, and isn't part of it. Repeatable.",
+)
 @click.option("--seed", type=seed_type, default=0, show_default=True, help="Seed of the draws.")
 @budget_option
 @ep_option
 @threads_option
 @session_option
-@click.option(
-    "--tokenizer", type=click.Path(), help="tokenizer.json, or its folder, if it isn't found."
-)
+@tokenizer_option
 @common_options
 def run_command(
     console: Console,
     artifact: str,
     prompts: tuple[str, ...],
     files: tuple[str, ...],
+    chat: bool,
+    system: str | None,
+    chat_template: str | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    stop_strings: tuple[str, ...],
     seed: int,
     budget: str | None,
     ep: Provider,
@@ -85,23 +133,55 @@ def run_command(
     session_entries: dict[str, str],
     tokenizer: str | None,
 ) -> None:
-    """Continue texts with ARTIFACT, an .onnx file or a bundle folder.
+    """Continue texts with ARTIFACT, an .onnx file or a bundle folder, or talk with it.
 
     One prompt is continued on stdout as the tokens come, several are worked on together and then
     printed one after the other. The prompt stands before its continuation.
+
+    With --chat every line from stdin is a message, answered in the words of the model's chat
+    template.
     """
+    from alloc_moe.runtime.commands.chat import Chat, typed_lines
+    from alloc_moe.runtime.execution.providers import cuda_obstacle
     from alloc_moe.runtime.text.model import load
     from alloc_moe.runtime.text.sampling import Sampling
 
+    if chat and (prompts or files or console.json_output):
+        raise click.UsageError("--chat reads messages from stdin and prints answers as they come.")
+    if not chat and (system is not None or not (prompts or files)):
+        raise click.UsageError("Give a --prompt or a --prompt-file, or --chat.")
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     texts = [*prompts, *map(read_text, files)]
-    if not texts:
-        raise click.UsageError("Give a --prompt or a --prompt-file.")
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     start = time.perf_counter()
     model = load(
-        artifact, tokenizer=tokenizer, ep=ep, threads=threads, more_options=session_entries
+        artifact,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        ep=ep,
+        threads=threads,
+        # On a GPU counting would leave our kernels out.
+        count_activations=chat and (ep == "cpu" or cuda_obstacle() is not None),
+        more_options=session_entries,
     )
     clock = _Clock(load=time.perf_counter() - start)
+    settings: dict[str, Any] = {"sampling": sampling, "stop_strings": stop_strings}
+    if chat:
+        talk = Chat(
+            model,
+            console,
+            max_new_tokens=max_new_tokens,
+            system=system,
+            budget=budget,
+            settings=settings,
+        )
+        talk.run(typed_lines())
+        return
     alone = len(texts) == 1
 
     def on_token(row: int, piece: str) -> None:
@@ -111,7 +191,7 @@ def run_command(
 
     clock.start()
     completions = model.generate(
-        texts, max_new_tokens=max_new_tokens, sampling=sampling, budget=budget, on_token=on_token
+        texts, max_new_tokens=max_new_tokens, budget=budget, on_token=on_token, **settings
     )
     printed = "" if alone else "\n\n".join(_labelled(completions))
     console.result(printed, _run_data(artifact, completions, clock))

@@ -50,6 +50,12 @@ budget_option = click.option(
     help="Activations per token, for artifacts compiled with --redistribute price: a fraction of "
     "the full model's with a decimal point, or a whole number. Default: as compiled.",
 )
+tokenizer_option = click.option(
+    "--tokenizer", type=click.Path(), help="tokenizer.json, or its folder, if it isn't found."
+)
+chat_template_option = click.option(
+    "--chat-template", type=click.Path(), help="A jinja2 file, if the model has none of its own."
+)
 
 
 def _named_value(entry: str) -> tuple[str, str]:

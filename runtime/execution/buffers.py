@@ -51,11 +51,33 @@ def to_device(array: NDArray[Any], device: Device) -> onnxruntime.OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
+def tensor_of(array: NDArray[Any], element_type: int, device: Device) -> onnxruntime.OrtValue:
+    """Return a tensor of such elements, copied from an array that holds them."""
+    if element_type != BFLOAT16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array.copy(), device, 0)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+        array.view(np.uint16).copy(), BFLOAT16
+    )
+
+
+def held_array(value: onnxruntime.OrtValue) -> NDArray[Any]:
+    """Return a copy of a tensor in the host's memory, as an array that can hold its elements."""
+    if value.element_type() != BFLOAT16:
+        array: NDArray[Any] = value.numpy().copy()
+        return array
+    return _halves(value).view(np.float16).copy()
+
+
+def _halves(value: onnxruntime.OrtValue) -> NDArray[np.uint16]:
+    """Return the bits of a tensor of bfloat16 in the host's memory, not copied."""
+    shape = value.shape()
+    bits = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    return np.frombuffer(bits, np.uint16).reshape(shape)
+
+
 def to_numpy(value: onnxruntime.OrtValue) -> NDArray[np.floating]:
     """Return a tensor in host memory as an array; bfloat16, which numpy lacks, as float32."""
     if value.element_type() != BFLOAT16:
         array: NDArray[np.floating] = value.numpy()
         return array
-    shape = value.shape()
-    halves = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    return from_bfloat16(np.frombuffer(halves, np.uint16)).reshape(shape)
+    return from_bfloat16(_halves(value))

@@ -18,9 +18,11 @@ from alloc_moe.runtime.execution.buffers import (
     FLOAT16,
     INT8,
     Device,
+    held_array,
     held_tensor,
     new_array,
     new_tensor,
+    tensor_of,
     to_device,
 )
 
@@ -287,6 +289,40 @@ class Cache:
         part._mask, part._real = self._mask[row : row + 1], self._real[row : row + 1]
         part._buffers, part.values, part._row = self._buffers, self.values, row
         return part
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Return its tensors in the host's memory: those of a shared cache there, else copies."""
+        return self._buffers or [held_array(value) for value in self.values]
+
+    def hold(self, arrays: Sequence[NDArray[Any]], mask: NDArray[np.int64]) -> None:
+        """Have other tensors in place of its own.
+
+        Args:
+            arrays: As `arrays` gives them, with all of the capacity's columns if it is shared.
+            mask: Which columns are real tokens [batch, columns].
+        """
+        self.length = mask.shape[1]
+        self._mask[:, : self.length] = mask
+        self._real = mask.sum(axis=1)
+        in_place = self.shared and self._device == "cpu"
+        self._buffers = list(arrays) if in_place else []
+        self.values = [
+            to_device(array, self._device)
+            if slot.shared
+            else tensor_of(array, slot.element_type, self._device)
+            for array, slot in zip(arrays, self._slots, strict=True)
+        ]
+        self.binding, self.place = None, None
+
+    @property
+    def replaces_rows(self) -> bool:
+        """Whether what is written to its `arrays` is in the cache."""
+        return bool(self._buffers)
+
+    def replace_mask(self, row: int, length: int) -> None:
+        """Have the last `length` columns of a sequence be real tokens, and no others."""
+        self._mask[row, : self.length] = np.arange(self.length) >= self.length - length
+        self._real[row] = length
 
     def _make_room(self, capacity: int, source: Cache | None = None) -> None:
         """Make buffers for so many columns that begin with the columns of another cache."""

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.inputs import prompt_ids
-from alloc_moe.runtime.execution.session import ArtifactSession
+from alloc_moe.runtime.execution.session import ArtifactSession, Output
 from alloc_moe.runtime.text.sampling import Sampling, sample
 
 _PAD = 0  # any token: the attention mask keeps it out
@@ -33,15 +33,17 @@ def generate(
     sampling: Sampling = GREEDY,
     eos_ids: Collection[int] | None = None,
     price: float | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
+    on_output: Callable[[Output], None] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, the one that ended it included.
 
     Arguments and errors are those of `generate_steps`. ``on_token(row, token)`` is called for every
-    token as soon as it is known.
+    token as soon as it is known; if it returns True, the row ends.
     """
     given = prompt_ids(prompts)
     rows: list[list[int]] = [[] for _ in given]
+    stopped: set[int] = set()
     steps = generate_steps(
         session,
         given,
@@ -49,13 +51,15 @@ def generate(
         sampling=sampling,
         eos_ids=eos_ids,
         price=price,
+        stops=lambda row: row in stopped,
+        on_output=on_output,
     )
     for tokens in steps:
         for row, token in enumerate(tokens):
             if token is not None:
                 rows[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
+                if on_token is not None and on_token(row, token) is True:
+                    stopped.add(row)
     return rows
 
 
@@ -67,6 +71,8 @@ def generate_steps(
     sampling: Sampling = GREEDY,
     eos_ids: Collection[int] | None = None,
     price: float | None = None,
+    stops: Callable[[int], bool] | None = None,
+    on_output: Callable[[Output], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, step by step; None for a row that has ended.
 
@@ -82,12 +88,14 @@ def generate_steps(
         sampling: How tokens are chosen; greedy by default.
         eos_ids: Tokens that end a row; by default those that the model's configuration names.
         price: Of an activation, for artifacts with a dial; see `price_of` in `artifact.dial`.
+        stops: Asked after every step as ``stops(row)`` whether a row ends for another reason.
+        on_output: Called with what every call of the session gave.
 
     Raises:
         GenerationError: A prompt is empty, too long, or has ids that the model doesn't know.
     """
     prompts = prompt_ids(prompts)
-    _check(session, prompts, max_new_tokens=max_new_tokens)
+    check_prompts(session, prompts, max_new_tokens=max_new_tokens)
     if not prompts:
         return
     ends = session.files.eos_ids() if eos_ids is None else eos_ids
@@ -100,6 +108,8 @@ def generate_steps(
         output = session.run(
             tokens, attention_mask=mask, cache=cache or room, price=price, logits_to_keep=1
         )
+        if on_output is not None:
+            on_output(output)
         return output.logits, output.cache
 
     yield from decode(
@@ -107,7 +117,7 @@ def generate_steps(
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        is_last=lambda _, token: token in ends,
+        is_last=lambda row, token: token in ends or (stops is not None and stops(row)),
     )
 
 
@@ -136,20 +146,23 @@ def decode(
         tokens[row, column - len(prompt) :] = prompt
         mask[row, column - len(prompt) : column] = 1
     ended = np.zeros(len(prompts), bool)
+    seen = [set(prompt) for prompt in prompts]
     cache = None
     for _ in range(max_new_tokens):
         logits, cache = step(tokens, mask[:, :column], cache)
-        chosen = sample(logits[:, -1], sampling, generators)
+        chosen = sample(logits[:, -1], sampling, generators, seen)
         yield [None if end else int(token) for token, end in zip(chosen, ended, strict=True)]
         ended |= [not ended[row] and is_last(row, int(token)) for row, token in enumerate(chosen)]
         if ended.all():
             return
+        for row, token in enumerate(chosen):
+            seen[row].add(int(token))
         mask[:, column] = ~ended
         column += 1
         tokens = np.where(ended, _PAD, chosen)[:, None]
 
 
-def _check(
+def check_prompts(
     session: ArtifactSession, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
 ) -> None:
     """Raise GenerationError for what the model can't take."""

@@ -52,6 +52,16 @@ DIAL_PLAN = dataclasses.replace(
     dial=(DialPoint(7.0, 0.05), DialPoint(4.0, 0.1), DialPoint(2.5, 0.4)),
 )
 
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+  {%- if message.role not in ("system", "user", "assistant") %}
+    {{- raise_exception("there is no role " ~ message.role) }}
+  {%- endif %}
+  {{- message.role[0] ~ ":" ~ message.content ~ "\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}a:{% endif %}
+"""
+
 
 def _attention(n: int, *, shared: bool) -> str:
     """Attention of one head over the cache, which is copied, or shared and appended to in place."""
@@ -324,6 +334,20 @@ def dial_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the toy with a dial, one cache for all rows and a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    write_toy(folder / MODEL_FILE, dial=True, shared=True, keeps=True)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / PLAN_FILE).write_text(DIAL_PLAN.to_json())
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 
 

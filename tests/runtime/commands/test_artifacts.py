@@ -102,7 +102,7 @@ def test_mistakes_are_one_line_and_exit_code_1(
 def test_no_prompt_is_wrong_usage(bundle: Path) -> None:
     outcome = run(bundle)
     assert outcome.exit_code == 2
-    assert "Give a --prompt or a --prompt-file." in outcome.stderr
+    assert "Give a --prompt or a --prompt-file, or --chat." in outcome.stderr
 
 
 def test_an_artifact_that_is_not_there_is_reported() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -135,3 +137,66 @@ def test_masked_out_tokens_are_never_drawn() -> None:
 def test_settings_out_of_range_are_rejected(settings: dict[str, float], message: str) -> None:
     with pytest.raises(GenerationError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("penalty", [1.8, 0.5])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
+    order = logits.argsort()
+    seen = [row[[-1, 0, -1]].tolist() for row in order[:3]] + [[int(row[-2])] for row in order[3:]]
+    sampling = Sampling(repetition_penalty=penalty)
+    expected = [
+        int(
+            RepetitionPenaltyLogitsProcessor(penalty)(
+                torch.tensor([ids]), torch.tensor(row[None])
+            ).argmax()
+        )
+        for ids, row in zip(seen, logits, strict=True)
+    ]
+    chosen = sample(logits, sampling, [], seen).tolist()
+    assert chosen == expected
+    assert chosen != sample(logits, Sampling(), []).tolist()
+
+
+def test_a_penalty_moves_negative_logits_down_too() -> None:
+    logits = np.array([[-1.0, -1.5, -9.0]], np.float32)
+    assert sample(logits, Sampling(repetition_penalty=2.0), [], [{0}]).tolist() == [1]
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, 4), (0.2, 4), (0.3, 3), (0.6, 2), (1.0, 1)])
+def test_min_p_keeps_what_transformers_keeps(min_p: float, kept: int) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import MinPLogitsWarper
+
+    logits = np.log([0.4, 0.3, 0.2, 0.1]).astype(np.float32)
+    warped = MinPLogitsWarper(min_p)(None, torch.tensor(logits[None]))
+    expected = torch.softmax(warped, -1)[0].numpy()
+    assert np.count_nonzero(expected) == kept
+    shares = draws(logits.tolist(), Sampling(temperature=1.0, min_p=min_p), 20_000)
+    np.testing.assert_allclose(shares, expected, atol=0.012)
+    assert np.count_nonzero(shares) == kept
+
+
+def test_min_p_is_of_the_probabilities_at_the_temperature() -> None:
+    # At temperature 2 a share of 0.25 becomes one of 0.5.
+    logits = np.log([0.8, 0.2]).tolist()
+    assert draws(logits, Sampling(temperature=2.0, min_p=0.4), 2000)[1] > 0.3
+    assert draws(logits, Sampling(temperature=1.0, min_p=0.4), 2000)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_p": -0.1, "temperature": 1.0}, "min-p is -0.1"),
+        ({"min_p": float("nan"), "temperature": 1.0}, "min-p is nan"),
+        ({"min_p": 0.1}, "min-p 0.1 has no effect at temperature 0"),
+        ({"repetition_penalty": 0.0}, "repetition penalty is 0.0. Give a number above 0"),
+        ({"repetition_penalty": float("inf")}, "repetition penalty is inf"),
+    ],
+)
+def test_new_options_out_of_range_are_rejected(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(GenerationError, match=re.escape(message)):
+        Sampling(**settings)  # type: ignore[arg-type]
