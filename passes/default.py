@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common
 
 from alloc_moe.passes.attention.group_query import GroupAttentionPass
 from alloc_moe.passes.attention.group_query_rotary import RotaryGroupAttentionPass
+from alloc_moe.passes.attention.latent import LatentAttentionPass
 from alloc_moe.passes.attention.quantize_cache import CacheScales, QuantizeCachePass
 from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.passes.experts.correct import CorrectExpertsPass, ExpertCorrection
@@ -79,7 +80,12 @@ def specialize_passes(
         SkipNormsPass(),
         FloatRouterPass(),
     )
-    for_cpu = (FoldTransposesPass(), GroupAttentionPass(), QuantizeCachePass(cache_scales))
+    for_cpu = (
+        LatentAttentionPass(),
+        FoldTransposesPass(),
+        GroupAttentionPass(),
+        QuantizeCachePass(cache_scales),
+    )
     return ir.passes.Sequential(
         *(for_cuda if pairs else for_cpu),
         KeepLogitsPass(),
