@@ -18,6 +18,7 @@ from alloc_moe.passes.experts.float_router import FloatRouterPass
 from alloc_moe.passes.experts.interleave import InterleaveExpertsPass
 from alloc_moe.passes.experts.lower import Allocation, LowerExpertsPass
 from alloc_moe.passes.experts.quantize import QuantizeExpertsPass
+from alloc_moe.passes.experts.routers.group_limit import GroupLimitPass
 from alloc_moe.passes.experts.skip_reshapes import SkipReshapesPass
 from alloc_moe.passes.interface.fix_dims import FixDimsPass
 from alloc_moe.passes.interface.keep_logits import KeepLogitsPass
@@ -82,6 +83,7 @@ def specialize_passes(
     )
     for_cpu = (
         LatentAttentionPass(),
+        GroupLimitPass(),
         FoldTransposesPass(),
         GroupAttentionPass(),
         QuantizeCachePass(cache_scales),

@@ -14,7 +14,6 @@ from onnxscript import opset23 as op
 
 from alloc_moe.passes.attention.latent_layers import (
     LatentLayer,
-    PairRotation,
     match_latent_layers,
     match_pairs,
 )
@@ -24,6 +23,8 @@ from alloc_moe.passes.attention.layers import (
     free_past_lengths,
     heads_of,
     insert,
+    producer,
+    rank,
     take_over,
 )
 from alloc_moe.passes.base import (
@@ -52,7 +53,7 @@ def latent_columns(
     Returns:
         What is added to the attention scores [batch, 1, sequence, columns]: nothing, or -1e9 for
         padding, later tokens and columns that aren't written yet. Then where in the cache each new
-        token goes [batch, 1, sequence, 3], and the sizes batch, sequence and columns, one each [3].
+        token goes [batch, sequence, 3], and the sizes batch, sequence and columns [3].
     """
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     total = op.Shape(attention_mask, start=1, end=2)
@@ -67,10 +68,9 @@ def latent_columns(
     seen = op.And(op.Unsqueeze(real, op.Constant(value_ints=[1, 2])), earlier)
     # Finite, so that a padding token, which sees nothing but padding, gets numbers.
     bias = op.Where(seen, op.Constant(value_float=0.0), op.Constant(value_float=-1e9))
-    ones = op.Constant(value_ints=[1])
-    shape = op.Concat(batch, ones, sequence, ones, axis=0)
+    shape = op.Concat(batch, sequence, op.Constant(value_ints=[1]), axis=0)
     rows = op.Range(zero, op.Squeeze(batch), one)
-    row = op.Expand(op.Unsqueeze(rows, op.Constant(value_ints=[1, 2, 3])), shape)
+    row = op.Expand(op.Unsqueeze(rows, op.Constant(value_ints=[1, 2])), shape)
     place = op.Expand(op.Unsqueeze(places, op.Constant(value_ints=[1])), shape)
     indices = op.Concat(row, op.Sub(row, row), place, axis=-1)
     return bias, indices, op.Concat(batch, sequence, columns, axis=0)
@@ -149,12 +149,12 @@ class _Builder:
     def replace(self, layer: LatentLayer) -> None:
         model, at, name = self._model, layer.node, layer.node.outputs[0].name
         width = heads_of(layer.latent)[1] + heads_of(layer.shared)[1]
-        turned, shared = self._rotated(layer)
+        turned, new = self._rotated(layer)
         own = self._add(at, "MatMul", [layer.own, _keys(model, layer)])
         query = self._add(at, "Concat", [own, turned], {"axis": -1})
         as_rows = self._constant("as_rows", [0, 1, -1, width])
         rows = self._add(at, "Reshape", [query, as_rows])
-        new = self._add(at, "Concat", [layer.latent, shared], {"axis": -1})
+        new = self._add(at, "Concat", [self._rows(at, layer.latent), new], {"axis": -1})
         cache = self._append(layer, new, width)
         scores = self._scored(at, cache, rows, layer.scale)
         attended = self._add(at, "MatMul", [scores, cache])
@@ -166,16 +166,26 @@ class _Builder:
         take_over(layer.attended, merged)
 
     def _rotated(self, layer: LatentLayer) -> tuple[ir.Value, ir.Value]:
-        """Return what is rotated of queries and keys, by operators of their own if they can be."""
+        """Return what is rotated of queries, by head, and of keys [batch, sequence, size]."""
+        at = layer.node
         query, key = match_pairs(layer.turned), match_pairs(layer.shared)
         if query is None or key is None:
-            return layer.turned, layer.shared
-        return self._rotate(layer.node, query), self._rotate(layer.node, key)
+            return layer.turned, self._rows(at, layer.shared)
+        # Both come out in another order than before.
+        pairs = {"interleaved": 1}
+        turned = [query.source, query.cosine, query.sine]
+        new = [self._rows(at, key.source), key.cosine, key.sine]
+        return (
+            self._add(at, "RotaryEmbedding", turned, pairs),
+            self._add(at, "RotaryEmbedding", new, {**pairs, "num_heads": 1}),
+        )
 
-    def _rotate(self, at: ir.Node, rotation: PairRotation) -> ir.Value:
-        # Queries and keys come out in another order than before, the same for both.
-        inputs = [rotation.source, rotation.cosine, rotation.sine]
-        return self._add(at, "RotaryEmbedding", inputs, {"interleaved": 1})
+    def _rows(self, at: ir.Node, value: ir.Value) -> ir.Value:
+        """Return [batch, 1, sequence, size] as [batch, sequence, size]."""
+        node = producer(value)
+        if node is not None and node.op_type == "Reshape" and rank(node.inputs[0]) == 3:
+            return node.inputs[0]
+        return self._add(at, "Squeeze", [value, self._constant("one_head", [1])])
 
     def _append(self, layer: LatentLayer, new: ir.Value, width: int) -> ir.Value:
         """Return the cache of both parts with the new tokens written into it."""
