@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common
 
 from alloc_moe.passes.attention.group_query import GroupAttentionPass
 from alloc_moe.passes.attention.group_query_rotary import RotaryGroupAttentionPass
+from alloc_moe.passes.attention.latent import LatentAttentionPass
 from alloc_moe.passes.attention.quantize_cache import CacheScales, QuantizeCachePass
 from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.passes.experts.correct import CorrectExpertsPass, ExpertCorrection
@@ -17,6 +18,7 @@ from alloc_moe.passes.experts.float_router import FloatRouterPass
 from alloc_moe.passes.experts.interleave import InterleaveExpertsPass
 from alloc_moe.passes.experts.lower import Allocation, LowerExpertsPass
 from alloc_moe.passes.experts.quantize import QuantizeExpertsPass
+from alloc_moe.passes.experts.routers.group_limit import GroupLimitPass
 from alloc_moe.passes.experts.skip_reshapes import SkipReshapesPass
 from alloc_moe.passes.interface.fix_dims import FixDimsPass
 from alloc_moe.passes.interface.keep_logits import KeepLogitsPass
@@ -79,7 +81,13 @@ def specialize_passes(
         SkipNormsPass(),
         FloatRouterPass(),
     )
-    for_cpu = (FoldTransposesPass(), GroupAttentionPass(), QuantizeCachePass(cache_scales))
+    for_cpu = (
+        LatentAttentionPass(),
+        GroupLimitPass(),
+        FoldTransposesPass(),
+        GroupAttentionPass(),
+        QuantizeCachePass(cache_scales),
+    )
     return ir.passes.Sequential(
         *(for_cuda if pairs else for_cpu),
         KeepLogitsPass(),

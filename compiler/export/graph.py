@@ -21,6 +21,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation
 
 from alloc_moe.compiler.export import experts_op
+from alloc_moe.compiler.export.latent import plain_latent_attention
 from alloc_moe.compiler.export.sinks import sinks_as_columns
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.skeleton import build_skeleton, experts_function
@@ -73,7 +74,11 @@ def export_graph(checkpoint: Checkpoint, *, dtype: str = "float32") -> ir.Model:
 def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
     operator = experts_op.register()
     forward = experts_op.experts_forward(model, experts_names)
-    with experts_function(model, experts_op.IMPLEMENTATION, forward), sinks_as_columns(model):
+    with (
+        experts_function(model, experts_op.IMPLEMENTATION, forward),
+        sinks_as_columns(model),
+        plain_latent_attention(model),
+    ):
         component, inputs = _sample_inputs(model)
         table = {operator: experts_op.onnx_translation}
         with mock.patch.dict(exporter_onnx._ONNX_TRANSLATION_TABLE, table):

@@ -11,12 +11,14 @@ from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.passes.attention.group_query import group_attention
 from alloc_moe.passes.attention.group_query_rotary import right_padded_rows
+from alloc_moe.passes.attention.latent import latent_caches
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.correct import ExpertCorrection
 from alloc_moe.passes.experts.lower import Allocation
 from alloc_moe.passes.interface.stamp_plan import StampPlanPass
 from alloc_moe.runtime.artifact.plan import (
     GENERATION_KEY,
+    LATENT_CACHE_KEY,
     PADDING_KEY,
     PLAN_KEY,
     SHARED_CACHE_KEY,
@@ -75,9 +77,13 @@ def specialize(
     StampPlanPass(PLAN_KEY, plan.to_json())(model)
     attention = next(group_attention(model), None)
     if attention is not None:
-        model.metadata_props[SHARED_CACHE_KEY] = _cache_type(attention)
+        model.metadata_props[SHARED_CACHE_KEY] = _cache_type(attention.inputs[3])
         if right_padded_rows(model) is not None:
             model.metadata_props[PADDING_KEY] = "right"
+    latents = next(latent_caches(model), None)
+    if latents is not None:
+        for key in (SHARED_CACHE_KEY, LATENT_CACHE_KEY):
+            model.metadata_props[key] = _cache_type(latents.inputs[0])
     if cache_scales and model.metadata_props.get(SHARED_CACHE_KEY) != "int8":
         raise UnsupportedModelError(
             "An int8 cache needs keys and values of one shape in float32 on the CPU, which this "
@@ -86,8 +92,7 @@ def specialize(
     return model
 
 
-def _cache_type(attention: ir.Node) -> str:
-    past = attention.inputs[3]
+def _cache_type(past: ir.Value | None) -> str:
     assert past is not None
     assert past.dtype is not None
     return {"FLOAT": "float32"}.get(past.dtype.name, past.dtype.name.lower())

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _LLAMA4 = (
     "it routes each token to one expert, so there is nothing to allocate, and its rotary embedding "
@@ -49,6 +49,16 @@ def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
         f"its layers of type {' and '.join(others)} keep other states than keys and values from "
         "call to call, which the runtimes can't carry"
     )
+
+
+def latent_attention(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the layers of latent attention by name: they cache what they make keys of."""
+    needed = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if all(hasattr(module, part) for part in needed)
+    }
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Experts, attention, shared experts, dense layers and the head take the bits of the ``dtype``;
 embeddings always 8, as only one row per token is read of them; routers and what has a handful of
-outputs stay floats.
+outputs stay floats. So do, for the CPU, the weights that make keys and values of latents: they are
+multiplied head by head, for which there is no operator of few bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.model.architectures import latent_attention
 from alloc_moe.compiler.model.skeleton import parameter_names
 from alloc_moe.compiler.records import Quantization
 from alloc_moe.passes.blockwise import BlockFormat, block_that_fits
@@ -72,6 +74,9 @@ def choose_formats(
             )
         experts.append(BlockFormat(BITS[dtype], fitting))
     weights = dict(_linear_formats(skeleton, layers, BITS[dtype], block))
+    if device == "cpu":
+        for name in latent_attention(skeleton):
+            weights.pop(f"{name}.kv_b_proj.weight", None)
     activations = "float32" if device == "cpu" else "float16"
     return Quantization(dtype, activations, weights, tuple(experts))
 

@@ -17,7 +17,12 @@ import onnxruntime
 from alloc_moe.compiler.verify.segments import cut_graph, extract_segment
 from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
 from alloc_moe.runtime.artifact.files import find_artifact
-from alloc_moe.runtime.artifact.plan import PADDING_KEY, PRICE_INPUT, SHARED_CACHE_KEY
+from alloc_moe.runtime.artifact.plan import (
+    LATENT_CACHE_KEY,
+    PADDING_KEY,
+    PRICE_INPUT,
+    SHARED_CACHE_KEY,
+)
 from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
 from alloc_moe.runtime.execution.padding import pad_right
@@ -126,6 +131,7 @@ class _Artifact:
             session.get_inputs(),
             batch=str(self.model.graph.inputs[0].shape[0]),  # type: ignore[index]
             shared=SHARED_CACHE_KEY in self.files.onnx.metadata,
+            latent=LATENT_CACHE_KEY in self.files.onnx.metadata,
             path=self.files.graph,
         )
         pads_right = PADDING_KEY in self.files.onnx.metadata
@@ -166,7 +172,7 @@ class _SegmentSession:
                 if right is None
                 else right.inputs()
             )
-            binding = self._binding(cache, {**values, **tokens, **price})
+            binding = self._binding(cache, {**values, **tokens, **price}, ids.shape[1])
             self._session.run_with_iobinding(binding)
             found = binding.get_outputs()
             made = len(self._outputs)
@@ -177,7 +183,7 @@ class _SegmentSession:
                 values["logits"] = right.spread(values["logits"])  # type: ignore[arg-type]
             yield values
 
-    def _binding(self, cache: Cache, given: _Arrays) -> onnxruntime.IOBinding:
+    def _binding(self, cache: Cache, given: _Arrays, new: int) -> onnxruntime.IOBinding:
         binding = self._session.io_binding()
         for name in [*self._inputs, *(name for name in self._optional if name in given)]:
             value = onnxruntime.OrtValue.ortvalue_from_numpy(given[name])
@@ -188,7 +194,7 @@ class _SegmentSession:
             binding.bind_ortvalue_input(slot.past, value)
         for name in self._outputs:
             binding.bind_output(name, "cpu")
-        cache.bind(binding)
+        cache.bind(binding, new)
         return binding
 
 

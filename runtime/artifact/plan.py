@@ -31,6 +31,10 @@ GENERATION_KEY = "alloc_moe.generation"
 SHARED_CACHE_KEY = "alloc_moe.shared_cache"
 """Key in the metadata of a graph that appends to its cache in place: inputs and outputs of the
 cache may be the same buffers, with room for more than the past. The value is the cache's type."""
+LATENT_CACHE_KEY = "alloc_moe.latent_cache"
+"""Key in the metadata of a graph that attends to all columns of its shared cache, and hides those
+that aren't written: the buffers must have room for the call's tokens, and hold finite numbers. The
+value is the cache's type."""
 PADDING_KEY = "alloc_moe.padding"
 """Key in the metadata of a graph whose rows begin with their tokens, padding after: ``right``. The
 attention mask [batch, columns] of a row is ones, then zeros, as wide as the longest row; it ends in

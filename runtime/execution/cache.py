@@ -41,7 +41,8 @@ class CacheSlot:
 
     ``empty_shape`` is the shape for no past and a batch of 1; ``batch_axis`` and ``past_axis`` are
     those two's. ``shared`` is whether the graph writes in place: input and output may then be one
-    buffer that has room for more than the past.
+    buffer that has room for more than the past. ``latent`` is whether it computes on all of that
+    buffer: it is given no more than it needs where it can be, and finite numbers beyond.
     """
 
     past: str
@@ -51,6 +52,7 @@ class CacheSlot:
     past_axis: int
     element_type: int
     shared: bool = False
+    latent: bool = False
 
     def shape(self, batch: int, length: int) -> tuple[int, ...]:
         """Return the shape of a batch with `length` columns."""
@@ -59,7 +61,12 @@ class CacheSlot:
 
 
 def find_slots(
-    inputs: Iterable[onnxruntime.NodeArg], *, batch: str | int | None, shared: bool, path: Path
+    inputs: Iterable[onnxruntime.NodeArg],
+    *,
+    batch: str | int | None,
+    shared: bool,
+    latent: bool,
+    path: Path,
 ) -> tuple[CacheSlot, ...]:
     """Return the cache tensors among the inputs of a graph.
 
@@ -67,13 +74,14 @@ def find_slots(
         inputs: As a session gives them.
         batch: What the graph calls the size of the batch.
         shared: Whether the graph writes in place.
+        latent: Whether it computes on all of the buffers then.
         path: The graph's file, for messages.
 
     Raises:
         ArtifactError: The graph doesn't say enough of one of them.
     """
     return tuple(
-        _cache_slot(value, batch=batch, shared=shared, path=path)
+        _cache_slot(value, batch=batch, shared=shared, latent=latent, path=path)
         for value in inputs
         if is_past(value.name)
     )
@@ -90,7 +98,12 @@ def present_name(past: str) -> str:
 
 
 def _cache_slot(
-    value: onnxruntime.NodeArg, *, batch: str | int | None, shared: bool, path: Path
+    value: onnxruntime.NodeArg,
+    *,
+    batch: str | int | None,
+    shared: bool,
+    latent: bool,
+    path: Path,
 ) -> CacheSlot:
     """Return what the graph says of one cache input.
 
@@ -116,6 +129,7 @@ def _cache_slot(
         past_axis=past[0],
         element_type=ELEMENT_TYPES[value.type],
         shared=shared,
+        latent=latent,
     )
 
 
@@ -155,6 +169,11 @@ class Cache:
     def shared(self) -> bool:
         """Whether the graph appends in place, so that nothing is copied from call to call."""
         return all(slot.shared for slot in self._slots) and bool(self._slots)
+
+    @property
+    def rebinds(self) -> bool:
+        """Whether each call must `bind` it anew: its tensors, or how much of them, change."""
+        return not self.shared or (self.batch == 1 and any(slot.latent for slot in self._slots))
 
     @property
     def capacity(self) -> int:
@@ -242,11 +261,17 @@ class Cache:
             "position_ids": self.positions(new),
         }
 
-    def bind(self, binding: onnxruntime.IOBinding) -> None:
-        """Have a call read this cache and write in place, or to new tensors for `append`."""
+    def bind(self, binding: onnxruntime.IOBinding, new: int) -> None:
+        """Have a call read this cache and write in place, or to new tensors for `append`.
+
+        Args:
+            binding: The call's.
+            new: How many columns it appends, for which there must be room.
+        """
         for slot, value in zip(self._slots, self.values, strict=True):
-            if self._row is not None or value.element_type() != slot.element_type:
-                self._bind_address(binding, slot, value)
+            part = slot.latent and self.batch == 1  # only then it lies in one piece
+            if part or self._row is not None or value.element_type() != slot.element_type:
+                self._bind_address(binding, slot, value, self.length + new if part else None)
                 continue
             binding.bind_ortvalue_input(slot.past, value)
             if slot.shared:
@@ -255,12 +280,18 @@ class Cache:
                 binding.bind_output(slot.present, self._device)
 
     def _bind_address(
-        self, binding: onnxruntime.IOBinding, slot: CacheSlot, value: onnxruntime.OrtValue
+        self,
+        binding: onnxruntime.IOBinding,
+        slot: CacheSlot,
+        value: onnxruntime.OrtValue,
+        columns: int | None,
     ) -> None:
         shape, address = value.shape(), value.data_ptr()
         if self._row is not None:
             address += value.tensor_size_in_bytes() // shape[0] * self._row
             shape[0] = 1
+        if columns is not None:
+            shape[slot.past_axis] = columns
         place = (self._device, 0, slot.element_type, shape, address)
         binding.bind_input(slot.past, *place)
         binding.bind_output(slot.present, *place)
@@ -337,6 +368,8 @@ class Cache:
                 values.append(held_tensor(shape, slot.element_type, self._device))
                 continue
             buffer = new_array(shape, slot.element_type)
+            if slot.latent:
+                buffer.fill(0)
             if olds:
                 columns = (*[slice(None)] * slot.past_axis, slice(used))
                 buffer[columns] = olds[index][columns]

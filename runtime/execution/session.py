@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
 from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.artifact.plan import (
+    LATENT_CACHE_KEY,
     LOGITS_TO_KEEP_INPUT,
     PADDING_KEY,
     PRICE_INPUT,
@@ -82,6 +83,7 @@ class ArtifactSession:
             inputs.values(),
             batch=inputs["input_ids"].shape[0],
             shared=self.shares_cache,
+            latent=LATENT_CACHE_KEY in files.onnx.metadata,
             path=files.graph,
         )
         self.context_length = files.context_length()
@@ -179,7 +181,8 @@ class ArtifactSession:
             return Output(logits, cache, None)
         if cache.length and self.device == "cuda" and self.pads_right:
             check_past(self.slots, path=self.files.graph)
-        continued = self.shares_cache and batch > 1 and sequence > 1 and cache.length
+        grouped = self.shares_cache and not any(slot.latent for slot in self.slots)
+        continued = grouped and batch > 1 and sequence > 1 and cache.length
         if goes_row_by_row(new, cache) if self.pads_right else continued:
             return self._run_rows(ids, new, cache, optional)
         return self._run(ids, new, cache, optional)
@@ -196,14 +199,14 @@ class ArtifactSession:
         if right is not None and keep is not None and 1 < right.ids.shape[1] <= keep:
             keep = None
         binding = self._binding(cache, (price, keep))
+        if cache.rebinds:
+            cache.bind(binding, ids.shape[1])
         tokens = cache.token_inputs(ids, new) if right is None else right.inputs()
         for name, array in tokens.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, array)
         for name in ("logits", *self._counted):
             binding.bind_output(name, "cpu")
-        if not self.shares_cache:
-            cache.bind(binding)
         try:
             self._session.run_with_iobinding(binding, self._run_options)
         except ORT_ERRORS as error:
@@ -273,8 +276,8 @@ class ArtifactSession:
             binding.bind_ortvalue_input(LOGITS_TO_KEEP_INPUT, value)
         for name in ("logits", *self._counted):  # first, so that they are the first outputs
             binding.bind_output(name, "cpu")
-        if self.shares_cache:
-            cache.bind(binding)
+        if not cache.rebinds:
+            cache.bind(binding, 0)
         cache.binding, cache.bound_inputs = binding, optional
         return binding
 

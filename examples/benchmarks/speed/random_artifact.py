@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,10 @@ from contenders.protocol import SEED
 from random_models.olmoe import configuration
 from random_models.shapes import SHAPES
 from random_models.without_data import save_without_data
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+sys.path.append(str(Path(__file__).parents[2] / "checkpoints"))
+from full_size import MODELS
 
 from alloc_moe.compiler.export.graph import export_graph
 from alloc_moe.compiler.export.specialize import specialize
@@ -73,6 +77,17 @@ class RandomReader:
         # Routers are as decisive as trained ones: their best experts get most of the weight.
         scale = 0.06 if ".gate." in name else 0.02
         return torch.randn(shape, generator=random).mul_(scale).to(dtype)
+
+
+def shaped(name: str, *, layers: int | None) -> PreTrainedConfig:
+    """Return the configuration of a shape, or of a model of ``full_size.py``, with fewer layers."""
+    if name in SHAPES:
+        shape = SHAPES[name]
+        return configuration(dataclasses.replace(shape, layers=layers or shape.layers))
+    settings = dict(MODELS[name])
+    return AutoConfig.for_model(
+        **{**settings, "num_hidden_layers": layers or settings["num_hidden_layers"]}
+    )
 
 
 def random_checkpoint(config: PreTrainedConfig) -> Checkpoint:
@@ -193,7 +208,7 @@ def _with_dial(path: Path, plan: AllocationPlan, vocabulary: int) -> AllocationP
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("shape", choices=[*SHAPES, *MODELS])
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--dtype", default="int4")
     parser.add_argument("--block", type=int, default=128)
@@ -207,8 +222,7 @@ if __name__ == "__main__":
         "--no-data", action="store_true", help="Graphs only, and a list of weights."
     )
     given = parser.parse_args()
-    wanted = SHAPES[given.shape]
-    made = configuration(dataclasses.replace(wanted, layers=given.layers or wanted.layers))
+    made = shaped(given.shape, layers=given.layers)
     options = {"dtype": given.dtype, "block": given.block, "cache": given.cache}
     write(
         made,

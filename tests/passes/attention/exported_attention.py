@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 HEADS, SIZE = 4, 16
 
-_MASK = """
+MASK = """
   sequence = Shape<start=1, end=2>(input_ids)
   past1 = Shape<start=2, end=3>(past_key_values__1__value)
   batch = Shape<start=0, end=1>(past_key_values__1__value)
@@ -127,7 +127,7 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, {inputs}, {past})
  int64[1] size = {{{size}}}, int64[4] split_heads = {{0, 0, {HEADS}, {size}}},
  int64[3] merge_heads = {{0, 0, -1}}, int64[4] split_kv_heads = {{0, 0, {kv_heads}, -1}}>
 {{
-  {_MASK.format(window=_WINDOW.format(window=window) if window else "seen = Identity(visible)")}
+  {MASK.format(window=_WINDOW.format(window=window) if window else "seen = Identity(visible)")}
   {_SINKS if sinks else ""}
   {layers}
 }}

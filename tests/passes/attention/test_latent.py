@@ -1,0 +1,246 @@
+"""Latent attention on one cache that is appended to in place, against the exported one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.parser
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from alloc_moe.passes.attention.latent import LatentAttentionPass, latent_caches
+
+_SPEC = importlib.util.spec_from_file_location(
+    "exported_attention", Path(__file__).with_name("exported_attention.py")
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+exported_attention = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(exported_attention)
+Run = Callable[..., Any]
+
+HEADS, OWN, TURNED, RANK, VALUE = 2, 8, 4, 6, 5
+
+_PAIRS = """
+  even_{x} = Slice({x}, from0, ends, axis3, steps)
+  odd_{x} = Slice({x}, axis1, ends, axis3, steps)
+  a_{x} = Mul(even_{x}, cosine4)
+  b_{x} = Mul(odd_{x}, sine4)
+  c_{x} = Mul(odd_{x}, cosine4)
+  d_{x} = Mul(even_{x}, sine4)
+  first_{x} = Sub(a_{x}, b_{x})
+  second_{x} = Add(c_{x}, d_{x})
+  turned_{x} = Concat<axis=-1>(first_{x}, second_{x})
+"""
+_LAYER = """
+  query{n} = Concat<axis=-1>({own}, {turned})
+  present__{n}__key = Concat<axis=-2>(past_key_values__{n}__key, latent)
+  present__{n}__value = Concat<axis=-2>(past_key_values__{n}__value, {shared})
+  by_column{n} = Transpose<perm=[1, 0]>(expansion)
+  made{n} = MatMul(present__{n}__key, by_column{n})
+  split{n} = Reshape(made{n}, split_heads)
+  heads{n} = Transpose<perm=[0, 2, 1, 3]>(split{n})
+  keys{n}, values{n} = Split<axis=3>(heads{n}, sizes)
+  shape{n} = Concat<axis=0>(batch, heads_, total, turned_)
+  shared{n} = Expand(present__{n}__value, shape{n})
+  all_keys{n} = Concat<axis=-1>(keys{n}, shared{n})
+  attended{n} = Attention<scale=0.3, softcap={softcap}>(query{n}, all_keys{n}, values{n}, mask)
+  some{n} = Where(blind, zeros, attended{n})
+  rows{n} = Transpose<perm=[0, 2, 1, 3]>(some{n})
+  output{n} = Reshape(rows{n}, merge_heads)
+"""
+
+
+def latent_attention(*, rotated: bool = True, softcap: float = 0.0, window: str = "") -> ir.Model:
+    """Return two layers as they are exported."""
+    x, y = ("turned_x", "turned_y") if rotated else ("x", "y")
+    pairs = "".join(_PAIRS.format(x=name) for name in "xy") if rotated else ""
+    seen = "seen = Identity(visible)"
+    if window:
+        seen = exported_attention._WINDOW.format(window=window)
+    layers = "".join(
+        _LAYER.format(n=n, own="own", turned=x, shared=y, softcap=softcap) for n in range(2)
+    )
+    slots = [(n, kind, size) for n in range(2) for kind, size in (("key", RANK), ("value", TURNED))]
+    past = ", ".join(
+        f"float[b, 1, past, {size}] past_key_values__{n}__{kind}" for n, kind, size in slots
+    )
+    present = ", ".join(f"float[b, 1, all, {size}] present__{n}__{kind}" for n, kind, size in slots)
+    weight = np.random.default_rng(1).normal(size=HEADS * (OWN + VALUE) * RANK)
+    numbers = ", ".join(map(str, weight.astype(np.float32).tolist()))
+    outputs = ", ".join(f"float[b, s, {HEADS * VALUE}] output{n}" for n in range(2))
+    text = f"""
+<ir_version: 10, opset_import: ["" : 23]>
+g (int64[b, s] input_ids, int64[b, t] attention_mask, float[b, {HEADS}, s, {OWN}] own,
+   float[b, {HEADS}, s, {TURNED}] x, float[b, 1, s, {TURNED}] y, float[b, 1, s, {RANK}] latent,
+   float[b, s, {TURNED // 2}] cosine, float[b, s, {TURNED // 2}] sine, {past})
+ => ({outputs}, {present})
+<int64 zero = {{0}}, int64 one = {{1}}, int64[1] from0 = {{0}}, int64[1] axis1 = {{1}},
+ int64[2] axes12 = {{1, 2}}, int64[1] axis_last = {{-1}}, float least = {{-3.4e38}},
+ float half = {{0.5}}, float zeros = {{0}}, int64 two = {{2}}, int64[1] axis3 = {{3}},
+ int64[1] steps = {{2}}, int64[1] ends = {{9223372036854775807}},
+ float[{HEADS * (OWN + VALUE)}, {RANK}] expansion = {{{numbers}}},
+ int64[4] split_heads = {{0, -1, {HEADS}, {OWN + VALUE}}}, int64[2] sizes = {{{OWN}, {VALUE}}},
+ int64[1] heads_ = {{{HEADS}}}, int64[1] turned_ = {{{TURNED}}},
+ int64[3] merge_heads = {{0, 0, -1}}>
+{{
+  {exported_attention.MASK.format(window=seen)}
+  cosine4 = Unsqueeze(cosine, axis1)
+  sine4 = Unsqueeze(sine, axis1)
+  {pairs}
+  {layers}
+}}
+"""
+    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True)
+    model = ir.from_proto(proto)
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        value.name = (value.name or "").replace("__", ".")  # the text format has no dots in names
+        if (value.name or "").rstrip("01") == "values":
+            value.shape = ir.Shape(["b", HEADS, "t", VALUE])
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    return model
+
+
+def call(rng: np.random.Generator, mask: list[list[int]], *, past: int) -> dict[str, NDArray[Any]]:
+    """Return inputs for a mask [batch, past + sequence]."""
+    batch, sequence = len(mask), len(mask[0]) - past
+
+    def floats(*shape: int) -> NDArray[np.float32]:
+        return rng.normal(size=shape).astype(np.float32)
+
+    angles = floats(batch, sequence, TURNED // 2)
+    given = {
+        "input_ids": np.zeros((batch, sequence), np.int64),
+        "attention_mask": np.array(mask),
+        "own": floats(batch, HEADS, sequence, OWN),
+        "x": floats(batch, HEADS, sequence, TURNED),
+        "y": floats(batch, 1, sequence, TURNED),
+        "latent": floats(batch, 1, sequence, RANK),
+        "cosine": np.cos(angles),
+        "sine": np.sin(angles),
+    }
+    for n in range(2):
+        given[f"past_key_values.{n}.key"] = floats(batch, 1, past, RANK)
+        given[f"past_key_values.{n}.value"] = floats(batch, 1, past, TURNED)
+    return given
+
+
+def in_place(given: dict[str, NDArray[Any]], *, room: int = 0) -> dict[str, NDArray[Any]]:
+    """Return inputs with one cache per layer that has room for the new tokens and `room` more."""
+    sequence = given["input_ids"].shape[1]
+    caches = {}
+    for n in range(2):
+        past = [given[f"past_key_values.{n}.{kind}"] for kind in ("key", "value")]
+        # In the cache what is rotated is of another order: first and second of each pair together.
+        order = np.arange(TURNED).reshape(2, -1).T.reshape(-1)
+        filled = np.concatenate([past[0], past[1][..., order]], axis=-1)
+        space = ((0, 0), (0, 0), (0, sequence + room), (0, 0))
+        caches[f"past_key_values.{n}.key"] = np.pad(filled, space, constant_values=7)
+    return {**{name: v for name, v in given.items() if not name.startswith("past")}, **caches}
+
+
+PREFILL = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]
+CALLS = {
+    "prefill": (PREFILL, 0),
+    "one token": ([[1]], 0),
+    "continuation": ([[0, 1, 1, 1, 1, 1]], 3),
+    "decode": (PREFILL, 4),
+    "several sequences by several tokens": (PREFILL, 2),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("room", [0, 3])
+def test_real_tokens_get_what_they_got(
+    run: Run, rng: np.random.Generator, name: str, room: int
+) -> None:
+    mask, past = CALLS[name]
+    model, inputs = latent_attention(), call(rng, mask, past=past)
+    before = run(model, inputs)
+    assert LatentAttentionPass()(model).modified
+    after = run(model, in_place(inputs, room=room))
+    real = np.array(mask)[:, past:] > 0
+    for old, new in zip(before[:2], after[:2], strict=True):
+        np.testing.assert_allclose(new[real], old[real], rtol=2e-5, atol=2e-6)
+        assert np.isfinite(new).all()
+    for n, cache in enumerate(after[2:]):
+        latents = before[2 + 2 * n]
+        np.testing.assert_array_equal(cache[:, :, : len(mask[0]), :RANK], latents)
+        assert (cache[:, :, len(mask[0]) :] == 7).all()
+
+
+def test_another_latent_makes_a_difference(run: Run, rng: np.random.Generator) -> None:
+    model, inputs = latent_attention(), in_place(call(rng, PREFILL, past=4))
+    LatentAttentionPass()(model)
+    before = run(model, inputs)[1]
+    inputs["past_key_values.1.key"][1, 0, 2, 3] += 0.1
+    assert np.abs(run(model, inputs)[1] - before).max() > 1e-4
+
+
+def test_a_cache_without_room_is_no_silent_mistake(run: Run, rng: np.random.Generator) -> None:
+    model, inputs = latent_attention(), in_place(call(rng, PREFILL, past=4))
+    LatentAttentionPass()(model)
+    for n in range(2):
+        inputs[f"past_key_values.{n}.key"] = inputs[f"past_key_values.{n}.key"][:, :, :4]
+    with pytest.raises(Exception, match=r"ScatterND|Pad"):
+        run(model, inputs)
+
+
+def test_the_graph_has_one_cache_per_layer_and_no_keys_or_values() -> None:
+    model = latent_attention()
+    LatentAttentionPass()(model)
+    slots = [v for v in model.graph.inputs if (v.name or "").startswith("past_key_values.")]
+    assert [(v.name, v.shape[-1]) for v in slots if v.shape] == [
+        ("past_key_values.0.key", RANK + TURNED),
+        ("past_key_values.1.key", RANK + TURNED),
+    ]
+    names = [value.name for value in model.graph.outputs]
+    assert names == ["output0", "output1", "present.0.key", "present.1.key"]
+    assert len(list(latent_caches(model))) == 2
+    found = [node.op_type for node in model.graph]
+    assert "Attention" not in found
+    assert found.count("RotaryEmbedding") == 2 * 2
+    shapes = {v.name: v.shape for v in model.graph.initializers.values()}
+    assert shapes["expansion.keys"] == (HEADS, OWN, RANK)
+    assert shapes["expansion.values"] == (HEADS, RANK, VALUE)
+
+
+def test_what_is_rotated_otherwise_stays_as_it_is(run: Run, rng: np.random.Generator) -> None:
+    model, inputs = latent_attention(rotated=False), call(rng, PREFILL, past=0)
+    before = run(model, inputs)
+    assert LatentAttentionPass()(model).modified
+    assert "RotaryEmbedding" not in [node.op_type for node in model.graph]
+    real = np.array(PREFILL) > 0
+    after = run(model, in_place(inputs))
+    np.testing.assert_allclose(after[1][real], before[1][real], rtol=2e-5, atol=2e-6)
+
+
+def test_a_second_run_changes_nothing() -> None:
+    model = latent_attention()
+    LatentAttentionPass()(model)
+    assert not LatentAttentionPass()(model).modified
+
+
+@pytest.mark.parametrize("features", [{"softcap": 30.0}, {"window": "two"}], ids=str)
+def test_what_it_does_not_know_is_left_alone(features: dict[str, Any]) -> None:
+    model = latent_attention(**features)
+    assert not LatentAttentionPass()(model).modified
+
+
+def test_ordinary_attention_is_left_alone() -> None:
+    assert not LatentAttentionPass()(exported_attention.attention()).modified
+
+
+def test_another_reader_of_the_cache_is_reported() -> None:
+    model = latent_attention()
+    LatentAttentionPass()(model)
+    cache = next(latent_caches(model))
+    model.graph.append(ir.node("Neg", [cache.inputs[0]], name="other"))
+    with pytest.raises(ir.passes.PostconditionError, match=r"past_key_values.0.key is read by"):
+        LatentAttentionPass().ensures(model)
