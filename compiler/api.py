@@ -18,6 +18,7 @@ from alloc_moe.compiler.choices import (
     check_mixed_bits,
     check_names,
     check_plan,
+    chosen_rounding,
     finite,
     whole,
 )
@@ -37,6 +38,7 @@ from alloc_moe.compiler.records import (
     PlanOptions,
     ProfileOptions,
     Redistribution,
+    Rounding,
     TargetOptions,
     Weights,
 )
@@ -67,6 +69,7 @@ def compile(
     refine_minutes: float = 10.0,
     dtype: DType = "float32",
     block: int = 128,
+    rounding: Rounding | None = None,
     mixed_bits: bool = False,
     cache: CacheType = "float32",
     device: Device = "cpu",
@@ -102,6 +105,8 @@ def compile(
         refine_minutes: How long, at most.
         dtype: Type of the weights.
         block: How many weights share a scale, at most: 16, 32, 64 or 128.
+        rounding: How int8 and int4 weights are rounded: to the nearest, or so that their products
+            change least on the calibration text (``gptq``); None is ``gptq`` for int4 alone.
         mixed_bits: Choose 4 or 8 bits for each layer's experts together with their number.
         cache: Type of keys and values between calls.
         device: Where the artifact will run.
@@ -143,7 +148,14 @@ def compile(
             refine=whole("--refine", refine, 0, 100_000),
             refine_seconds=60 * finite("--refine-minutes", refine_minutes, 0, 1e6, above=True),
         ),
-        target=TargetOptions(dtype, whole("--block", block), mixed_bits, cache, device),
+        target=TargetOptions(
+            dtype,
+            whole("--block", block),
+            mixed_bits,
+            cache,
+            device,
+            chosen_rounding(rounding, dtype, mixed_bits=mixed_bits),
+        ),
         offload=offload,
         trust_remote_code=trust_remote_code,
         force=force,
@@ -172,6 +184,7 @@ def profile(
     correct: CorrectionMode = "affine",
     dtype: DType = "float32",
     block: int = 128,
+    rounding: Rounding | None = None,
     offload: OffloadMode = "auto",
     trust_remote_code: bool = False,
     console: Console | None = None,
@@ -194,6 +207,7 @@ def profile(
         correct: How layers are corrected meanwhile.
         dtype: float32, int8 or int4: measure with weights so rounded.
         block: How many weights share a scale, at most.
+        rounding: How weights are rounded, as for `compile`.
         offload: Whether decoder layers are read from disk when they run.
         trust_remote_code: Run Python code of the checkpoint.
         console: Where progress is told; None tells nothing but warnings.
@@ -219,6 +233,7 @@ def profile(
         correct=correct,
         dtype=dtype,
         block=block,
+        rounding=rounding,
         offload=offload,
         trust_remote_code=trust_remote_code,
     )
@@ -239,6 +254,7 @@ def profile_options(
     correct: CorrectionMode,
     dtype: DType,
     block: int,
+    rounding: Rounding | None,
     offload: OffloadMode,
     trust_remote_code: bool,
 ) -> ProfileOptions:
@@ -258,6 +274,7 @@ def profile_options(
         correction=correct,
         dtype=dtype,
         block=whole("--block", block),
+        rounding=chosen_rounding(rounding, dtype),
         offload=offload,
         trust_remote_code=trust_remote_code,
     )
@@ -265,6 +282,7 @@ def profile_options(
     check_choice("--redistribute", redistribute, get_args(Redistribution))
     check_choice("--correct", correct, get_args(CorrectionMode))
     check_choice("--dtype", dtype, ("float32", "int8", "int4"))
+    check_choice("--rounding", options.rounding, get_args(Rounding))
     check_choice("--offload", offload, get_args(OffloadMode))
     return options
 

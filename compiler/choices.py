@@ -25,6 +25,7 @@ from alloc_moe.compiler.records import (
     OffloadMode,
     PlanOptions,
     Redistribution,
+    Rounding,
     Weights,
 )
 
@@ -101,6 +102,7 @@ def check_names(options: CompileOptions, sensitivity: str, offload: str) -> None
         ("--cost", plan.cost, get_args(CostKind)),
         ("--dtype", target.dtype, get_args(DType)),
         ("--block", target.block, (16, 32, 64, 128)),
+        ("--rounding", target.rounding, get_args(Rounding)),
         ("--cache", target.cache, get_args(CacheType)),
         ("--device", target.device, get_args(Device)),
         ("--offload", offload, get_args(OffloadMode)),
@@ -130,6 +132,24 @@ def check_plan(plan: PlanOptions) -> None:
         )
     if plan.refine and policy in ("top-p", "ratio"):
         raise OptionsError(f"--redistribute {policy} leaves nothing to refine.")
+
+
+def chosen_rounding(rounding: Rounding | None, dtype: str, *, mixed_bits: bool = False) -> Rounding:
+    """Return how weights are rounded; None is what is better for the type.
+
+    Raises:
+        OptionsError: Nothing of that type is rounded so.
+    """
+    if rounding != "gptq":
+        return rounding or ("gptq" if dtype == "int4" and not mixed_bits else "nearest")
+    if dtype not in ("int8", "int4"):
+        raise OptionsError(f"--rounding gptq needs --dtype int4 or int8; {dtype} isn't rounded.")
+    if mixed_bits:
+        raise OptionsError(
+            "--mixed-bits tries each layer's experts in two widths, which --rounding gptq would "
+            "round anew for each. Use --rounding nearest."
+        )
+    return rounding
 
 
 def check_mixed_bits(

@@ -34,13 +34,14 @@ from alloc_moe.compiler.planning.refinement import Refinement
 from alloc_moe.compiler.planning.shapes import expert_shapes
 from alloc_moe.compiler.records import Compiled, CompileOptions
 from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
+from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.formats import (
     BITS,
     choose_formats,
     formats_of_bits,
     mixed_formats,
 )
-from alloc_moe.compiler.rounding.weights import quantized, rounded, with_expert_formats
+from alloc_moe.compiler.rounding.weights import chosen_digest, quantized, with_expert_formats
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import (
         Planned,
         ProfileOptions,
+        Quantization,
+        Rounding,
         SensitivityProfile,
         Verification,
     )
@@ -79,13 +82,20 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         results=output.results_path,
     )
     package.check_space(output, needed_space(moe, options))
-    moe, formats = _round(moe, options, console)
+    target = options.target
+    chosen = None
+    if target.dtype in BITS:
+        chosen = choose_formats(
+            moe.checkpoint, target.dtype, block=target.block, device=target.device
+        )
+    formats = mixed_formats(chosen) if chosen and target.mixed_bits else ()
     trained = [layer.experts_per_token for layer in moe.layers]
     budget = parse_budget(options.budget, trained, kind=options.plan.cost)
     costs = _costs(moe, options, formats, output, console)
     if costs is not None:
         cost_limit(budget, costs)  # what can't be met is said before the profile is measured
     calibration = calibrate(moe.checkpoint, options.calibration, console)
+    moe = _round(moe, chosen, target.rounding, calibration, console, experts=not formats)
     profile_path = None
     profile = None
     if _needs_profile(options, budget):
@@ -130,10 +140,14 @@ def profile_model(
         offload=options.offload,
         results=None if options.path is None else results_path(options.path),
     )
-    moe = rounded(moe, options.dtype, block=options.block)
+    chosen = None
+    if options.dtype in BITS:
+        chosen = choose_formats(moe.checkpoint, options.dtype, block=options.block)
+    calibration = calibrate(moe.checkpoint, options.calibration, console)
+    moe = _round(moe, chosen, options.rounding, calibration, console)
     profile = measure_sensitivity(
         moe,
-        calibrate(moe.checkpoint, options.calibration, console),
+        calibration,
         metric=options.sensitivity,
         redistribution=options.redistribution,
         correction=options.correction,
@@ -146,21 +160,23 @@ def profile_model(
 
 
 def _round(
-    moe: MoeModel, options: CompileOptions, console: Console
-) -> tuple[MoeModel, Sequence[Sequence[BlockFormat]]]:
-    """Return the model with rounded weights, and what its experts may be rounded to.
-
-    The second is empty unless the plan chooses it.
-    """
-    target = options.target
-    if target.dtype not in BITS:
-        return moe, ()
-    with console.step(f"Rounding weights to {target.dtype}"):
-        chosen = choose_formats(
-            moe.checkpoint, target.dtype, block=target.block, device=target.device
-        )
-        moe = quantized(moe, chosen, round_experts=not target.mixed_bits)
-    return moe, mixed_formats(chosen) if target.mixed_bits else ()
+    moe: MoeModel,
+    chosen: Quantization | None,
+    rounding: Rounding,
+    calibration: CalibrationSet,
+    console: Console,
+    *,
+    experts: bool = True,
+) -> MoeModel:
+    """Return the model with weights rounded to the formats `chosen`, if there are any."""
+    if chosen is None:
+        return moe
+    what = f"Rounding weights to {chosen.dtype}"
+    if rounding == "gptq":
+        with layers_progress(console, what, moe, passes=1):
+            return calibrated(moe, chosen, calibration)
+    with console.step(what):
+        return quantized(moe, chosen, round_experts=experts)
 
 
 def _costs(
@@ -278,7 +294,7 @@ def _build(
     path = staged / output.graph_name
     weights = [value.const_value for value in model.graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
-    key = weights_key(model, moe, [corrections, sorted(scales.items())])
+    key = weights_key(model, moe, [corrections, sorted(scales.items()), chosen_digest(moe)])
     done = written_bytes(package.data_path(path), key)
     with console.progress("Writing weights", nbytes, unit="bytes", done=done) as progress:
         package.save_graph(model, path, advance=progress.advance, key=key)

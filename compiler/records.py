@@ -36,6 +36,7 @@ CorrectionMode = Literal["none", "gain", "affine"]
 CostKind = Literal["activations", "bytes", "latency"]
 DType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 CacheType = Literal["float32", "int8"]
+Rounding = Literal["nearest", "gptq"]
 Device = Literal["cpu", "cuda"]
 OffloadMode = Literal["auto", "never", "always"]
 
@@ -88,6 +89,7 @@ class TargetOptions:
     mixed_bits: bool = False
     cache: CacheType = "float32"
     device: Device = "cpu"
+    rounding: Rounding = "nearest"
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class ProfileOptions:
     correction: CorrectionMode = "affine"
     dtype: DType = "float32"
     block: int = 128
+    rounding: Rounding = "nearest"
     offload: OffloadMode = "auto"
     trust_remote_code: bool = False
 
@@ -144,7 +147,8 @@ class Quantization:
 
     ``weights`` has a format by parameter name for linear layers and embeddings, ``experts`` one per
     MoE layer, none while they are not chosen; ``activations`` is the type of everything else.
-    ``marks`` tell a model so rounded from others of the same checkpoint.
+    ``rounding`` says how the stored values are chosen. ``marks`` tell a model so rounded from
+    others of the same checkpoint.
     """
 
     dtype: str
@@ -152,15 +156,18 @@ class Quantization:
     weights: Mapping[str, BlockFormat]
     experts: tuple[BlockFormat, ...]
     marks: tuple[str, ...] = ()
+    rounding: Rounding = "nearest"
 
     def to_plan(self) -> dict[str, Any]:
-        """Return the plan's ``quantization`` entry."""
+        """Return the plan's ``quantization`` entry; rounding to the nearest is not named."""
+        rounding = {} if self.rounding == "nearest" else {"rounding": self.rounding}
         return {
             "dtype": self.dtype,
             "activations": self.activations,
             "expert_bits": [form.bits for form in self.experts],
             "expert_block": [form.block for form in self.experts],
             "blocks": sorted({form.block for form in self.weights.values()}),
+            **rounding,
         }
 
 

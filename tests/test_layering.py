@@ -21,8 +21,8 @@ FORBIDDEN = {
 }
 ROOMS = {
     "compiler": (
-        *("errors", "records", "choices", "workspace", "model", "calibration", "rounding"),
-        *("reference", "correction", "sensitivity", "planning", "export", "verify", "package"),
+        *("errors", "records", "choices", "workspace", "model", "calibration", "reference"),
+        *("rounding", "correction", "sensitivity", "planning", "export", "verify", "package"),
         *("sweep", "pipeline", "api", "evaluation", "commands"),
     ),
     "passes": (

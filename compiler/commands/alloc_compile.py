@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alloc_moe.compiler.commands.options import block_option, profiling_options, wrong_options
+from alloc_moe.compiler.commands.options import profiling_options, rounding_options, wrong_options
 from alloc_moe.compiler.errors import need_compile_extra
 from alloc_moe.runtime.commands.failures import Command
 from alloc_moe.runtime.commands.numeric import BudgetText, FiniteRange
@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     "(float16 for --device cuda). float16 and bfloat16 are for --device cuda, bfloat16 must be "
     "compiled where CUDA is.",
 )
-@block_option
+@rounding_options
 @click.option(
     "--cache",
     type=click.Choice(["float32", "int8"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from alloc_moe.compiler.commands.options import block_option, profiling_options, wrong_options
+from alloc_moe.compiler.commands.options import profiling_options, rounding_options, wrong_options
 from alloc_moe.compiler.errors import need_compile_extra
 from alloc_moe.runtime.commands.failures import Command
 from alloc_moe.runtime.commands.options import common_options, examples
@@ -37,7 +37,7 @@ from alloc_moe.runtime.console import Console
     show_default=True,
     help="Measure with weights rounded as alloc-compile --dtype stores them.",
 )
-@block_option
+@rounding_options
 @common_options
 def profile_command(console: Console, /, model: str, output: Path, **options: Any) -> None:
     """Measure how sensitive each layer of MODEL is to fewer experts, for any budget."""

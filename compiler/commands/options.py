@@ -8,7 +8,13 @@ from typing import Any, get_args
 
 import click
 
-from alloc_moe.compiler.records import CorrectionMode, Metric, OffloadMode, Redistribution
+from alloc_moe.compiler.records import (
+    CorrectionMode,
+    Metric,
+    OffloadMode,
+    Redistribution,
+    Rounding,
+)
 from alloc_moe.runtime.commands.numeric import MOST_TEXT, seed_type
 
 
@@ -79,16 +85,24 @@ def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def block_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --block."""
-    return click.option(
+def rounding_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --block and --rounding."""
+    block = click.option(
         "--block",
         type=click.Choice(["16", "32", "64", "128"]),
         default="128",
         show_default=True,
         help="For int8 and int4: how many weights share a scale at most; in embeddings and head "
         "64 at most. More is faster, less is more exact.",
-    )(function)
+    )
+    rounding = click.option(
+        "--rounding",
+        type=click.Choice(get_args(Rounding)),
+        help="For int8 and int4: round each weight to the nearest value, or let weights make up "
+        "for each other's errors on the calibration text (gptq). Default: gptq for int4, nearest "
+        "for int8 and with --mixed-bits.",
+    )
+    return block(rounding(function))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ The only file that touches transformers' experimental exporter and private parts
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from alloc_moe.compiler.model.checkpoint import Checkpoint
-    from alloc_moe.compiler.model.reader import CheckpointReader
+
+ReadWeight = Callable[[str, torch.dtype], torch.Tensor]
+"""``read(name, dtype)`` gives a weight as a new tensor of that type."""
 
 # 23 keeps Attention, RMSNormalization and RotaryEmbedding whole; in 24 the exporter loses the last
 # two.
@@ -48,13 +51,16 @@ _DTYPES = {
 }
 
 
-def export_graph(checkpoint: Checkpoint, *, dtype: str = "float32") -> ir.Model:
+def export_graph(
+    checkpoint: Checkpoint, *, dtype: str = "float32", read: ReadWeight | None = None
+) -> ir.Model:
     """Capture the model once, for any budget.
 
     Args:
         checkpoint: Its weights are read one by one when the graph is saved. MoE layer i becomes the
             RoutedExperts node with attribute ``layer`` = i.
         dtype: float32, float16 or bfloat16: the type of weights, activations and cache.
+        read: What reads a weight, by name and type; the checkpoint's reader by default.
 
     Returns:
         A graph for prefill, continuation and decode with the key/value cache going in and out, left
@@ -66,7 +72,9 @@ def export_graph(checkpoint: Checkpoint, *, dtype: str = "float32") -> ir.Model:
             checkpoint.config, torch_dtype, trust_remote_code=checkpoint.trust_remote_code
         )
         graph = _capture(model, [layer.experts_name for layer in checkpoint.layers])
-        _bind_weights(graph, checkpoint.reader, torch_dtype, ir_dtype)
+        _bind_weights(
+            graph, checkpoint.reader, read or checkpoint.reader.read, torch_dtype, ir_dtype
+        )
         _optimize(graph)
     return graph
 
@@ -146,24 +154,28 @@ def _dynamic_shapes(inputs: dict[str, Any]) -> Any:
 
 
 def _bind_weights(
-    graph: ir.Model, reader: CheckpointReader, torch_dtype: torch.dtype, ir_dtype: ir.DataType
+    graph: ir.Model,
+    names: Container[object],
+    read_weight: ReadWeight,
+    torch_dtype: torch.dtype,
+    ir_dtype: ir.DataType,
 ) -> None:
     for name, value in graph.graph.initializers.items():
         zeros = value.const_value
-        if name not in reader or zeros is None:
+        if name not in names or zeros is None:
             continue
         shape, dtype = zeros.shape.numpy(), zeros.dtype
         # A float32 parameter inside a float16 model (a router's bias) stays float32.
         target = torch_dtype if dtype == ir_dtype else torch.float32
-        read = functools.partial(_read_numpy, reader, name, target)
+        read = functools.partial(_read_numpy, read_weight, name, target)
         if len(shape) < 2 and np.prod(shape) <= _SMALL:
             value.const_value = ir.Tensor(read(), dtype=dtype, name=name)
         else:
             value.const_value = lazy_tensor(read, shape, dtype, name)
 
 
-def _read_numpy(reader: CheckpointReader, name: str, dtype: torch.dtype) -> np.ndarray:
-    tensor = reader.read(name, dtype)
+def _read_numpy(read_weight: ReadWeight, name: str, dtype: torch.dtype) -> np.ndarray:
+    tensor = read_weight(name, dtype)
     if dtype == torch.bfloat16:
         import ml_dtypes
 

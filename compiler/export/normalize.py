@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export.graph import export_graph
+from alloc_moe.compiler.rounding.weights import weight_reader
 from alloc_moe.passes.default import normalize_passes
 from alloc_moe.runtime.artifact.plan import GENERATION_KEY
 
@@ -27,7 +28,7 @@ def export_model(moe: MoeModel, *, dtype: DType) -> ir.Model:
         UnsupportedModelError: The model keeps more from call to call than keys and values.
     """
     activations = moe.quantization.activations if moe.quantization else dtype
-    graph = export_graph(moe.checkpoint, dtype=activations)
+    graph = export_graph(moe.checkpoint, dtype=activations, read=weight_reader(moe))
     normalize_passes(moe.quantization.weights if moe.quantization else {})(graph)
     _check_inputs(graph, moe)
     graph.metadata_props[GENERATION_KEY] = json.dumps(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from alloc_moe.compiler.workspace.results import SavedResults
+from alloc_moe.compiler.workspace.results import NamedResults, SavedResults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,7 +21,8 @@ class MoeModel:
 
     With ``offloading`` the weights of its decoder layers are in memory only while these run. With
     a ``quantization`` its weights are rounded as that says; those that the checkpoint's reader
-    reads are not. ``results`` keeps what took long to compute, if anything does.
+    reads are not. ``chosen`` has the packed values and scales of those, by name, that aren't just
+    rounded to the nearest. ``results`` keeps what took long to compute, if anything does.
     """
 
     checkpoint: Checkpoint
@@ -29,6 +30,7 @@ class MoeModel:
     quantization: Quantization | None = None
     offloading: Offloading | None = None
     results: SavedResults = field(default_factory=SavedResults)
+    chosen: NamedResults | None = None
 
     @property
     def layers(self) -> tuple[MoeLayer, ...]:

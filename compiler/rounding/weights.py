@@ -43,14 +43,19 @@ def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool 
     Its weights are changed in place; those of offloaded layers whenever they are read. Without
     ``round_experts`` those of experts stay as they are, for `with_expert_formats` to round.
     """
-    blocks = {form.block for form in (*quantization.experts, *quantization.weights.values())}
-    mark = f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
+    mark = format_mark(quantization)
     if not round_experts:
         quantization = dataclasses.replace(quantization, experts=())
     quantization = dataclasses.replace(quantization, marks=(mark,))
     moe = dataclasses.replace(moe, quantization=quantization)
-    _round_weights(moe)
+    round_weights(moe)
     return moe
+
+
+def format_mark(quantization: Quantization) -> str:
+    """Return what tells a model whose weights and experts are so stored from others."""
+    blocks = {form.block for form in (*quantization.experts, *quantization.weights.values())}
+    return f"{quantization.dtype}/{'/'.join(map(str, sorted(blocks)))}"
 
 
 def with_expert_formats(moe: MoeModel, experts: Sequence[BlockFormat]) -> MoeModel:
@@ -60,11 +65,11 @@ def with_expert_formats(moe: MoeModel, experts: Sequence[BlockFormat]) -> MoeMod
     """
     assert moe.quantization is not None
     assert not moe.quantization.experts
-    rounded = _stored(moe)
+    rounded = stored_formats(moe)
     marks = (*moe.quantization.marks, "/".join(str(form.bits) for form in experts))
     quantization = dataclasses.replace(moe.quantization, experts=tuple(experts), marks=marks)
     moe = dataclasses.replace(moe, quantization=quantization)
-    _round_weights(moe, rounded=rounded)
+    round_weights(moe, rounded=rounded)
     return moe
 
 
@@ -86,17 +91,28 @@ def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[Non
             setattr(module, leaf, parameter)
 
 
-def _round_weights(moe: MoeModel, *, rounded: Collection[str] = ()) -> None:
+def round_weights(moe: MoeModel, *, rounded: Collection[str] = ()) -> None:
     """Round what `moe.quantization` names, except for those in memory that are `rounded`."""
-    stored = _stored(moe)
+    stored = stored_formats(moe)
     if moe.offloading is not None:
         moe.offloading.source.transform = functools.partial(_read_rounded, moe, stored)
     for name, parameter in _resident(moe, stored):
-        if name not in rounded:
-            _round_in_place(parameter, *stored[name])
+        if name in rounded:
+            continue
+        chosen = _chosen(moe, name)
+        if chosen is None:
+            round_in_place(parameter, *stored[name])
+        else:
+            parameter.copy_(_restored(chosen, *stored[name]))
 
 
-def _round_in_place(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> None:
+def _chosen(moe: MoeModel, name: str) -> list[torch.Tensor] | None:
+    """Return packed values and scales of a weight, unless it is rounded to the nearest."""
+    return None if moe.chosen is None else moe.chosen.find(name)
+
+
+def round_in_place(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> None:
+    """Replace a weight's values by the nearest that are stored."""
     if transposed or not weight.is_contiguous():
         weight.copy_(_rounded(weight, form, transposed))
         return
@@ -117,18 +133,20 @@ def _read_rounded(
     if name not in stored:
         return read()
     form, transposed = stored[name]
+    if (chosen := _chosen(moe, name)) is not None:
+        return _restored(chosen, form, transposed)
     inputs = ("rounded", moe.checkpoint.fingerprint, name, form)
     return _restored(
-        moe.results.recall(inputs, lambda: _packed(read(), form, transposed)), form, transposed
+        moe.results.recall(inputs, lambda: pack(read(), form, transposed)), form, transposed
     )
 
 
 def _rounded(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> torch.Tensor:
-    return _restored(_packed(weight, form, transposed), form, transposed)
+    return _restored(pack(weight, form, transposed), form, transposed)
 
 
-def _packed(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> list[torch.Tensor]:
-    """Return values and scales."""
+def pack(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> list[torch.Tensor]:
+    """Return values and scales of a weight rounded to the nearest."""
     rows = weight.mT if transposed else weight
     return [torch.from_numpy(part) for part in quantize(rows.numpy(), form)]
 
@@ -141,17 +159,42 @@ def _restored(packed: Sequence[torch.Tensor], form: BlockFormat, transposed: boo
     return rounded.mT.contiguous() if transposed else rounded
 
 
+def weight_reader(moe: MoeModel) -> Callable[[str, torch.dtype], torch.Tensor]:
+    """Return what reads weights as an artifact rounds them when it is written.
+
+    Those that are rounded to the nearest are as in the checkpoint; of the others it reads what
+    rounding to the nearest leaves as it is.
+    """
+    reader = moe.checkpoint.reader
+    if moe.chosen is None:
+        return reader.read
+    stored = stored_formats(moe)
+
+    def read(name: str, dtype: torch.dtype) -> torch.Tensor:
+        chosen = _chosen(moe, name) if name in stored else None
+        if chosen is None:
+            return reader.read(name, dtype)
+        return _restored(chosen, *stored[name]).to(dtype)
+
+    return read
+
+
+def chosen_digest(moe: MoeModel) -> str:
+    """Return a digest of all weights that aren't just rounded to the nearest; "" without any."""
+    return "" if moe.chosen is None else moe.chosen.digest(stored_formats(moe))
+
+
 @contextlib.contextmanager
 def float_weights(moe: MoeModel) -> Iterator[None]:
     """Give the model the weights of its checkpoint while the block lasts."""
     if moe.offloading is not None:
         moe.offloading.source.transform = None
-    for name, parameter in _resident(moe, _stored(moe)):
+    for name, parameter in _resident(moe, stored_formats(moe)):
         parameter.copy_(moe.checkpoint.reader.read(name, parameter.dtype))
     try:
         yield
     finally:
-        _round_weights(moe)
+        round_weights(moe)
 
 
 def _resident(
@@ -163,7 +206,7 @@ def _resident(
             yield name, parameter.detach()
 
 
-def _stored(moe: MoeModel) -> dict[str, tuple[BlockFormat, bool]]:
+def stored_formats(moe: MoeModel) -> dict[str, tuple[BlockFormat, bool]]:
     """Return by name how parameters are stored, and whether rows and columns are swapped."""
     assert moe.quantization is not None
     stored = {name: (form, False) for name, form in moe.quantization.weights.items()}

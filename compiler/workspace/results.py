@@ -86,6 +86,36 @@ class SavedResults:
         return self._folder / f"{digest_of(inputs)[:32]}.safetensors"
 
 
+class NamedResults:
+    """Lists of tensors by name: in files where `results` keeps any, else in memory.
+
+    Args:
+        results: Where they are kept.
+        inputs: What all of them were computed from.
+    """
+
+    def __init__(self, results: SavedResults, inputs: Sequence[object]) -> None:
+        self._results, self._inputs = results, list(inputs)
+        self._memory: dict[str, list[torch.Tensor]] = {}
+
+    def keep(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep tensors under a name."""
+        if self._results.keeps:
+            self._results.keep([*self._inputs, name], tensors)
+        else:
+            self._memory[name] = list(tensors)
+
+    def find(self, name: str) -> list[torch.Tensor] | None:
+        """Return what was kept under a name, by an earlier process too, if anything was."""
+        if not self._results.keeps:
+            return self._memory.get(name)
+        return self._results.find([*self._inputs, name])
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Return a digest of what is kept under some names."""
+        return digest_of([digest_of([name, self.find(name)]) for name in sorted(names)])
+
+
 def digest_of(inputs: Sequence[object]) -> str:
     """Return a digest of tensors, arrays, records and what else has a telling `repr`."""
     digest = hashlib.sha256()

@@ -1,0 +1,166 @@
+"""Model and text -> weights rounded by GPTQ, decoder layer by decoder layer.
+
+What enters a product is measured on states that everything rounded before it leaves: the layers
+before, and in the same layer what runs earlier. Inputs of an expert are the tokens that the router
+sends it, each counted by the square of the router's weight, as its error is. So tokens that a
+budget drops hardly count, and one rounding serves every plan. A share of the whole layer's tokens
+is added, which seldom-used experts mostly go by.
+
+Embeddings, and a head tied to them, are rounded to the nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.model.layer_weights import resident
+from alloc_moe.compiler.model.replay import find_decoder_layers
+from alloc_moe.compiler.reference.experts import dense_weights
+from alloc_moe.compiler.rounding.expert_sums import ExpertSums, squares
+from alloc_moe.compiler.rounding.gptq import round_products
+from alloc_moe.compiler.rounding.inputs import LayerInputs
+from alloc_moe.compiler.rounding.weights import (
+    format_mark,
+    pack,
+    round_in_place,
+    round_weights,
+    stored_formats,
+)
+from alloc_moe.compiler.workspace.results import NamedResults
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.calibration.windows import CalibrationSet
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.records import Quantization
+
+_SUMS = 1 << 25  # elements of experts' sums that are in memory together: 128 MB
+
+
+def calibrated(moe: MoeModel, quantization: Quantization, calibration: CalibrationSet) -> MoeModel:
+    """Return the model with weights rounded so that its products change least on a text.
+
+    Its weights are changed in place; those of offloaded layers whenever they are read. Where the
+    model keeps results, an interrupted rounding goes on at the decoder layer that it came to.
+
+    Args:
+        moe: The model, in float32.
+        quantization: How weights are stored.
+        calibration: The text.
+
+    Raises:
+        UnsupportedModelError: The model gives no finite states.
+        OutputError: What is kept can't be written.
+    """
+    text = f"{calibration.sha256}:{calibration.tokens}:{calibration.sequence_length}"
+    mark = f"{format_mark(quantization)}/gptq:{text}:{calibration.seed}"
+    quantization = dataclasses.replace(quantization, marks=(mark,), rounding="gptq")
+    moe = dataclasses.replace(moe, quantization=quantization)
+    chosen = NamedResults(moe.results, ["chosen", moe.fingerprint])
+    moe = dataclasses.replace(moe, chosen=chosen)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        _Rounding(moe, chosen).run(LayerInputs(moe, torch.from_numpy(calibration.ids)))
+        round_weights(moe)
+    return moe
+
+
+class _Rounding:
+    """Rounds the weights of a model, and keeps what they became."""
+
+    def __init__(self, moe: MoeModel, chosen: NamedResults) -> None:
+        self._model, self._chosen = moe.model, chosen
+        self._formats = stored_formats(moe)
+        self._experts = {layer.experts_name: layer.num_experts for layer in moe.layers}
+        self._layers = find_decoder_layers(moe.model, moe.layers[0])
+        self._names = {id(module): name for name, module in moe.model.named_modules()}
+
+    def run(self, inputs: LayerInputs) -> None:
+        """Round everything."""
+        head = self._head()
+        inside = f"{self._names[id(self._layers)]}."
+        for name, parameter in self._model.named_parameters():
+            if name in self._formats and not name.startswith((inside, f"{head}.")):
+                round_in_place(parameter.detach(), *self._formats[name])
+        inputs.resume()
+        while inputs.layer < len(self._layers):
+            layer = self._layers[inputs.layer]
+            with resident(layer):
+                self._round_layer(f"{self._names[id(layer)]}.", inputs)
+                inputs.advance()
+        if head is not None and self._chosen.find(f"{head}.weight") is None:
+            self._round_linear([head], (given[0] for given in inputs.entering_head(head)))
+
+    def _head(self) -> str | None:
+        """Return the name of the head, if it has weights of its own and is stored in few bits."""
+        head = self._model.get_output_embeddings()
+        if head is None or head.weight is self._model.get_input_embeddings().weight:
+            return None
+        name = self._names[id(head)]
+        return name if f"{name}.weight" in self._formats else None
+
+    def _round_layer(self, prefix: str, inputs: LayerInputs) -> None:
+        """Round all weights of a decoder layer, whose floats are in memory."""
+        left = [name for name in self._formats if name.startswith(prefix)]
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in left)
+        for same in inputs.together(modules):
+            given = inputs.entering(same[0])
+            if same[0] in self._experts:
+                self._round_experts(same[0], *map(torch.cat, zip(*given, strict=True)))
+            else:
+                self._round_linear(same, (each[0] for each in given))
+            left = [name for name in left if name.rpartition(".")[0] not in same]
+        for name in left:  # the model never runs them
+            self._keep(name)
+
+    def _round_linear(self, names: Sequence[str], given: Iterable[torch.Tensor]) -> None:
+        """Round linear layers of one input."""
+        columns = self._model.get_submodule(names[0]).weight.shape[1]
+        sums = torch.zeros(columns, columns)
+        for hidden in given:
+            sums += squares(hidden.flatten(0, -2))
+        sums = _finite(sums, names[0])
+        for name in names:
+            weight = self._model.get_submodule(name).weight.detach()
+            form, _ = self._formats[f"{name}.weight"]
+            weight.copy_(round_products(weight[None], sums[None], form)[0])
+            self._keep(f"{name}.weight")
+
+    def _round_experts(
+        self, name: str, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """Round the experts that are given `hidden` [T, H], experts [T, K] and weights [T, K]."""
+        module: Any = self._model.get_submodule(name)
+        sums = ExpertSums(hidden, dense_weights(ids, weights.square(), self._experts[name]))
+        self._round_each(f"{name}.gate_up_proj", sums.gate_up)
+        self._round_each(f"{name}.down_proj", functools.partial(sums.down, module))
+
+    def _round_each(self, name: str, sums: Callable[[int], torch.Tensor]) -> None:
+        """Round one weight of every expert, some at a time, by the sums that each has."""
+        weight = self._model.get_parameter(name).detach()
+        form, transposed = self._formats[name]
+        matrices = weight.mT if transposed else weight  # [experts, rows, columns]
+        count = max(1, _SUMS // matrices.shape[2] ** 2)
+        for part in torch.split(torch.arange(len(matrices)), count):
+            together = torch.stack([sums(int(expert)) for expert in part])
+            matrices[part] = round_products(matrices[part], _finite(together, name), form)
+        self._keep(name)
+
+    def _keep(self, name: str) -> None:
+        """Keep a weight as the values and scales that it is stored as."""
+        self._chosen.keep(
+            name, pack(self._model.get_parameter(name).detach(), *self._formats[name])
+        )
+
+
+def _finite(sums: torch.Tensor, name: str) -> torch.Tensor:
+    if not sums.isfinite().all():
+        raise UnsupportedModelError(
+            f"What {name} is multiplied by on the calibration text isn't finite: the model's "
+            "weights are broken."
+        )
+    return sums
