@@ -23,7 +23,7 @@ ROOMS = {
     "compiler": (
         *("errors", "records", "choices", "workspace", "model", "calibration", "rounding"),
         *("reference", "correction", "sensitivity", "planning", "export", "verify", "package"),
-        *("sweep", "pipeline", "api", "evaluation", "commands"),
+        *("programs", "sweep", "pipeline", "api", "evaluation", "commands"),
     ),
     "passes": (
         *("base", "blockwise", "linear", "norm", "attention", "experts", "interface", "step"),

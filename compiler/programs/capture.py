@@ -13,7 +13,7 @@ from transformers.exporters.utils import apply_patches
 
 from alloc_moe.compiler.export.graph import sample_inputs, whole_cache
 from alloc_moe.compiler.export.sinks import sinks_as_columns
-from alloc_moe.compiler.model.architectures import find_gate
+from alloc_moe.compiler.model.architectures import Gate, find_gate
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.skeleton import build_skeleton, experts_function
 from alloc_moe.compiler.programs.experts import (
@@ -24,6 +24,7 @@ from alloc_moe.compiler.programs.experts import (
 )
 from alloc_moe.compiler.reference.experts import replaced_experts
 from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.runtime.execution.torch_programs.loading import CacheTensor
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -43,14 +44,6 @@ _ASSERTIONS = (
 
 
 @dataclass(frozen=True)
-class CacheShape:
-    """A tensor of the cache: its sizes, None where they are the batch's and the past's."""
-
-    sizes: tuple[int | None, ...]
-    past_axis: int
-
-
-@dataclass(frozen=True)
 class Captured:
     """A model under a plan.
 
@@ -59,12 +52,15 @@ class Captured:
     columns [n] whose logits are wanted. It gives logits [B, n, vocabulary], the grown cache, and
     how many experts ran [layers, B * S].
 
-    ``parameters`` are the names, in the model, of each entry of the program's state.
+    ``parameters`` are the names, in the model, of each entry of the program's state, and ``owners``
+    the first entry that shares its memory.
     """
 
     program: ExportedProgram
-    cache: tuple[CacheShape, ...]
+    cache: tuple[CacheTensor, ...]
     parameters: dict[str, str]
+    owners: dict[str, str]
+    vocabulary: int
     has_dial: bool
 
 
@@ -110,7 +106,7 @@ class _Planned(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, names: list[str], plan: AllocationPlan) -> None:
         super().__init__()
         self.model = model
-        gates = [find_gate(model.get_submodule(name)) for name in names]
+        gates = [find_gate(model.get_submodule(name)) or Gate() for name in names]
         self._plan = plan
         self._layers = list(zip(names, layer_parameters(plan), gates, strict=True))
 
@@ -176,17 +172,20 @@ def _trace(
         )
     _simplify(program)
     parameters = {name: name.removeprefix(_MODEL) for name in program.state_dict}
-    return Captured(program, shapes, parameters, has_dial)
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(t), name) for name, t in program.state_dict.items()}
+    vocabulary = model.config.get_text_config().vocab_size
+    return Captured(program, shapes, parameters, owners, vocabulary, has_dial)
 
 
-def _cache_shape(tensor: torch.Tensor, past: int) -> CacheShape:
+def _cache_shape(tensor: torch.Tensor, past: int) -> CacheTensor:
     axes = [axis for axis in range(1, tensor.ndim) if tensor.shape[axis] == past]
     axis = 2 if 2 in axes else axes[0]
     sizes = [None if index in (0, axis) else size for index, size in enumerate(tensor.shape)]
-    return CacheShape(tuple(sizes), axis)
+    return CacheTensor(tuple(sizes), axis)
 
 
-def _varying(arguments: dict[str, Any], cache: Sequence[CacheShape]) -> dict[str, Any]:
+def _varying(arguments: dict[str, Any], cache: Sequence[CacheTensor]) -> dict[str, Any]:
     """Return which sizes differ from call to call."""
     auto = torch.export.Dim.AUTO
     tokens = {name: {0: auto, 1: auto} for name in ("input_ids", "attention_mask", "position_ids")}

@@ -109,11 +109,7 @@ def run_grouped(
     rows = product(hidden[order // ids.shape[1]], gate_up, ends)
     if experts.has_bias:
         rows = rows + experts.gate_up_proj_bias[of_expert]
-    if experts.is_concatenated:
-        halves = rows.chunk(2, dim=-1)
-    else:
-        halves = (rows[:, ::2], rows[:, 1::2])
-    rows = product(_gated(gate, *halves), down, ends)
+    rows = product(_gated(gate, *_halves(experts, rows)), down, ends)
     bias = experts.down_proj_bias if experts.has_bias else getattr(experts, ADDED_BIAS, None)
     if bias is not None:
         rows = rows + bias[of_expert]
@@ -122,6 +118,13 @@ def run_grouped(
     rows = torch.where((chosen < count)[:, None], rows * share, 0)
     by_token = torch.zeros_like(rows).index_copy(0, order, rows)
     return by_token.reshape(-1, ids.shape[1], rows.shape[1]).sum(1)
+
+
+def _halves(experts: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gate and up, which lie one after the other or in turns."""
+    if experts.is_concatenated:
+        return rows.chunk(2, dim=-1)
+    return rows[:, ::2], rows[:, 1::2]
 
 
 def _gated(gate: Gate, gates: torch.Tensor, ups: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ from alloc_moe.compiler.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from alloc_moe.compiler.programs.capture import CacheShape, Captured
+    from alloc_moe.compiler.programs.capture import Captured
+    from alloc_moe.runtime.execution.torch_programs.loading import CacheTensor
 
 _INFIX = {
     operator.add: "+",
@@ -75,11 +76,11 @@ def to_script(captured: Captured, weights: Mapping[str, torch.Tensor]) -> torch.
     return script
 
 
-def _empty_cache(cache: Sequence[CacheShape], dtype: torch.dtype) -> str:
+def _empty_cache(cache: Sequence[CacheTensor], dtype: torch.dtype) -> str:
     sizes = []
     for shape in cache:
-        named = {0: "batch", shape.past_axis: "0"}
-        sizes.append([named.get(axis, str(size)) for axis, size in enumerate(shape.sizes)])
+        free = {0: "batch", shape.past_axis: "0"}
+        sizes.append([free.get(axis, str(size)) for axis, size in enumerate(shape.sizes)])
     made = ", ".join(f"torch.empty([{', '.join(each)}], dtype={dtype})" for each in sizes)
     return f"def empty_cache(self, batch: int) -> List[Tensor]:\n    return [{made}]\n"
 
@@ -127,7 +128,7 @@ class _Emitter:
         target = node.target
         args = [self.value(arg) for arg in node.args]
         if target in _INFIX:
-            return f"{args[0]} {_INFIX[target]} {args[1]}"  # type: ignore[index]
+            return f"{args[0]} {_INFIX[target]} {args[1]}"
         if target is operator.getitem:
             return f"{args[0]}[{args[1]}]"
         if target is torch.ops.aten.sym_size.int:
@@ -171,6 +172,6 @@ class _Emitter:
 def _unsupported(what: str) -> UnsupportedModelError:
     what = re.sub(r"\s+", " ", what)
     return UnsupportedModelError(
-        f"The model computes with {what}, which has no form in TorchScript. Write an .onnx file, or "
-        "a .pt2 file for torch.export."
+        f"The model computes with {what}, which has no form in TorchScript. Write an .onnx file, "
+        "or a .pt2 file for torch.export."
     )

@@ -301,9 +301,7 @@ def _slopes(
     return ones
 
 
-def _rank_margin(
-    weights: torch.Tensor, mask: torch.Tensor, reached: torch.Tensor
-) -> torch.Tensor:
+def _rank_margin(weights: torch.Tensor, mask: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
     """The least lead of a candidate that runs over the next that doesn't.
 
     Where the first doesn't reach the threshold itself, it runs for its rank alone.

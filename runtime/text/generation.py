@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.execution.inputs import prompt_ids
-from alloc_moe.runtime.execution.session import ArtifactSession
 from alloc_moe.runtime.text.sampling import Sampling, sample
 
 _PAD = 0  # any token: the attention mask keeps it out
@@ -26,7 +26,7 @@ Logits may be of the last positions only.
 
 
 def generate(
-    session: ArtifactSession,
+    session: Session,
     prompts: Iterable[ArrayLike],
     *,
     max_new_tokens: int,
@@ -60,7 +60,7 @@ def generate(
 
 
 def generate_steps(
-    session: ArtifactSession,
+    session: Session,
     prompts: Iterable[ArrayLike],
     *,
     max_new_tokens: int,
@@ -149,9 +149,7 @@ def decode(
         tokens = np.where(ended, _PAD, chosen)[:, None]
 
 
-def _check(
-    session: ArtifactSession, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
-) -> None:
+def _check(session: Session, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> None:
     """Raise GenerationError for what the model can't take."""
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
         raise GenerationError(f"{max_new_tokens} new tokens were asked for. Ask for 1 or more.")

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 from alloc_moe.runtime.artifact.dial import price_of
 from alloc_moe.runtime.errors import GenerationError
+from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.execution.providers import Provider
-from alloc_moe.runtime.execution.session import ArtifactSession, open_session
+from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.text.generation import GREEDY, generate
 from alloc_moe.runtime.text.sampling import Sampling
 from alloc_moe.runtime.text.tokenizer import TextStream, encode, load_tokenizer
@@ -38,7 +39,7 @@ class Completion:
 class TextModel:
     """Completes texts with an artifact. Get one from `load`."""
 
-    def __init__(self, session: ArtifactSession, tokenizer: Tokenizer) -> None:
+    def __init__(self, session: Session, tokenizer: Tokenizer) -> None:
         self.session = session
         self.tokenizer = tokenizer
         self.eos_ids = session.files.eos_ids()
