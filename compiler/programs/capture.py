@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE = "alloc_moe_probe_inputs"
 _MODEL = "model."
+_KEPT_META = ("val", "nn_module_stack")
 _ASSERTIONS = (
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_scalar.default,
@@ -203,4 +204,6 @@ def _simplify(program: ExportedProgram) -> None:
         elif node.target in _ASSERTIONS:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    for node in graph.nodes:  # not the lines of source it came from, with paths of this machine
+        node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     program.graph_module.recompile()

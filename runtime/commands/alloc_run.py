@@ -85,7 +85,7 @@ def run_command(
     session_entries: dict[str, str],
     tokenizer: str | None,
 ) -> None:
-    """Continue texts with ARTIFACT, an .onnx file or a bundle folder.
+    """Continue texts with ARTIFACT, an .onnx, .pt or .pt2 file or a bundle folder.
 
     One prompt is continued on stdout as the tokens come, several are worked on together and then
     printed one after the other. The prompt stands before its continuation.

@@ -132,7 +132,7 @@ def load(
     """Load a compiled artifact, ready to complete texts.
 
     Args:
-        path: A bundle folder or an .onnx file that alloc-compile wrote.
+        path: A bundle folder, or an .onnx, .pt or .pt2 file that alloc-compile wrote.
         tokenizer: A tokenizer.json or a folder with one; found by itself as a rule, see
             `load_tokenizer`.
         ep: Execution provider; ``auto`` is CUDA if it can be used, else the CPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import zipfile
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from alloc_moe.runtime.artifact.plan import PROGRAM_KEY
 from alloc_moe.runtime.artifact.shapes import (
     ShapeError,
     boolean,
+    mapping,
     one_of,
     optional,
     parse_json,
@@ -36,6 +37,16 @@ A price of None is the plan's; ``keep`` is how many last positions there are log
 counts are the experts executed [layers, tokens].
 """
 
+_EXAMPLE = "data/sample_inputs/model.pt"
+_PAYLOADS = "_config.json"
+_RAW = re.compile(
+    r"(data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|models/model\.json|archive_format|archive_version|byteorder"
+    r"|\.data/(version|serialization_id|alignment)|version|extra/[^/]+)"
+)
+"""What torch.export reads without unpickling, as long as the configurations say so."""
+_STORED = record({"config": mapping(record({"use_pickle": boolean}))})
 _MOST = 1 << 31
 _RANK = 16
 _PROGRAM = record(
@@ -145,28 +156,29 @@ def check_no_pickle(path: Path) -> None:
     """
     with opened_archive(path) as archive:
         for info in archive.infolist():
-            name = info.filename.partition("/")[2]
-            if name.startswith("data/sample_inputs/") and info.file_size:
+            _, _, name = info.filename.partition("/")
+            if name == _EXAMPLE and not info.file_size:
+                continue
+            if not _RAW.fullmatch(name):
                 raise _pickled(path, name)
-            if name.endswith("_config.json") and name.startswith("data/"):
-                _check_payloads(path, name, archive, info)
+            if name.endswith(_PAYLOADS):
+                _check_payloads(path, name, archive.read(info))
 
 
-def _check_payloads(path: Path, name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+def _check_payloads(path: Path, name: str, content: bytes) -> None:
     try:
-        payloads = json.loads(archive.read(info))["config"].values()
-        pickled = any(payload["use_pickle"] is not False for payload in payloads)
-    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        entries = parse_json(content, _STORED)["config"].values()
+    except ShapeError as error:
         raise ArtifactError(
-            f"{name} in {path} can't be read. Copy it again, or compile the model again."
+            f"{name} in {path} can't be read: {error}. Copy it again, or compile the model again."
         ) from error
-    if pickled:
+    if any(entry["use_pickle"] for entry in entries):
         raise _pickled(path, name)
 
 
 def _pickled(path: Path, name: str) -> ArtifactError:
     return ArtifactError(
-        f"{path} has pickled data ({name}), which would run code of whoever wrote it. "
+        f"{path} has {name}, which may be a pickle: those run code of whoever wrote them. "
         "Don't load it; alloc-compile writes no such artifact."
     )
 
