@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alloc_moe.compiler.errors import OptionsError
+from alloc_moe.compiler.model.quiet import first_line, quiet
 from alloc_moe.compiler.package.paths import data_path
 from alloc_moe.compiler.package.weights import drop_journals
 from alloc_moe.compiler.programs.capture import capture
@@ -74,15 +75,13 @@ def build(
         captured = capture(moe.checkpoint, plan, dtype=dtype, corrections=corrections)
     data = data_path(path)
     state = mapped_weights(captured, moe, corrections, data, console)
-    with console.step("Writing the program"):
+    with console.step("Writing the program"), quiet():
         save = _save_script if path.suffix == SCRIPT else _save_export
         try:
             save(captured, state, path)
         except RuntimeError as error:  # of torch's writer, whatever went wrong
-            reason = str(error).strip().partition("\n")[0]
-            raise cant_write(
-                "The artifact", path, reason, then="free some space, or choose another disk"
-            ) from error
+            then = "free some space, or choose another disk"
+            raise cant_write("The artifact", path, first_line(error), then=then) from error
     del state
     drop_journals(path.parent)
     data.unlink()

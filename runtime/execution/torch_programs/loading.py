@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,9 @@ def load_program(path: Path, *, has_dial: bool) -> Run:
     try:
         if path.suffix == SCRIPT:
             load: Callable[..., Any] = torch.jit.load
-            return _scripted(load(str(path), map_location="cpu"), has_dial)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
+                return _scripted(load(str(path), map_location="cpu"), has_dial)
         check_no_pickle(path)
         logging.getLogger("torch.export").setLevel(logging.ERROR)
         return _exported(torch.export.load(str(path)).module(), has_dial)
