@@ -42,6 +42,7 @@ from alloc_moe.compiler.records import (
     TargetOptions,
     Weights,
 )
+from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT
 from alloc_moe.runtime.console import Console
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def compile(
     force: bool = False,
     console: Console | None = None,
 ) -> Compiled:
-    """Compile a Mixture-of-Experts checkpoint into an ONNX artifact on a budget.
+    """Compile a Mixture-of-Experts checkpoint into an artifact on a budget.
 
     Every keyword is the option of that name of ``alloc-compile``, whose ``--help`` says more.
 
@@ -87,7 +88,8 @@ def compile(
         budget: Expert activations per token: a float is a fraction of the model's, an int their
             number over all layers. Text is as for the command. With another `cost` a fraction of
             what the model's experts cost.
-        output: ``out.onnx``, or ``DIR/`` for a bundle.
+        output: ``out.onnx``, ``out.pt`` (TorchScript), ``out.pt2`` (torch.export), or ``DIR/`` for
+            a bundle.
         calibration: Text file, or dataset on the hub, to calibrate on.
         tokens: Calibration tokens.
         seed: Picks the windows of calibration text.
@@ -296,7 +298,7 @@ def _calibration(text: str | Path | None, tokens: int, seed: int) -> Calibration
 
 
 def _with_slash(output: str | Path) -> str:
-    """Return the output as the command takes it: a path of no .onnx file is a bundle's folder."""
-    if isinstance(output, Path) and output.suffix != ".onnx":
+    """Return the output as the command takes it: a path of no artifact's file is a bundle's."""
+    if isinstance(output, Path) and output.suffix not in (".onnx", SCRIPT, EXPORT):
         return f"{output}/"
     return str(output)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.calibration.windows import calibrate
-from alloc_moe.compiler.export.normalize import export_model
+from alloc_moe.compiler.export.normalize import export_model, generation_metadata
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.layer_progress import layers_progress
 from alloc_moe.compiler.model.loading import load_model
@@ -32,6 +32,7 @@ from alloc_moe.compiler.planning.mixed_bits import allocate_mixed
 from alloc_moe.compiler.planning.plan import make_planned
 from alloc_moe.compiler.planning.refinement import Refinement
 from alloc_moe.compiler.planning.shapes import expert_shapes
+from alloc_moe.compiler.programs.build import build, check_program
 from alloc_moe.compiler.records import Compiled, CompileOptions
 from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
 from alloc_moe.compiler.rounding.calibrated import calibrated
@@ -45,7 +46,15 @@ from alloc_moe.compiler.rounding.weights import chosen_digest, quantized, with_e
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
-from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, SHARED_CACHE_KEY
+from alloc_moe.runtime.artifact.files import ArtifactFiles
+from alloc_moe.runtime.artifact.onnx_file import OnnxFile
+from alloc_moe.runtime.artifact.plan import (
+    GENERATION_KEY,
+    NO_STEP_KEY,
+    PLAN_KEY,
+    PROGRAM_KEY,
+    SHARED_CACHE_KEY,
+)
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet
@@ -73,7 +82,10 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         AllocMoeError: Anything that the user can act on; no output file was touched then.
     """
     output = package.parse_output(options.output, force=options.force)
-    check_verifiable(options.target.dtype)
+    if output.is_program:
+        check_program(options.target, output.path)
+    else:
+        check_verifiable(options.target.dtype)
     moe = load_model(
         options.model,
         console,
@@ -81,7 +93,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         offload=options.offload,
         results=output.results_path,
     )
-    package.check_space(output, needed_space(moe, options))
+    # Torch copies a program's weights from the file that they are written to.
+    package.check_space(output, needed_space(moe, options) * (2 if output.is_program else 1))
     target = options.target
     chosen = None
     if target.dtype in BITS:
@@ -114,7 +127,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         moe, calibration, options, budget, profile, costs, formats, output, console
     )
     with package.staging(output, note=console.note) as staged:
-        plan, verification = _build(moe, planned, calibration.ids, options, output, staged, console)
+        make = _build_program if output.is_program else _build
+        plan, verification = make(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
     moe.results.delete()
     return Compiled(output.path, plan, profile_path, verification)
@@ -313,4 +327,32 @@ def _build(
     package.stamp(path, plan, tokenizer_metadata(moe.checkpoint, carried=not output.bundle))
     if output.bundle:
         package.write_bundle_files(staged / package.FILES, moe, model, plan)
+    return plan, verification
+
+
+def _build_program(
+    moe: MoeModel,
+    planned: Planned,
+    token_ids: NDArray[np.int64],
+    options: CompileOptions,
+    output: package.Output,
+    staged: Path,
+    console: Console,
+) -> tuple[AllocationPlan, Verification]:
+    """Trace, write into `staged`, and verify what was written: for those who run it in torch."""
+    plan, corrections, dtype = planned.plan, planned.corrections, options.target.dtype
+    path = staged / output.graph_name
+    interface = build(moe, plan, corrections, path, dtype=dtype, console=console)
+    metadata = {
+        PROGRAM_KEY: interface.to_json(),
+        GENERATION_KEY: generation_metadata(moe),
+        **tokenizer_metadata(moe.checkpoint, carried=True),
+    }
+    files = ArtifactFiles(path, OnnxFile(metadata, {}, frozenset()), plan)
+    with layers_progress(console, "Verifying against PyTorch", moe, passes=1):
+        verification = verify_artifact(
+            files, moe, plan, token_ids, dtype=dtype, corrections=corrections
+        )
+    plan = dataclasses.replace(plan, verify=verification.to_plan())
+    package.stamp_program(path, {PLAN_KEY: plan.to_json(), **metadata})
     return plan, verification

@@ -29,6 +29,7 @@ def loaded_by(statement: str) -> set[str]:
         "import alloc_moe.runtime as r; [getattr(r, name) for name in r.__all__]",
         "import alloc_moe.runtime.commands.alloc_run, alloc_moe.runtime.commands.alloc_bench, "
         "alloc_moe.runtime.measure.evaluate, alloc_moe.runtime.execution.session",
+        "import alloc_moe.runtime.execution.torch_programs.session",
     ],
 )
 def test_runtime_loads_nothing_of_the_compiler(statement: str) -> None:

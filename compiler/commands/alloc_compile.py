@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     "all layers (64). With another --cost: a fraction of what the model's experts cost.",
 )
 @click.option(
-    "-o", "--output", required=True, help="out.onnx (and out.onnx.data), or DIR/ for a bundle."
+    "-o",
+    "--output",
+    required=True,
+    help="out.onnx (and out.onnx.data), or DIR/ for a bundle. To run in torch: out.pt for "
+    "TorchScript, out.pt2 for torch.export.",
 )
 @profiling_options
 @click.option(
@@ -102,7 +106,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Type of the weights. int8 and int4 are rounded in blocks, with float32 activations "
     "(float16 for --device cuda). float16 and bfloat16 are for --device cuda, bfloat16 must be "
-    "compiled where CUDA is.",
+    "compiled where CUDA is. .pt and .pt2 take float32 and bfloat16, on the CPU.",
 )
 @rounding_options
 @click.option(

@@ -130,8 +130,9 @@ class _Settings:
 
 def _is_artifact(path: Path) -> bool:
     from alloc_moe.runtime.artifact.plan import MODEL_FILE
+    from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT
 
-    return path.suffix == ".onnx" or (path / MODEL_FILE).is_file()
+    return path.suffix in (".onnx", SCRIPT, EXPORT) or (path / MODEL_FILE).is_file()
 
 
 def _read(path: Path, encode: Encode, tokens: int | None) -> NDArray[np.intc]:

@@ -48,7 +48,7 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """Answers the harness's requests with an artifact, or a model under a plan in PyTorch.
 
     Args:
-        artifact: A bundle folder or .onnx file; this or ``pretrained`` is needed.
+        artifact: A bundle folder, or an .onnx, .pt or .pt2 file; this or ``pretrained`` is needed.
         pretrained: A checkpoint folder or hub id, to run in PyTorch on the CPU.
         plan: For ``pretrained``: an allocation.json or artifact; without it, all experts run.
         budget: For plans with a dial: experts per token, as a fraction or a number, in place of

@@ -87,7 +87,7 @@ def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
         sinks_as_columns(model),
         plain_latent_attention(model),
     ):
-        component, inputs = _sample_inputs(model)
+        component, inputs = sample_inputs(model)
         table = {operator: experts_op.onnx_translation}
         with mock.patch.dict(exporter_onnx._ONNX_TRANSLATION_TABLE, table):
             exported = OnnxExporter().export(
@@ -105,7 +105,7 @@ def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
     return program
 
 
-def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, Any]]:
+def sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Return what a decode step of several tokens is called with.
 
     The prompt is left-padded: without padding the mask would not be an input.
@@ -115,7 +115,7 @@ def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, A
     prompt = {
         "input_ids": torch.ones((2, 5), dtype=torch.int64),
         "attention_mask": mask,
-        "past_key_values": _whole_cache(model),
+        "past_key_values": whole_cache(model),
     }
     settings = model.generation_config
     settings.do_sample, settings.num_beams = False, 1
@@ -125,7 +125,7 @@ def _sample_inputs(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, A
     return component, inputs
 
 
-def _whole_cache(model: PreTrainedModel) -> DynamicCache:
+def whole_cache(model: PreTrainedModel) -> DynamicCache:
     """Return an empty cache that keeps all tokens in layers that attend to the last ones only.
 
     Their masks hide the others. So all layers keep the same columns from call to call.
@@ -167,14 +167,15 @@ def _bind_weights(
         shape, dtype = zeros.shape.numpy(), zeros.dtype
         # A float32 parameter inside a float16 model (a router's bias) stays float32.
         target = torch_dtype if dtype == ir_dtype else torch.float32
-        read = functools.partial(_read_numpy, read_weight, name, target)
+        read = functools.partial(read_numpy, read_weight, name, target)
         if len(shape) < 2 and np.prod(shape) <= _SMALL:
             value.const_value = ir.Tensor(read(), dtype=dtype, name=name)
         else:
             value.const_value = lazy_tensor(read, shape, dtype, name)
 
 
-def _read_numpy(read_weight: ReadWeight, name: str, dtype: torch.dtype) -> np.ndarray:
+def read_numpy(read_weight: ReadWeight, name: str, dtype: torch.dtype) -> np.ndarray:
+    """Return a weight as an array of `dtype`, bfloat16 being ``ml_dtypes``'."""
     tensor = read_weight(name, dtype)
     if dtype == torch.bfloat16:
         import ml_dtypes

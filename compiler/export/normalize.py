@@ -31,10 +31,13 @@ def export_model(moe: MoeModel, *, dtype: DType) -> ir.Model:
     graph = export_graph(moe.checkpoint, dtype=activations, read=weight_reader(moe))
     normalize_passes(moe.quantization.weights if moe.quantization else {})(graph)
     _check_inputs(graph, moe)
-    graph.metadata_props[GENERATION_KEY] = json.dumps(
-        {"eos_token_id": moe.eos_token_id, "context_length": _context_length(moe)}
-    )
+    graph.metadata_props[GENERATION_KEY] = generation_metadata(moe)
     return graph
+
+
+def generation_metadata(moe: MoeModel) -> str:
+    """Return what an artifact that stands alone says of generation, a JSON object."""
+    return json.dumps({"eos_token_id": moe.eos_token_id, "context_length": _context_length(moe)})
 
 
 def _context_length(moe: MoeModel) -> int | None:

@@ -54,7 +54,7 @@ def specialize(
         [given.k for given in parameters],
         plan.redistribution,
         plan.weights,
-        thresholds=[given.threshold for given in parameters],
+        thresholds=[float(given.threshold) for given in parameters],
         sizes=[layer.sizes for layer in plan.layers],
         overlap=plan.overlap or 0.0,
         cap=plan.cap,

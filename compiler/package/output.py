@@ -22,6 +22,7 @@ from alloc_moe.compiler.package.staging import FILES, left_bytes, publish, resto
 from alloc_moe.compiler.package.weights import save_with_weights
 from alloc_moe.compiler.workspace.files import explained
 from alloc_moe.runtime.artifact.plan import PLAN_KEY
+from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT, add_metadata
 
 if TYPE_CHECKING:
     from alloc_moe.runtime.artifact.plan import AllocationPlan
@@ -37,12 +38,15 @@ __all__ = [
     "save_graph",
     "staging",
     "stamp",
+    "stamp_program",
     "write_bundle_files",
 ]
 
 
 def parse_output(text: str, *, force: bool) -> Output:
-    """Return where `-o text` means: ``out.onnx`` a file, ``DIR/`` or an existing folder a bundle.
+    """Return where `-o text` means: ``DIR/`` or an existing folder a bundle, else a file.
+
+    A file's end says what it is: .onnx; .pt, TorchScript; .pt2, torch.export.
 
     What a compile left there that was killed while it replaced an artifact is undone first.
 
@@ -53,10 +57,10 @@ def parse_output(text: str, *, force: bool) -> Output:
     if path.name in ("", ".."):  # a folder named by its place, such as `.`
         path = path.resolve()
     bundle = text.endswith(("/", os.sep)) or path.is_dir()
-    if not bundle and path.suffix != ".onnx":
+    if not bundle and path.suffix not in (".onnx", SCRIPT, EXPORT):
         raise OutputError(
-            f"The output {text!r} is neither a file that ends in .onnx nor a folder. "
-            f"Write {path.with_suffix('.onnx')}, or {text}/ for a bundle."
+            f"The output {text!r} is neither a file that ends in .onnx (or {SCRIPT}, {EXPORT}) "
+            f"nor a folder. Write {path.with_suffix('.onnx')}, or {text}/ for a bundle."
         )
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -106,6 +110,16 @@ def save_graph(
 ) -> None:
     """Write an .onnx file and its data, to the same name with .data; see `save_with_weights`."""
     save_with_weights(graph, path, data_path(path), advance=advance, key=key)
+
+
+def stamp_program(path: Path, metadata: Mapping[str, str]) -> None:
+    """Put the metadata into a saved program of torch; its weights stay as they are.
+
+    Raises:
+        OutputError: They can't be written.
+    """
+    with explained("The artifact", path, then="choose an output on another disk"):
+        add_metadata(path, metadata)
 
 
 def stamp(path: Path, plan: AllocationPlan, metadata: Mapping[str, str] | None = None) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.runtime.artifact.plan import MODEL_FILE
+from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where an artifact goes: `path` is a folder if `bundle`, else an .onnx file."""
+    """Where an artifact goes: `path` is a folder if `bundle`, else a file."""
 
     path: Path
     bundle: bool
@@ -20,6 +21,11 @@ class Output:
     def graph_name(self) -> str:
         """The graph's file name inside its folder."""
         return MODEL_FILE if self.bundle else self.path.name
+
+    @property
+    def is_program(self) -> bool:
+        """Whether the artifact is one of TorchScript or torch.export, and none of ONNX."""
+        return not self.bundle and self.path.suffix in (SCRIPT, EXPORT)
 
     @property
     def place(self) -> Path:

@@ -173,9 +173,10 @@ def _run_allocated(
     ranked, ranked_ids = rank_candidates(weights, ids)
     if watch is not None:
         watch(index, ranked, ranked_ids)
-    keep, margin = POLICIES[redistribution](ranked, ranked_ids, call.real, parameters)
+    kept = POLICIES[redistribution](ranked, ranked_ids, call.real, parameters)
+    keep = kept.mask
     call.activations.executed[index] += int(keep.sum())
-    call.activations.margin = min(call.activations.margin, margin)
+    call.activations.margin = min(call.activations.margin, kept.margin)
     adjusted = adjust_weights(mode, ranked, keep)
     outputs = run_kept(experts, hidden, ranked_ids, adjusted, keep)
     return outputs if correction is None else correct(correction, outputs, ranked_ids, adjusted)

@@ -29,11 +29,11 @@ class LayerParameters:
     ``k`` is the mean number of experts per real token. The policies in `SCORED` keep scores of
     ``threshold`` or more, whatever ``k`` is; ``sizes[e]`` multiplies the weights of expert e under
     ``price``, and ``overlap`` is what `scores` says. ``cap`` limits each call to that multiple of
-    ``k``.
+    ``k``. A threshold that is known only when the model runs is a tensor without dimensions.
     """
 
     k: float
-    threshold: float = 0.0
+    threshold: float | torch.Tensor = 0.0
     sizes: torch.Tensor | tuple[float, ...] | None = None
     cap: float | None = None
     overlap: float = 0.0
@@ -46,12 +46,18 @@ class LayerParameters:
 class Kept(NamedTuple):
     """Which candidates run, and by how much the closest decision was taken.
 
-    ``margin`` is the least change of a router weight that could turn a decision; infinite where
+    ``closest`` is the least change of a router weight that could turn a decision; infinite where
     nothing was decided. Two computations whose rounding differs by more may decide otherwise.
+    Being a tensor without dimensions, it costs nothing where a policy is traced for its mask.
     """
 
     mask: torch.Tensor  # [tokens, candidates] bool
-    margin: float
+    closest: torch.Tensor
+
+    @property
+    def margin(self) -> float:
+        """The value of ``closest``."""
+        return self.closest.item()
 
 
 Policy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LayerParameters], Kept]
@@ -188,8 +194,10 @@ def _none(
     """Each token its first k."""
     k, candidates = int(parameters.k), weights.shape[1]
     first = torch.arange(candidates, device=weights.device) < k
-    gaps = (weights[:, k - 1] - weights[:, k])[real.flatten()] if k < candidates else weights[:0]
-    return Kept(real.reshape(-1, 1) & first, _least(gaps))
+    mask = real.reshape(-1, 1) & first
+    if k == candidates:
+        return Kept(mask, _least(weights, torch.zeros_like(mask)))
+    return Kept(mask, _least(weights[:, k - 1] - weights[:, k], real.flatten()))
 
 
 def _batch(
@@ -222,12 +230,12 @@ def _share(
     size = tokens // max(pools, 1) * (candidates - 1)
     competes = real.reshape(-1, 1).expand(-1, candidates - 1).reshape(pools, size)
     winners = (k - 1) * real.reshape(pools, -1).sum(1, keepdim=True)  # [pools, 1]
-    wins, margin = _largest(weights[:, 1:].reshape(pools, size), competes, winners)
+    wins, closest = _largest(weights[:, 1:].reshape(pools, size), competes, winners)
     others = wins.reshape(tokens, candidates - 1)
 
     alone = real.flatten() & ~others[:, 0]  # here it matters which candidate ranks first
-    lead = (weights[:, 0] - weights[:, 1])[alone]
-    return Kept(torch.cat([real.reshape(-1, 1), others], dim=1), min(margin, _least(lead)))
+    lead = _least(weights[:, 0] - weights[:, 1], alone)
+    return Kept(torch.cat([real.reshape(-1, 1), others], dim=1), torch.minimum(closest, lead))
 
 
 def _largest(contest: torch.Tensor, competes: torch.Tensor, winners: torch.Tensor) -> Kept:
@@ -239,8 +247,8 @@ def _largest(contest: torch.Tensor, competes: torch.Tensor, winners: torch.Tenso
     falling, order = torch.sort(contest, dim=1, descending=True, stable=True)
     wins = (torch.arange(contest.shape[1], device=contest.device) < winners) & falling.isfinite()
     edges = wins[:, :-1] & ~wins[:, 1:] & falling[:, 1:].isfinite()
-    gaps = (falling[:, :-1] - falling[:, 1:])[edges]
-    return Kept(torch.zeros_like(wins).scatter(1, order, wins), _least(gaps))
+    least = _least(falling[:, :-1] - falling[:, 1:], edges)
+    return Kept(torch.zeros_like(wins).scatter(1, order, wins), least)
 
 
 def _by_score(
@@ -253,20 +261,21 @@ def _by_score(
 ) -> Kept:
     """Rank 1 always runs, others if their score reaches the threshold and the cap has room."""
     score = scores(redistribution, weights, ids, parameters.sizes, parameters.overlap)
-    threshold = torch.tensor(parameters.threshold, dtype=torch.float32, device=score.device)
+    threshold = torch.as_tensor(parameters.threshold, dtype=torch.float32, device=score.device)
     reached = (score >= threshold) & real.reshape(-1, 1)
-    others, margin = reached[:, 1:], math.inf
+    distance = (score - threshold).abs() / _slopes(redistribution, weights, ids, parameters)
+    decided = real.reshape(-1, 1).expand_as(score)
+    if redistribution != "top-p":  # its scores are the only ones that can be below 0
+        decided = decided & (threshold > 0)
+    others, closest = reached[:, 1:], _least(distance[:, 1:], decided[:, 1:])
     quota = parameters.quota(weights.shape[1])
     if quota < weights.shape[1] - 1:
-        room = torch.tensor([[math.floor(quota * int(real.sum()))]], device=score.device)
-        wins, margin = _largest(score[:, 1:].reshape(1, -1), others.reshape(1, -1), room)
-        others = wins.reshape(others.shape)
+        room = (real.sum(dtype=torch.float64) * quota).floor().reshape(1, 1)
+        competing = others.reshape(1, -1)
+        wins, margin = _largest(score[:, 1:].reshape(1, -1), competing, room)
+        others, closest = wins.reshape(others.shape), torch.minimum(closest, margin)
     mask = torch.cat([real.reshape(-1, 1), others], dim=1)
-    distance = (score - threshold).abs() / _slopes(redistribution, weights, ids, parameters)
-    # Scores are never negative, but for top-p's: then a threshold of 0 decides nothing.
-    open_ = real.flatten() & (parameters.threshold > 0 or redistribution == "top-p")
-    closest = min(margin, _least(distance[open_][:, 1:]))
-    return Kept(mask, min(closest, _rank_margin(weights, mask, reached)))
+    return Kept(mask, torch.minimum(closest, _rank_margin(weights, mask, reached)))
 
 
 def _slopes(
@@ -292,18 +301,20 @@ def _slopes(
     return ones
 
 
-def _rank_margin(weights: torch.Tensor, mask: torch.Tensor, reached: torch.Tensor) -> float:
+def _rank_margin(weights: torch.Tensor, mask: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
     """The least lead of a candidate that runs over the next that doesn't.
 
     Where the first doesn't reach the threshold itself, it runs for its rank alone.
     """
-    matters = mask[:, :-1] & ~mask[:, 1:]
-    matters[:, :1] |= mask[:, :1] & ~reached[:, :1]
-    return _least((weights[:, :-1] - weights[:, 1:])[matters])
+    last = mask[:, :-1] & ~mask[:, 1:]
+    matters = torch.cat([last[:, :1] | (mask[:, :1] & ~reached[:, :1]), last[:, 1:]], dim=1)
+    return _least(weights[:, :-1] - weights[:, 1:], matters)
 
 
-def _least(gaps: torch.Tensor) -> float:
-    return gaps.detach().min().item() if gaps.numel() else math.inf
+def _least(gaps: torch.Tensor, matters: torch.Tensor) -> torch.Tensor:
+    """The least of those gaps that matter, infinite if none does."""
+    known = gaps.detach().float().masked_fill(~matters, math.inf).flatten()
+    return torch.cat([known, known.new_full((1,), math.inf)]).min()
 
 
 def adjust_weights(mode: Weights, weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from alloc_moe.runtime.console import Console
-    from alloc_moe.runtime.execution.session import Output
+    from alloc_moe.runtime.execution.calls import Output
 
 _CELLS = mapping(
     record(

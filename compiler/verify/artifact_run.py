@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from alloc_moe.runtime.artifact.files import ArtifactFiles
     from alloc_moe.runtime.execution.cache import CacheSlot
+    from alloc_moe.runtime.execution.calls import Session
 
     _Arrays = dict[str, NDArray[np.generic]]
 
@@ -60,7 +61,11 @@ class ArtifactRun:
 
 def run_whole(path: Path, runs: Sequence[ArtifactRun], *, ep: Literal["cpu", "cuda"]) -> None:
     """Run all calls in one session, and fill in what `runs` lack."""
-    session = open_session(path, ep=ep, count_activations=True, stop_spinning=True)
+    run_session(open_session(path, ep=ep, count_activations=True, stop_spinning=True), runs)
+
+
+def run_session(session: Session, runs: Sequence[ArtifactRun]) -> None:
+    """Run all calls in a session that counts, and fill in what `runs` lack."""
     for run in runs:
         cache = session.empty_cache(len(run.calls[0][0]))
         counts = []

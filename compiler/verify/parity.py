@@ -17,15 +17,22 @@ from numpy.typing import NDArray
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.records import SCORED, Verification
 from alloc_moe.compiler.rounding.weights import float_weights
-from alloc_moe.compiler.verify.artifact_run import ArtifactRun, run_by_segments, run_whole
+from alloc_moe.compiler.verify.artifact_run import (
+    ArtifactRun,
+    run_by_segments,
+    run_session,
+    run_whole,
+)
 from alloc_moe.compiler.verify.exact import exact_copy
 from alloc_moe.compiler.verify.expected import Reference, clear_references
 from alloc_moe.runtime.execution.providers import cuda_obstacle
+from alloc_moe.runtime.execution.torch_programs.session import open_program
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.records import Correction
     from alloc_moe.passes.attention.quantize_cache import CacheScales
+    from alloc_moe.runtime.artifact.files import ArtifactFiles
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
 MAX_LOGIT_ERROR = 1e-3
@@ -46,7 +53,7 @@ MAX_COUNT_ERROR = 0.02
 
 
 def verify_artifact(
-    path: Path,
+    artifact: Path | ArtifactFiles,
     moe: MoeModel,
     plan: AllocationPlan,
     token_ids: NDArray[np.int64],
@@ -63,7 +70,7 @@ def verify_artifact(
     the model's layers are read when they run, the artifact is run segment by segment as well.
 
     Args:
-        path: An .onnx file whose metadata hold a plan.
+        artifact: An .onnx file whose metadata hold a plan, or one of torch with its metadata.
         moe: The model it was made of.
         plan: The plan it was compiled for.
         token_ids: Text to take the prompts from [windows, tokens].
@@ -81,14 +88,15 @@ def verify_artifact(
         _run_both, dtype=dtype, moe=moe, plan=plan, token_ids=token_ids, corrections=corrections
     )
     if moe.quantization is None:
-        runs = run_both(path, cache_scales=cache_scales)
+        runs = run_both(artifact, cache_scales=cache_scales)
         result = _compare_runs(runs)
     else:
-        with exact_copy(path) as exact:
+        assert isinstance(artifact, Path)  # programs of torch are of floats
+        with exact_copy(artifact) as exact:
             runs = run_both(exact, cache_scales=cache_scales)
         result = _compare_runs(runs)
         with float_weights(moe):
-            rounded = _compare_runs(run_both(path, cache_scales={}))
+            rounded = _compare_runs(run_both(artifact, cache_scales={}))
         result = dataclasses.replace(result, kl=rounded.kl)
     activations = moe.quantization.activations if moe.quantization else dtype
     exactly = activations == "float32" and not cache_scales
@@ -103,7 +111,7 @@ _Runs = list[tuple[Reference, NDArray[np.float32], list[int]]]
 
 
 def _run_both(
-    path: Path,
+    artifact: Path | ArtifactFiles,
     *,
     dtype: str,
     moe: MoeModel,
@@ -119,10 +127,12 @@ def _run_both(
         ArtifactRun(reference.batch.steps(), price)
         for price, reference in zip(prices, references, strict=True)
     ]
-    if moe.offloading is not None and _provider(dtype) == "cpu":
-        run_by_segments(path, runs, limit=SEGMENT_BYTES)
+    if not isinstance(artifact, Path):
+        run_session(open_program(artifact, counting=True), runs)
+    elif moe.offloading is not None and _provider(dtype) == "cpu":
+        run_by_segments(artifact, runs, limit=SEGMENT_BYTES)
     else:
-        run_whole(path, runs, ep=_provider(dtype))
+        run_whole(artifact, runs, ep=_provider(dtype))
     return [
         (reference, reference.batch.real(run.logits), run.executed)
         for reference, run in zip(references, runs, strict=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from alloc_moe.runtime.artifact.digest import damaged_block
 from alloc_moe.runtime.artifact.files import ArtifactFiles
+from alloc_moe.runtime.artifact.torch_file import damaged_entry
 from alloc_moe.runtime.errors import ArtifactError
 
 
 def check_all(files: ArtifactFiles) -> dict[str, int]:
-    """Return the size of each data file that the graph was compiled with, after reading all.
+    """Return the size of each file that has the artifact's weights, after reading all.
 
     Raises:
         ArtifactError: A byte differs, or nothing says what they were.
     """
+    if files.is_torch:
+        return _check_archive(files)
     digests = files.digests()
     if missing := files.onnx.data_files.keys() - digests.keys():
         raise ArtifactError(
@@ -33,3 +36,13 @@ def check_all(files: ArtifactFiles) -> dict[str, int]:
             )
     files.check_data()
     return {name: digests[name].size for name in files.onnx.data_files}
+
+
+def _check_archive(files: ArtifactFiles) -> dict[str, int]:
+    entry = damaged_entry(files.graph)
+    if entry is not None:
+        raise ArtifactError(
+            f"{files.graph} is damaged: {entry} in it differs from what was compiled. "
+            "Copy it again."
+        )
+    return {files.graph.name: files.graph.stat().st_size}

@@ -29,6 +29,7 @@ from alloc_moe.runtime.artifact.shapes import (
     string,
     whole,
 )
+from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT, read_metadata
 from alloc_moe.runtime.errors import ArtifactError
 
 _TOKEN = whole(0, 2**31)
@@ -57,6 +58,8 @@ class TokenizerIdentity:
 class ArtifactFiles:
     """An artifact on disk: the graph's file, what was read of it, and the plan in its metadata.
 
+    Of an artifact of torch, ``onnx`` has the metadata only: weights and code are in the one file.
+
     Nothing outside of the graph's own folder is looked at: the plan says where the model came from,
     but an artifact of strangers may say anything.
     """
@@ -64,6 +67,11 @@ class ArtifactFiles:
     graph: Path
     onnx: OnnxFile
     plan: AllocationPlan
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether it is one of TorchScript or torch.export."""
+        return self.graph.suffix in (SCRIPT, EXPORT)
 
     @property
     def is_bundle(self) -> bool:
@@ -213,10 +221,12 @@ def read_settings(path: Path, shape: Shape) -> dict[str, Any]:
 
 
 def find_artifact(path: str | Path) -> ArtifactFiles:
-    """Return the artifact at a path: an .onnx file, or a bundle folder with a model.onnx in it.
+    """Return the artifact at a path: a file, or a bundle folder with a model.onnx in it.
+
+    A file whose name ends in .pt or .pt2 is one of torch, others are ONNX files.
 
     Raises:
-        ArtifactError: Nothing is there, it is no ONNX file, or alloc-moe did not compile it.
+        ArtifactError: Nothing is there, it is no such file, or alloc-moe did not compile it.
     """
     graph = Path(path)
     if graph.is_dir():
@@ -226,7 +236,10 @@ def find_artifact(path: str | Path) -> ArtifactFiles:
                 f"The folder {path} has no {MODEL_FILE}, so it is no bundle. "
                 "Give a bundle folder or an .onnx file that alloc-compile wrote."
             )
-    onnx = read_onnx_file(graph)
+    if graph.suffix in (SCRIPT, EXPORT):
+        onnx = OnnxFile(read_metadata(graph), {}, frozenset())
+    else:
+        onnx = read_onnx_file(graph)
     if PLAN_KEY not in onnx.metadata:
         raise ArtifactError(
             f"{graph} was not compiled by alloc-moe: its metadata has no {PLAN_KEY}. "

@@ -50,6 +50,10 @@ TOKENIZER_KEY = "alloc_moe.tokenizer"
 ``files``, those of files that hold it, and its ``bos_token`` and ``eos_token``."""
 TOKENIZER_JSON_KEY = "alloc_moe.tokenizer_json"
 """Key of the tokenizer itself in the metadata of a graph that stands alone."""
+PROGRAM_KEY = "alloc_moe.program"
+"""Key in the metadata of an artifact of torch of what it takes: ``vocabulary``, whether there is a
+``dial``, the cache's ``dtype`` and for each of its tensors the ``sizes``, null for those of batch
+and past, and the ``past_axis``."""
 PLAN_FILE = "allocation.json"
 """Name of the plan's file in a bundle folder."""
 MODEL_FILE = "model.onnx"

@@ -133,7 +133,7 @@ def run_command(
     session_entries: dict[str, str],
     tokenizer: str | None,
 ) -> None:
-    """Continue texts with ARTIFACT, an .onnx file or a bundle folder, or talk with it.
+    """Continue texts with ARTIFACT (.onnx, .pt, .pt2 or a bundle folder), or talk with it.
 
     One prompt is continued on stdout as the tokens come, several are worked on together and then
     printed one after the other. The prompt stands before its continuation.

@@ -16,7 +16,7 @@ from alloc_moe.runtime.console import Console, say
 from alloc_moe.runtime.errors import GenerationError
 
 if TYPE_CHECKING:
-    from alloc_moe.runtime.execution.session import Output
+    from alloc_moe.runtime.execution.calls import Output
     from alloc_moe.runtime.text.model import TextModel
 
 _HELP = """\

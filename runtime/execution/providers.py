@@ -64,8 +64,8 @@ def session_options(
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERROR
+    check_threads(threads)
     if threads is not None:
-        _check_threads(threads)
         options.intra_op_num_threads = threads
     if stop_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -103,8 +103,9 @@ def utf8_path(path: Path) -> str:
         ) from error
 
 
-def _check_threads(threads: int) -> None:
-    if not 1 <= threads <= most_threads():
+def check_threads(threads: int | None) -> None:
+    """Raise GenerationError for a number of threads that can't run a model; None is the default."""
+    if threads is not None and not 1 <= threads <= most_threads():
         raise GenerationError(
             f"{threads} threads can't run a model here. Give 1 to {most_threads()}, "
             f"{_MOST_PER_CORE} per core."
@@ -119,7 +120,7 @@ def _set(options: onnxruntime.SessionOptions, name: str, value: str) -> None:
             "session's configuration have a dot in their names, as session.intra_op.allow_spinning."
         )
     if name.endswith("_num_threads") and value.isdecimal() and len(value) < 20 and int(value):
-        _check_threads(int(value))
+        check_threads(int(value))
     allowed = {"0": False, "1": True} if isinstance(old, bool) else None
     try:
         setattr(options, name, allowed[value] if allowed else int(value))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +23,7 @@ from alloc_moe.runtime.artifact.plan import (
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache, find_slots
-from alloc_moe.runtime.execution.inputs import new_mask, token_ids
+from alloc_moe.runtime.execution.calls import Output, Session, begin_call, check_room
 from alloc_moe.runtime.execution.kernels import OwnKernels
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
@@ -39,26 +37,7 @@ from alloc_moe.runtime.execution.providers import (
     quiet_run,
     session_options,
 )
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one call gave.
-
-    ``logits`` are [batch, sequence, vocabulary], float32 or float16; of the last positions only if
-    that was asked for. ``cache`` is the one that was given, grown. ``rows[l]`` are the experts
-    executed per row of the MoE operator of layer l, None unless the session counts them: the rows
-    are the call's tokens, padding included, or (token, expert) pairs if the artifact compacts them.
-    """
-
-    logits: NDArray[np.floating]
-    cache: Cache
-    rows: tuple[NDArray[np.int64], ...] | None
-
-    @property
-    def activations(self) -> tuple[int, ...] | None:
-        """The experts executed per MoE layer, padding included; None unless counted."""
-        return None if self.rows is None else tuple(int(counts.sum()) for counts in self.rows)
+from alloc_moe.runtime.execution.torch_programs.session import open_program
 
 
 class ArtifactSession:
@@ -124,11 +103,7 @@ class ArtifactSession:
         Raises:
             GenerationError: There is no sequence, or less than no room.
         """
-        if batch < 1 or capacity < 0:
-            raise GenerationError(
-                f"A cache for {batch} sequences and {capacity} columns can't be made. "
-                "Give 1 sequence or more, and 0 columns or more."
-            )
+        check_room(batch, capacity)
         device = "cpu" if self.shares_cache and not self.pads_right else self.device
         return Cache(self.slots, batch=batch, capacity=capacity, device=device)
 
@@ -161,19 +136,8 @@ class ArtifactSession:
                 be run apart.
             ArtifactError: onnxruntime can't run the graph.
         """
-        check_price(self, price)
-        if logits_to_keep is not None and logits_to_keep < 1:
-            raise GenerationError(f"{logits_to_keep} logits can't be kept. Give 1 or more.")
-        ids = token_ids(input_ids, self.vocabulary)
+        ids, new, cache = begin_call(self, input_ids, attention_mask, cache, price, logits_to_keep)
         batch, sequence = ids.shape
-        if cache is None:
-            cache = self.empty_cache(batch)
-        elif not cache.is_of(self.slots):
-            raise GenerationError(
-                "The cache was made by another session. Give one of this session's empty_cache()."
-            )
-        new = new_mask(attention_mask, ids, cache, self.context_length)
-        cache.reserve(cache.length + sequence)
         optional = (price, logits_to_keep)
         if self._kernels is not None and self._kernels.takes(ids, new, logits_to_keep):
             logits = self._kernels.run(ids, new, cache, price)
@@ -291,11 +255,11 @@ def open_session(
     stop_spinning: bool = False,
     more_options: Mapping[str, str] | None = None,
     capture: bool = True,
-) -> ArtifactSession:
-    """Load an artifact into onnxruntime.
+) -> Session:
+    """Load an artifact into onnxruntime, or one of torch into that.
 
     Args:
-        path: A bundle folder or an .onnx file.
+        path: A bundle folder, or an .onnx, .pt or .pt2 file.
         ep: Execution provider; ``auto`` is CUDA if it can be used, else the CPU.
         threads: Threads that share the work of one operator; by default one per physical core.
         count_activations: Have every call say how many experts each layer executed.
@@ -311,6 +275,10 @@ def open_session(
         GenerationError: onnxruntime has no such option.
     """
     files = find_artifact(path)
+    if files.is_torch:
+        return open_program(
+            files, ep=ep, threads=threads, counting=count_activations, more=more_options
+        )
     data = files.check_data()
     model, folder = session_model(files, data, counting=count_activations)
     options = session_options(
@@ -321,19 +289,6 @@ def open_session(
         kernels = own_kernels(files, data, options)
     session = create_session(model, options, ep=ep, name=files.graph)
     return ArtifactSession(session, files, counting=count_activations, kernels=kernels)
-
-
-def check_price(session: ArtifactSession, price: float | None) -> None:
-    """Raise GenerationError if the artifact can't be run at this price."""
-    if price is None:
-        return
-    if not session.has_dial:
-        raise GenerationError(
-            f"{session.files.graph} has its budget compiled in, so it can't be run at another. "
-            "Compile it with --redistribute price and no cap, or leave the budget out."
-        )
-    if not 0 <= price < math.inf:
-        raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")
 
 
 def _split(

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.execution.finite import check_finite
-from alloc_moe.runtime.execution.session import ArtifactSession
 
 _UNKNOWN_VOCABULARY = 256  # ids that any model has
 
@@ -67,7 +67,7 @@ class Measurement:
 
 
 def benchmark(
-    sessions: Sequence[ArtifactSession],
+    sessions: Sequence[Session],
     workload: Workload,
     *,
     prices: Sequence[float | None] | None = None,
@@ -117,7 +117,7 @@ def machine() -> str:
 
 
 def _filled(
-    session: ArtifactSession, workload: Workload, past: NDArray[np.int64], price: float | None
+    session: Session, workload: Workload, past: NDArray[np.int64], price: float | None
 ) -> Cache:
     """Return a cache that holds the past and has room for the new tokens."""
     cache = session.empty_cache(1, capacity=workload.past + workload.new_tokens)
@@ -126,7 +126,7 @@ def _filled(
     return cache
 
 
-def _prefill(session: ArtifactSession, prompt: NDArray[np.int64], price: float | None) -> float:
+def _prefill(session: Session, prompt: NDArray[np.int64], price: float | None) -> float:
     start = time.perf_counter()
     output = session.run(prompt, price=price, logits_to_keep=1)
     seconds = time.perf_counter() - start
@@ -134,16 +134,14 @@ def _prefill(session: ArtifactSession, prompt: NDArray[np.int64], price: float |
     return seconds
 
 
-def _decode(
-    session: ArtifactSession, new: NDArray[np.int64], cache: Cache, price: float | None
-) -> float:
+def _decode(session: Session, new: NDArray[np.int64], cache: Cache, price: float | None) -> float:
     start = time.perf_counter()
     for column in range(new.shape[1]):
         session.run(new[:, column : column + 1], cache=cache, price=price, logits_to_keep=1)
     return time.perf_counter() - start
 
 
-def _check(sessions: Sequence[ArtifactSession], workload: Workload) -> None:
+def _check(sessions: Sequence[Session], workload: Workload) -> None:
     least = {"prompt_tokens": 1, "past": 0, "new_tokens": 1, "runs": 1, "seed": 0}
     for name, minimum in least.items():
         if (value := getattr(workload, name)) < minimum:

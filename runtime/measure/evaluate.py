@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import GenerationError
-from alloc_moe.runtime.execution.session import ArtifactSession, Output
+from alloc_moe.runtime.execution.calls import Output, Session
 
 LogitsFunction = Callable[[NDArray[np.int64]], NDArray[np.floating]]
 """Token ids [1, sequence] -> logits [1, sequence, vocabulary]."""
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def evaluate_artifact(
-    session: ArtifactSession,
+    session: Session,
     ids: Sequence[int] | NDArray[np.integer],
     *,
     window: int | None = None,

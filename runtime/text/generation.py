@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.calls import Output, Session
 from alloc_moe.runtime.execution.inputs import prompt_ids
-from alloc_moe.runtime.execution.session import ArtifactSession, Output
 from alloc_moe.runtime.text.sampling import Sampling, sample
 
 _PAD = 0  # any token: the attention mask keeps it out
@@ -26,7 +26,7 @@ Logits may be of the last positions only.
 
 
 def generate(
-    session: ArtifactSession,
+    session: Session,
     prompts: Iterable[ArrayLike],
     *,
     max_new_tokens: int,
@@ -64,7 +64,7 @@ def generate(
 
 
 def generate_steps(
-    session: ArtifactSession,
+    session: Session,
     prompts: Iterable[ArrayLike],
     *,
     max_new_tokens: int,
@@ -163,7 +163,7 @@ def decode(
 
 
 def check_prompts(
-    session: ArtifactSession, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    session: Session, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
 ) -> None:
     """Raise GenerationError for what the model can't take."""
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:

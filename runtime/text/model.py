@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from alloc_moe.runtime.artifact.dial import price_of
 from alloc_moe.runtime.errors import GenerationError
+from alloc_moe.runtime.execution.calls import Output, Session
 from alloc_moe.runtime.execution.providers import Provider
-from alloc_moe.runtime.execution.session import ArtifactSession, Output, open_session
+from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.text.answers import Answer, Stopped, checked_stop_strings
 from alloc_moe.runtime.text.chat import ChatTemplate, Message, checked_messages, load_chat_template
 from alloc_moe.runtime.text.generation import GREEDY, generate
@@ -44,7 +45,7 @@ class TextModel:
 
     def __init__(
         self,
-        session: ArtifactSession,
+        session: Session,
         tokenizer: Tokenizer,
         *,
         find_template: Callable[[], ChatTemplate | None] = lambda: None,
@@ -210,7 +211,7 @@ def load(
     """Load a compiled artifact, ready to complete texts.
 
     Args:
-        path: A bundle folder or an .onnx file that alloc-compile wrote.
+        path: A bundle folder, or an .onnx, .pt or .pt2 file that alloc-compile wrote.
         tokenizer: A tokenizer.json or a folder with one; found by itself as a rule, see
             `load_tokenizer`.
         chat_template: A jinja2 file; by default the one in the bundle, or in the tokenizer's

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from alloc_moe.runtime.errors import GenerationError
-from alloc_moe.runtime.execution.session import ArtifactSession, Output, open_session
+from alloc_moe.runtime.execution.calls import Output
+from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 from alloc_moe.runtime.measure.bench import Speed, Workload, benchmark, machine
 
 

@@ -1,0 +1,132 @@
+"""The weights of a program on disk, and from there in it: none is in memory that isn't used.
+
+They are read, fused, cast and corrected one by one while a file beside the artifact is written, by
+the same writer as an ONNX artifact's, which goes on where a killed compile stopped. The program
+maps that file, and torch copies from it into its own format.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from alloc_moe.compiler.export.graph import read_numpy
+from alloc_moe.compiler.package.weights import save_with_weights, weights_key, written_bytes
+from alloc_moe.compiler.programs.experts import ADDED_BIAS
+from alloc_moe.passes.base import add_initializer, lazy_tensor
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.model.checkpoint import Checkpoint
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.programs.capture import Captured
+    from alloc_moe.compiler.records import Correction
+    from alloc_moe.runtime.console import Console
+
+_TYPES = {torch.float32: ir.DataType.FLOAT, torch.bfloat16: ir.DataType.BFLOAT16}
+
+
+def mapped_weights(
+    captured: Captured,
+    moe: MoeModel,
+    corrections: Sequence[Correction | None],
+    data: Path,
+    console: Console,
+) -> dict[str, torch.Tensor]:
+    """Return the state of a program by name, in a file at `data` that it is written to first.
+
+    Raises:
+        OutputError: The disk is full or fails.
+    """
+    empty = ir.Graph([], [], nodes=[], opset_imports={"": 23}, name="weights")
+    model = ir.Model(empty, ir_version=10)
+    shared = _lazy_weights(captured, moe.checkpoint, _changes(moe, corrections))
+    for tensor in shared.values():
+        add_initializer(model, tensor)
+    graph = data.with_suffix("")  # torch replaces it by the artifact
+    key = weights_key(model, moe, list(corrections))
+    nbytes = sum(tensor.nbytes for tensor in shared.values())
+    done = written_bytes(data, key)
+    with console.progress("Writing weights", nbytes, unit="bytes", done=done) as progress:
+        save_with_weights(model, graph, data, advance=progress.advance, key=key)
+    saved = {name: v.const_value for name, v in ir.load(graph).graph.initializers.items()}
+    state = {}
+    for name, own in captured.program.state_dict.items():
+        owner = captured.owners[name]
+        state[name] = _mapped(saved[owner], data, own) if owner in saved else own
+    return state
+
+
+def _lazy_weights(
+    captured: Captured,
+    checkpoint: Checkpoint,
+    changes: Mapping[str, Callable[[np.ndarray | None], np.ndarray]],
+) -> dict[str, ir.LazyTensor]:
+    """Return the weights that the checkpoint or a correction has, shared ones once."""
+    lazy = {}
+    for name, value in captured.program.state_dict.items():
+        parameter, owner = captured.parameters[name], captured.owners[name]
+        if owner in lazy:
+            continue
+        change = changes.get(parameter)
+        stored = parameter in checkpoint.reader
+        if value.dtype not in _TYPES or not (stored or change):
+            continue
+        dtype = _TYPES[value.dtype]
+        read = functools.partial(read_numpy, checkpoint.reader.read, parameter, value.dtype)
+        make = functools.partial(_changed, read if stored else None, change, dtype.numpy())
+        lazy[owner] = lazy_tensor(make, tuple(value.shape), dtype, owner)
+    return lazy
+
+
+def _changed(
+    read: Callable[[], np.ndarray] | None,
+    change: Callable[[np.ndarray | None], np.ndarray] | None,
+    dtype: np.dtype,
+) -> np.ndarray:
+    weights = None if read is None else read()
+    if change is None:
+        assert weights is not None
+        return weights
+    return change(None if weights is None else weights.astype(np.float32)).astype(dtype)
+
+
+def _changes(
+    moe: MoeModel, corrections: Sequence[Correction | None]
+) -> dict[str, Callable[[np.ndarray | None], np.ndarray]]:
+    """Return what corrections make of parameters, by name; None is one that the model lacks."""
+    changes: dict[str, Callable[[np.ndarray | None], np.ndarray]] = {}
+    for layer, correction in zip(moe.layers, corrections, strict=False):
+        if correction is None:
+            continue
+        transposed = moe.model.get_submodule(layer.experts_name).is_transposed
+        rows = correction.scale if transposed else correction.scale[:, None]
+        prefix = f"{layer.experts_name}."
+        changes[f"{prefix}down_proj"] = functools.partial(_scaled, rows, None)
+        bias = functools.partial(_scaled, correction.scale, correction.bias)
+        changes |= {f"{prefix}down_proj_bias": bias, f"{prefix}{ADDED_BIAS}": bias}
+    return changes
+
+
+def _scaled(scale: np.ndarray, added: np.ndarray | None, weights: np.ndarray | None) -> np.ndarray:
+    scaled = 0 if weights is None else weights * scale
+    return np.asarray(scaled if added is None else scaled + added)
+
+
+def _mapped(tensor: ir.TensorProtocol | None, data: Path, own: torch.Tensor) -> torch.Tensor:
+    """Return a weight as torch has it, in the memory of the file; small ones are in the graph."""
+    assert tensor is not None
+    if isinstance(tensor, ir.ExternalTensor):
+        assert tensor.length is not None
+        flat: np.ndarray = np.memmap(data, np.uint8, "c", tensor.offset or 0, (tensor.length,))
+    else:
+        flat = np.frombuffer(bytearray(tensor.tobytes()), np.uint8)
+    value = torch.from_numpy(flat).view(own.dtype).reshape(own.shape)
+    if isinstance(own, torch.nn.Parameter):
+        return torch.nn.Parameter(value, requires_grad=False)
+    return value

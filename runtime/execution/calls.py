@@ -1,0 +1,141 @@
+"""What every session of an artifact offers, whatever runs it, and how its calls begin."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from alloc_moe.runtime.errors import GenerationError
+from alloc_moe.runtime.execution.inputs import new_mask, token_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    from alloc_moe.runtime.artifact.files import ArtifactFiles
+    from alloc_moe.runtime.artifact.plan import AllocationPlan
+    from alloc_moe.runtime.execution.cache import Cache, CacheSlot
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one call gave.
+
+    ``logits`` are [batch, sequence, vocabulary], float32 or float16; of the last positions only if
+    that was asked for. ``cache`` is the one that was given, grown. ``rows[l]`` are the experts
+    executed per row of the MoE operator of layer l, None unless the session counts them: the rows
+    are the call's tokens, padding included, or (token, expert) pairs if the artifact compacts them.
+    """
+
+    logits: NDArray[np.floating]
+    cache: Cache
+    rows: tuple[NDArray[np.int64], ...] | None
+
+    @property
+    def activations(self) -> tuple[int, ...] | None:
+        """The experts executed per MoE layer, padding included; None unless counted."""
+        return None if self.rows is None else tuple(int(counts.sum()) for counts in self.rows)
+
+
+class Session(Protocol):
+    """An artifact that runs. `ArtifactSession` says what its functions do."""
+
+    @property
+    def files(self) -> ArtifactFiles:
+        """The artifact's."""
+
+    @property
+    def slots(self) -> Sequence[CacheSlot]:
+        """The tensors of its cache."""
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens it takes, if that is known."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens it knows, if that is known."""
+
+    @property
+    def has_dial(self) -> bool:
+        """Whether calls may have a price."""
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where it runs."""
+
+    @property
+    def plan(self) -> AllocationPlan:
+        """The plan that was compiled in."""
+
+    @property
+    def counts_activations(self) -> bool:
+        """Whether every call says how many experts each layer executed."""
+
+    def empty_cache(self, batch: int, *, capacity: int = 0) -> Cache:
+        """Return the cache to start a batch with."""
+
+    def run(
+        self,
+        input_ids: ArrayLike,
+        *,
+        attention_mask: ArrayLike | None = None,
+        cache: Cache | None = None,
+        price: float | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Output:
+        """Run one call: a whole prompt, a piece of it, or one token per sequence."""
+
+
+def begin_call(
+    session: Session,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None,
+    cache: Cache | None,
+    price: float | None,
+    logits_to_keep: int | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Cache]:
+    """Return a call's token ids, the mask of its own columns, and its cache with room for them.
+
+    Raises:
+        GenerationError: What was given doesn't belong together.
+    """
+    check_price(session, price)
+    if logits_to_keep is not None and logits_to_keep < 1:
+        raise GenerationError(f"{logits_to_keep} logits can't be kept. Give 1 or more.")
+    ids = token_ids(input_ids, session.vocabulary)
+    batch, sequence = ids.shape
+    if cache is None:
+        cache = session.empty_cache(batch)
+    elif not cache.is_of(session.slots):
+        raise GenerationError(
+            "The cache was made by another session. Give one of this session's empty_cache()."
+        )
+    new = new_mask(attention_mask, ids, cache, session.context_length)
+    cache.reserve(cache.length + sequence)
+    return ids, new, cache
+
+
+def check_room(batch: int, capacity: int) -> None:
+    """Raise GenerationError for a cache that there can't be."""
+    if batch < 1 or capacity < 0:
+        raise GenerationError(
+            f"A cache for {batch} sequences and {capacity} columns can't be made. "
+            "Give 1 sequence or more, and 0 columns or more."
+        )
+
+
+def check_price(session: Session, price: float | None) -> None:
+    """Raise GenerationError if the artifact can't be run at this price."""
+    if price is None:
+        return
+    if not session.has_dial:
+        raise GenerationError(
+            f"{session.files.graph} has its budget compiled in, so it can't be run at another. "
+            "Compile it with --redistribute price and no cap, or leave the budget out."
+        )
+    if not 0 <= price < math.inf:
+        raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")

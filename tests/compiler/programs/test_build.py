@@ -1,0 +1,144 @@
+"""Programs of torch against the ONNX artifact of the same plan."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.programs.build import build
+from alloc_moe.runtime.artifact.files import ArtifactFiles
+from alloc_moe.runtime.artifact.onnx_file import OnnxFile
+from alloc_moe.runtime.artifact.plan import PROGRAM_KEY, AllocationPlan
+from alloc_moe.runtime.console import Console
+from alloc_moe.runtime.execution.calls import Session
+from alloc_moe.runtime.execution.session import open_session
+from alloc_moe.runtime.execution.torch_programs.session import open_program
+from alloc_moe.runtime.text.generation import generate
+
+TOLERANCE = 1e-4
+POLICIES = {"mixtral": "sequence", "deepseek_v2": "none", "gpt_oss": "batch"}
+
+PLAIN = """
+import sys
+import torch
+module = torch.jit.load(sys.argv[1])
+ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)
+with torch.no_grad():
+    whole, _, kept = module(ids, mask, torch.arange(3)[None], module.empty_cache(1))
+    cache = module.empty_cache(1)
+    for step in range(3):
+        token, past = ids[:, step : step + 1], mask[:, : step + 1]
+        last, cache, _ = module(token, past, torch.tensor([[step]]), cache, logits_to_keep=1)
+torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-4, atol=1e-5)
+print(*kept.sum(1).tolist(), *(name for name in sys.modules if "alloc_moe" in name))
+"""
+
+
+@pytest.fixture
+def program(
+    moe_model: Callable[[str], MoeModel], tmp_path: Path
+) -> Callable[[str, AllocationPlan, str], Session]:
+    """Return a function from a family, a plan and a suffix to the program, loaded."""
+
+    def make(family: str, plan: AllocationPlan, suffix: str) -> Session:
+        path = tmp_path / f"{family}{suffix}"
+        console = Console(quiet=True)
+        interface = build(moe_model(family), plan, (), path, dtype="float32", console=console)
+        metadata = {PROGRAM_KEY: interface.to_json()}
+        files = ArtifactFiles(path, OnnxFile(metadata, {}, frozenset()), plan)
+        return open_program(files, counting=True)
+
+    return make
+
+
+def calls(vocabulary: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield ids and mask of a left-padded batch that is prefilled, then decoded."""
+    random = np.random.default_rng(0)
+    ids, mask = random.integers(0, vocabulary, (3, 20)), np.ones((3, 20), np.int64)
+    mask[0, :11] = mask[2, :2] = 0
+    yield ids, mask
+    for _ in range(5):
+        mask = np.concatenate([mask, np.ones((3, 1), np.int64)], axis=1)
+        yield random.integers(0, vocabulary, (3, 1)), mask
+
+
+def run(session: Session) -> tuple[NDArray[np.floating], list[tuple[int, ...]]]:
+    """Return the logits of all real tokens, and the experts executed by call and layer."""
+    assert session.vocabulary is not None
+    cache, logits, counts = session.empty_cache(3), [], []
+    for ids, mask in calls(session.vocabulary):
+        output = session.run(ids, attention_mask=mask, cache=cache)
+        logits.append(output.logits[mask[:, -ids.shape[1] :] > 0])
+        assert output.activations is not None
+        counts.append(output.activations)
+    return np.concatenate(logits), counts
+
+
+def half(moe: MoeModel) -> list[int]:
+    """Return half of the experts of each layer, one less in the first."""
+    ks = [max(1, layer.experts_per_token // 2) for layer in moe.layers]
+    return [max(1, ks[0] - 1), *ks[1:]]
+
+
+@pytest.mark.parametrize("family", list(POLICIES))
+@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
+def test_programs_and_the_onnx_artifact_agree(
+    moe_model: Callable[[str], MoeModel],
+    exported: Callable[[str], ir.Model],
+    plan_for: Callable[..., AllocationPlan],
+    program: Callable[[str, AllocationPlan, str], Session],
+    written: Callable[..., Path],
+    family: str,
+    suffix: str,
+) -> None:
+    moe = moe_model(family)
+    plan = plan_for(moe, half(moe), redistribution=POLICIES[family])
+    found = program(family, plan, suffix)
+    expected = open_session(written(exported(family), plan), ep="cpu")
+    logits, counts = run(found)
+    other = open_session(expected.files.graph, ep="cpu", count_activations=True)
+    np.testing.assert_allclose(logits, run(other)[0], rtol=0, atol=TOLERANCE)
+    tokens = [int(mask[:, -ids.shape[1] :].sum()) for ids, mask in calls(2)]
+    assert counts == [tuple(count * layer.k for layer in plan.layers) for count in tokens]
+    prompts = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16]]
+    assert _continued(found, prompts) == _continued(expected, prompts)
+
+
+def _continued(session: Session, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    return generate(session, prompts, max_new_tokens=64, eos_ids=())
+
+
+def test_a_script_needs_nothing_but_torch(
+    moe_model: Callable[[str], MoeModel],
+    plan_for: Callable[..., AllocationPlan],
+    program: Callable[[str, AllocationPlan, str], Session],
+) -> None:
+    ks = half(moe_model("olmoe"))
+    path = program("olmoe", plan_for(moe_model("olmoe"), ks), ".pt").files.graph
+    code = [sys.executable, "-W", "ignore", "-c", PLAIN, str(path)]
+    done = subprocess.run(code, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(3 * k) for k in ks]
+
+
+def test_an_export_has_no_paths_of_this_machine(
+    moe_model: Callable[[str], MoeModel],
+    plan_for: Callable[..., AllocationPlan],
+    program: Callable[[str, AllocationPlan, str], Session],
+) -> None:
+    plan = plan_for(moe_model("olmoe"), half(moe_model("olmoe")), redistribution="none")
+    path = program("olmoe", plan, ".pt2").files.graph
+    assert not path.with_name(f"{path.name}.data").exists()
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if "/data/weights/weight_" not in name]
+        code = b"".join(map(archive.read, names))
+    assert b"modeling_olmoe.py" not in code
+    assert str(Path(__file__).parents[3]).encode() not in code
