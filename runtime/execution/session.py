@@ -28,6 +28,7 @@ from alloc_moe.runtime.execution.inputs import new_mask, token_ids
 from alloc_moe.runtime.execution.kernels import OwnKernels
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
+from alloc_moe.runtime.execution.programs import check_graph
 from alloc_moe.runtime.execution.providers import (
     CUDA,
     ORT_ERRORS,
@@ -95,6 +96,11 @@ class ArtifactSession:
         self._inputs = frozenset(inputs)
         self._counted = counted_values(files) if counting else ()
         self._kernels = kernels if self.device == "cuda" and self.pads_right else None
+        if self._kernels is not None:
+            program = self._kernels.stepper.program
+            check_graph(program, self.slots, self.vocabulary, path=files.graph)
+            bounds = (self.context_length, self._kernels.positions)
+            self.context_length = min((each for each in bounds if each), default=None)
 
     @property
     def captures(self) -> bool:
