@@ -24,6 +24,7 @@ from alloc_moe.runtime.artifact.plan import (
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache, find_slots
+from alloc_moe.runtime.execution.finite import is_number, is_whole
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
 from alloc_moe.runtime.execution.kernels import OwnKernels
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
@@ -128,13 +129,13 @@ class ArtifactSession:
         Raises:
             GenerationError: There is no sequence, or less than no room.
         """
-        if batch < 1 or capacity < 0:
+        if not (is_whole(batch, 1) and is_whole(capacity, 0)):
             raise GenerationError(
                 f"A cache for {batch} sequences and {capacity} columns can't be made. "
                 "Give 1 sequence or more, and 0 columns or more."
             )
         device = "cpu" if self.shares_cache and not self.pads_right else self.device
-        return Cache(self.slots, batch=batch, capacity=capacity, device=device)
+        return Cache(self.slots, batch=int(batch), capacity=int(capacity), device=device)
 
     def run(
         self,
@@ -166,20 +167,21 @@ class ArtifactSession:
             ArtifactError: onnxruntime can't run the graph.
         """
         check_price(self, price)
-        if logits_to_keep is not None and logits_to_keep < 1:
+        if logits_to_keep is not None and not is_whole(logits_to_keep, 1):
             raise GenerationError(f"{logits_to_keep} logits can't be kept. Give 1 or more.")
+        keep = None if logits_to_keep is None else int(logits_to_keep)  # of numpy's, -1 is 255
         ids = token_ids(input_ids, self.vocabulary)
         batch, sequence = ids.shape
         if cache is None:
             cache = self.empty_cache(batch)
-        elif not cache.is_of(self.slots):
+        elif not isinstance(cache, Cache) or not cache.is_of(self.slots):
             raise GenerationError(
                 "The cache was made by another session. Give one of this session's empty_cache()."
             )
         new = new_mask(attention_mask, ids, cache, self.context_length)
         cache.reserve(cache.length + sequence)
-        optional = (price, logits_to_keep)
-        if self._kernels is not None and self._kernels.takes(ids, new, logits_to_keep):
+        optional = (price, keep)
+        if self._kernels is not None and self._kernels.takes(ids, new, keep):
             logits = self._kernels.run(ids, new, cache, price)
             cache.append(new)
             return Output(logits, cache, None)
@@ -335,7 +337,7 @@ def check_price(session: ArtifactSession, price: float | None) -> None:
             f"{session.files.graph} has its budget compiled in, so it can't be run at another. "
             "Compile it with --redistribute price and no cap, or leave the budget out."
         )
-    if not 0 <= price < math.inf:
+    if not is_number(price) or not 0 <= price < math.inf:
         raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")
 
 
