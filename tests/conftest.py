@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -51,15 +52,16 @@ def _load_file(path: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from a family's name to the folder of its checkpoint."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function from a family's name, and changes, to the folder of its checkpoint."""
 
     @functools.cache
-    def make(family: str) -> Path:
+    def make(family: str, **changes: Any) -> Path:
         # Loaded here, since it loads torch, which tests of the runtime do without.
         small = _load_file(CHECKPOINTS / "small.py")
         folder = tmp_path_factory.mktemp(family)
-        return small.save_checkpoint(folder, small.FAMILIES[family])  # type: ignore[no-any-return]
+        settings = {**small.FAMILIES[family], **changes}
+        return small.save_checkpoint(folder, settings)  # type: ignore[no-any-return]
 
     return make
 

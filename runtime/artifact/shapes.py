@@ -33,8 +33,10 @@ def load_json(text: str | bytes) -> Any:
     """Return what a JSON text holds, before it is checked.
 
     Raises:
-        ShapeError: It is no JSON, or has too many levels.
+        ShapeError: It is no JSON, has too many levels, or is longer than any file that is read.
     """
+    if len(text) > MOST_BYTES:  # a list of digits would take eight times as much memory
+        raise ShapeError(f"it has {len(text)} characters, more than any that alloc-moe writes")
     try:
         return json.loads(text)
     except RecursionError as error:

@@ -65,7 +65,13 @@ def read_initializers(
     Raises:
         ArtifactError: One isn't there, or has values of a type that isn't handled.
     """
-    found = dict(_found(path, data, names))
+    try:
+        found = dict(_found(path, data, names))
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise ArtifactError(
+            f"The weights of {path} can't be read: {error}. Copy the artifact again, or compile "
+            "the model again."
+        ) from error
     if lacking := set(names) - set(found):
         raise ArtifactError(
             f"{path} has no weight {min(lacking)}, which its step program needs. "

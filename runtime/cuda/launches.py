@@ -246,10 +246,11 @@ class _Planner(Planner):
         """Return values and scales of gate and of up, and their bits and block."""
         if not shared:
             return (_NOWHERE, _NOWHERE), (_NOWHERE, _NOWHERE), (0, 0)
-        given, block = shared["gate_up"], (shared.get("format") or {}).get("gate_up") or {}
+        given, forms = shared["gate_up"], (shared.get("format") or {}).get("gate_up") or {}
+        block = forms if isinstance(given, str) else forms.get("gate") or {}
         bits, size = block.get("bits", 0), block.get("block", 0)
-        scales = block.get("scales")
         if isinstance(given, str):  # one matrix, gate first
+            scales = block.get("scales")
             rows = shared["intermediate"] * k
             apart = rows * bits // 8 if bits else rows * self._element
             first = self._memory.weight(given)
@@ -259,9 +260,9 @@ class _Planner(Planner):
                 offset = rows // size * self._element
                 up_scales = _pointer(self._memory.weight(scales) + offset)
             return gate, (_pointer(first + apart), up_scales), (bits, size)
-        scales = scales or {}
         parts = tuple(
-            (self._weight(given[name]), self._weight(scales.get(name))) for name in ("gate", "up")
+            (self._weight(given[name]), self._weight((forms.get(name) or {}).get("scales")))
+            for name in ("gate", "up")
         )
         return parts[0], parts[1], (bits, size)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from alloc_moe.runtime.errors import GenerationError
+from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.finite import is_number, is_whole
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from alloc_moe.runtime.artifact.files import ArtifactFiles
     from alloc_moe.runtime.artifact.plan import AllocationPlan
-    from alloc_moe.runtime.execution.cache import Cache, CacheSlot
+    from alloc_moe.runtime.execution.cache import CacheSlot
 
 
 @dataclass(frozen=True)
@@ -97,31 +99,36 @@ def begin_call(
     cache: Cache | None,
     price: float | None,
     logits_to_keep: int | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Cache]:
-    """Return a call's token ids, the mask of its own columns, and its cache with room for them.
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Cache, int | None]:
+    """Check a call, and return what it needs.
+
+    Returns:
+        Its token ids, the mask of its own columns, its cache with room for them, and of how many
+        positions at the end it gives logits, None for all.
 
     Raises:
         GenerationError: What was given doesn't belong together.
     """
     check_price(session, price)
-    if logits_to_keep is not None and logits_to_keep < 1:
+    if logits_to_keep is not None and not is_whole(logits_to_keep, 1):
         raise GenerationError(f"{logits_to_keep} logits can't be kept. Give 1 or more.")
+    keep = None if logits_to_keep is None else int(logits_to_keep)  # of numpy's, -1 is 255
     ids = token_ids(input_ids, session.vocabulary)
     batch, sequence = ids.shape
     if cache is None:
         cache = session.empty_cache(batch)
-    elif not cache.is_of(session.slots):
+    elif not isinstance(cache, Cache) or not cache.is_of(session.slots):
         raise GenerationError(
             "The cache was made by another session. Give one of this session's empty_cache()."
         )
     new = new_mask(attention_mask, ids, cache, session.context_length)
     cache.reserve(cache.length + sequence)
-    return ids, new, cache
+    return ids, new, cache, keep
 
 
 def check_room(batch: int, capacity: int) -> None:
     """Raise GenerationError for a cache that there can't be."""
-    if batch < 1 or capacity < 0:
+    if not (is_whole(batch, 1) and is_whole(capacity, 0)):
         raise GenerationError(
             f"A cache for {batch} sequences and {capacity} columns can't be made. "
             "Give 1 sequence or more, and 0 columns or more."
@@ -137,5 +144,5 @@ def check_price(session: Session, price: float | None) -> None:
             f"{session.files.graph} has its budget compiled in, so it can't be run at another. "
             "Compile it with --redistribute price and no cap, or leave the budget out."
         )
-    if not 0 <= price < math.inf:
+    if not is_number(price) or not 0 <= price < math.inf:
         raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,7 +81,7 @@ def new_mask(
 
 
 def _own(mask: ArrayLike, sequence: int, cache: Cache) -> NDArray[np.int64]:
-    array = np.asarray(mask)
+    array = _array(mask, "The attention mask")
     shape = (cache.batch, cache.length + sequence)
     if array.shape != shape:
         raise GenerationError(
@@ -102,10 +103,14 @@ def _own(mask: ArrayLike, sequence: int, cache: Cache) -> NDArray[np.int64]:
 
 
 def _integers(values: ArrayLike, what: str) -> NDArray[np.integer]:
-    try:
-        array = np.asarray(values)
-    except (ValueError, OverflowError) as error:  # rows of several lengths; numbers too large
-        raise GenerationError(f"{what} make no array: {error}.") from error
+    array = _array(values, what)
     if array.size and array.dtype.kind not in "iu":
         raise GenerationError(f"{what} are of type {array.dtype}. Give whole numbers.")
     return array.astype(np.int64, casting="unsafe") if not array.size else array
+
+
+def _array(values: ArrayLike, what: str) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError) as error:  # rows of several lengths; numbers too large
+        raise GenerationError(f"{what} can't be made an array: {error}.") from error

@@ -47,10 +47,10 @@ class OwnKernels:
     ) -> None:
         if device.capability < bindings.LEAST_CAPABILITY:
             raise DeviceError(f"the GPU's compute capability is {device.capability}, below 8.0")
-        initializers = read_initializers(files.graph, data, set(weight_names(program)))
+        initializers = read_initializers(files.graph, data, weight_names(program))
         check_program(program, initializers)
         self._weights = Weights(device, initializers)
-        rounded = set(quantized_names(program))
+        rounded = quantized_names(program)
         self._shared = [name for name in initializers if name not in rounded]
         self.stepper = Stepper(
             device, program, weights=self._weights.address, floats=self._weights.floats
@@ -58,6 +58,12 @@ class OwnKernels:
         self._prefiller = Prefiller(device, self.stepper)
         self.prefill_obstacle = prefill_obstacle(program, redistribution=files.plan.redistribution)
         """Why onnxruntime computes prompts, None if own kernels do."""
+
+    @property
+    def positions(self) -> int | None:
+        """How many the tables of the rotary embedding have; None if nothing is looked up."""
+        positions: int | None = self.stepper.program.get("context_length")
+        return positions
 
     def takes(
         self, ids: NDArray[np.int64], new: NDArray[np.int64], logits_to_keep: int | None

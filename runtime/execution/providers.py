@@ -10,12 +10,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from alloc_moe.runtime.errors import ArtifactError, DeviceError, GenerationError
+from alloc_moe.runtime.execution.finite import is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def session_options(
     options.log_severity_level = _ERROR
     check_threads(threads)
     if threads is not None:
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = int(threads)
     if stop_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if data_folder is not None:
@@ -75,6 +76,8 @@ def session_options(
             utf8_path(data_folder.resolve()),
         )
     for name, value in (more or {}).items():
+        if not isinstance(value, str):
+            raise GenerationError(f"The option {name} is {value!r:.60}. Give a text, such as '0'.")
         if "." in name:
             options.add_session_config_entry(name, value)
         else:
@@ -105,7 +108,7 @@ def utf8_path(path: Path) -> str:
 
 def check_threads(threads: int | None) -> None:
     """Raise GenerationError for a number of threads that can't run a model; None is the default."""
-    if threads is not None and not 1 <= threads <= most_threads():
+    if threads is not None and not (is_whole(threads, 1) and threads <= most_threads()):
         raise GenerationError(
             f"{threads} threads can't run a model here. Give 1 to {most_threads()}, "
             f"{_MOST_PER_CORE} per core."
@@ -144,7 +147,10 @@ def create_session(
     Raises:
         DeviceError: ``cuda`` can't be used.
         ArtifactError: onnxruntime can't load the model.
+        GenerationError: There is no such provider.
     """
+    if ep not in get_args(Provider):
+        raise GenerationError(f"The provider is {ep!r:.60}. Give auto, cpu or cuda.")
     if ep == "cpu":
         return _on_cpu(model, options, name=name)
     reason = cuda_obstacle()

@@ -27,6 +27,7 @@ from alloc_moe.runtime.execution.calls import Output, Session, begin_call, check
 from alloc_moe.runtime.execution.kernels import OwnKernels
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
+from alloc_moe.runtime.execution.programs import check_graph
 from alloc_moe.runtime.execution.providers import (
     CUDA,
     ORT_ERRORS,
@@ -76,6 +77,11 @@ class ArtifactSession:
         self._inputs = frozenset(inputs)
         self._counted = counted_values(files) if counting else ()
         self._kernels = kernels if self.device == "cuda" and self.pads_right else None
+        if self._kernels is not None:
+            program = self._kernels.stepper.program
+            check_graph(program, self.slots, self.vocabulary, path=files.graph)
+            bounds = (self.context_length, self._kernels.positions)
+            self.context_length = min((each for each in bounds if each), default=None)
 
     @property
     def captures(self) -> bool:
@@ -105,7 +111,7 @@ class ArtifactSession:
         """
         check_room(batch, capacity)
         device = "cpu" if self.shares_cache and not self.pads_right else self.device
-        return Cache(self.slots, batch=batch, capacity=capacity, device=device)
+        return Cache(self.slots, batch=int(batch), capacity=int(capacity), device=device)
 
     def run(
         self,
@@ -136,10 +142,11 @@ class ArtifactSession:
                 be run apart.
             ArtifactError: onnxruntime can't run the graph.
         """
-        ids, new, cache = begin_call(self, input_ids, attention_mask, cache, price, logits_to_keep)
+        call = begin_call(self, input_ids, attention_mask, cache, price, logits_to_keep)
+        ids, new, cache, keep = call
         batch, sequence = ids.shape
-        optional = (price, logits_to_keep)
-        if self._kernels is not None and self._kernels.takes(ids, new, logits_to_keep):
+        optional = (price, keep)
+        if self._kernels is not None and self._kernels.takes(ids, new, keep):
             logits = self._kernels.run(ids, new, cache, price)
             cache.append(new)
             return Output(logits, cache, None)

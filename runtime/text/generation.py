@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, Session
+from alloc_moe.runtime.execution.finite import is_whole
 from alloc_moe.runtime.execution.inputs import prompt_ids
 from alloc_moe.runtime.text.sampling import Sampling, sample
 
@@ -96,6 +96,7 @@ def generate_steps(
     """
     prompts = prompt_ids(prompts)
     check_prompts(session, prompts, max_new_tokens=max_new_tokens)
+    max_new_tokens = int(max_new_tokens)  # numpy's may be too small for the sums below
     if not prompts:
         return
     ends = session.files.eos_ids() if eos_ids is None else eos_ids
@@ -166,7 +167,7 @@ def check_prompts(
     session: Session, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
 ) -> None:
     """Raise GenerationError for what the model can't take."""
-    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+    if not is_whole(max_new_tokens, 1):
         raise GenerationError(f"{max_new_tokens} new tokens were asked for. Ask for 1 or more.")
     limit = session.context_length
     for number, prompt in enumerate(prompts, 1):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import GenerationError
-from alloc_moe.runtime.execution.finite import check_finite
+from alloc_moe.runtime.execution.finite import check_finite, is_number
 
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller; sorting so few is quick
 _MOST_PENALTY = 1000.0
@@ -38,11 +38,11 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
             raise GenerationError(
                 f"The temperature is {self.temperature}. Give 0 (greedy) or more, usually up to 1."
             )
-        if not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise GenerationError(
                 f"top-p is {self.top_p}. Give a probability above 0; 1 keeps all tokens."
             )

@@ -142,6 +142,11 @@ def test_depth_and_digits_are_bounded(text: str) -> None:
         anything(load_json(text), "")
 
 
+def test_a_text_of_any_length_is_not_parsed() -> None:
+    with pytest.raises(ArtifactError, match="characters, more than any"):
+        AllocationPlan.from_json("[" + "0," * (MOST_BYTES // 2) + "0]")
+
+
 def test_a_file_of_any_size_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "large.json"
     with path.open("wb") as file:

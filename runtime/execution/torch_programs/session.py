@@ -72,14 +72,15 @@ class TorchSession:
         """
         import torch
 
-        ids, new, cache = begin_call(self, input_ids, attention_mask, cache, price, logits_to_keep)
+        call = begin_call(self, input_ids, attention_mask, cache, price, logits_to_keep)
+        ids, new, cache, keep = call
         tokens = cache.token_inputs(ids, new)
         names = ("input_ids", "attention_mask", "position_ids")
         arguments = [torch.from_numpy(tokens[name]) for name in names]
         past = [torch.utils.dlpack.from_dlpack(value) for value in cache.values]
         try:
             with torch.inference_mode():
-                logits, present, counts = self._run(*arguments, past, price, logits_to_keep or 0)
+                logits, present, counts = self._run(*arguments, past, price, keep or 0)
         except RuntimeError as error:
             reason = str(error).strip().rpartition("\n")[2]
             raise ArtifactError(

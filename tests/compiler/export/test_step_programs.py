@@ -25,7 +25,7 @@ from alloc_moe.compiler.rounding.formats import choose_formats
 from alloc_moe.compiler.rounding.weights import quantized
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.lower import Allocation
-from alloc_moe.runtime.execution.programs import weight_sizes
+from alloc_moe.runtime.execution.programs import step_program
 
 FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe"]
 # Biased projections, norms of each head, half of a head rotated, a first dense layer, a router with
@@ -87,8 +87,9 @@ def allocated(moe: MoeModel, redistribution: str = "none", **options: Any) -> Al
 
 def program(model: ir.Model) -> dict[str, Any]:
     assert "alloc_moe.no_step" not in model.metadata_props, model.metadata_props
+    taken = step_program(model.metadata_props)
+    assert not isinstance(taken, str), f"the runtime doesn't take it: {taken}"
     found: dict[str, Any] = json.loads(model.metadata_props["alloc_moe.step"])
-    assert weight_sizes(found), "the runtime takes it"
     return found
 
 

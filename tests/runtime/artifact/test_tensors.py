@@ -44,3 +44,10 @@ def test_one_that_is_missing_is_named(graph: Path) -> None:
     data = {"graph.data": graph.with_name("graph.data")}
     with pytest.raises(ArtifactError, match="has no weight lost"):
         read_initializers(graph, data, {"lost", "floats"})
+
+
+def test_values_beyond_the_end_of_their_file_are_refused(graph: Path) -> None:
+    data = graph.with_name("graph.data")
+    data.write_bytes(data.read_bytes()[:300])
+    with pytest.raises(ArtifactError, match=r"weights of .*graph\.onnx can't be read: "):
+        read_initializers(graph, {"graph.data": data}, set(ARRAYS))

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,7 +37,7 @@ def session(request: pytest.FixtureRequest, toy: Path, shared_toy: Path) -> Arti
         (np.zeros((3, 0), np.int64), r"shape \[3, 0\]"),
         (np.zeros(3, np.int64), r"shape \[3\]"),
         ([[]], r"shape \[1, 0\]"),
-        ([[1, 2], [3]], "make no array"),
+        ([[1, 2], [3]], "can't be made an array"),
         ([[1.0, 2.0]], "type float64"),
         ([[True]], "type bool"),
         ([["1"]], "Give whole numbers"),
@@ -65,6 +66,7 @@ def test_ids_that_are_none_are_rejected(
         (np.full((2, 6), 0.5), "other values than 0 and 1"),
         (np.full((2, 6), np.nan), "other values than 0 and 1"),
         (np.zeros((2, 6), int), "only zeros"),
+        ([[1, 1], [1]], "can't be made an array"),
     ],
 )
 def test_masks_that_are_none_are_rejected(
@@ -101,14 +103,22 @@ def test_a_cache_of_another_batch_or_session_is_rejected(
     with pytest.raises(GenerationError, match="batch of 2, the call has 1"):
         session.run(IDS[:1], cache=cache)
     other = open_session(toy, ep="cpu", threads=1)
-    with pytest.raises(GenerationError, match="made by another session"):
-        other.run(IDS[:, :1], cache=cache)
+    caches: list[Any] = [cache, {}, "cache"]
+    for given in caches:
+        with pytest.raises(GenerationError, match="made by another session"):
+            other.run(IDS[:, :1], cache=given)
     session.run(IDS[:, :1], cache=cache.fork())
 
 
-@pytest.mark.parametrize(("batch", "capacity"), [(0, 0), (-1, 0), (1, -1)])
+@pytest.mark.parametrize(
+    ("batch", "capacity"),
+    [
+        *((0, 0), (-1, 0), (1, -1), (1.5, 0), (True, 0), ("1", 0), (10**12, 0), (None, 0)),
+        *((1, 1.5), (1, np.nan), (1, "8"), (1, 2**70)),
+    ],
+)
 def test_a_cache_for_nothing_is_rejected(
-    session: ArtifactSession, batch: int, capacity: int
+    session: ArtifactSession, batch: Any, capacity: Any
 ) -> None:
     with pytest.raises(GenerationError, match="can't be made"):
         session.empty_cache(batch, capacity=capacity)
@@ -127,9 +137,9 @@ def test_no_call_goes_past_the_context(bundle: Path) -> None:
     session.run(ids, attention_mask=mask)
 
 
-@pytest.mark.parametrize("keep", [0, -1])
-def test_no_logits_are_rejected(session: ArtifactSession, keep: int) -> None:
-    with pytest.raises(GenerationError, match=f"{keep} logits can't be kept"):
+@pytest.mark.parametrize("keep", [0, -1, 1.5, np.nan, "1", True, np.array([1, 2]), 2**70])
+def test_no_logits_are_rejected(session: ArtifactSession, keep: Any) -> None:
+    with pytest.raises(GenerationError, match=r"logits can't be kept\. Give 1 or more"):
         session.run(IDS, logits_to_keep=keep)
 
 
@@ -235,3 +245,35 @@ def test_absurd_numbers_of_threads_are_rejected(toy: Path, threads: int) -> None
         if threads > 0 or "threads" in given:
             with pytest.raises(GenerationError, match=f"{threads} threads can't|takes a whole"):
                 open_session(toy, ep="cpu", **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("setting", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", ["1", None, True, np.array([0.5, 0.5]), 1j, np.nan])
+def test_settings_of_sampling_are_numbers(setting: str, value: Any) -> None:
+    with pytest.raises(GenerationError, match=r"(temperature|top-p) is"):
+        Sampling(**{"temperature": 1.0, setting: value})
+
+
+def test_what_numpy_has_for_numbers_is_taken(session: ArtifactSession) -> None:
+    Sampling(temperature=np.float32(0.5), top_p=np.array(0.5), seed=np.int64(3))  # type: ignore[arg-type]
+    cache = session.empty_cache(np.int64(2), capacity=np.int8(8))  # type: ignore[arg-type]
+    output = session.run(IDS, cache=cache, logits_to_keep=np.uint8(2))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(output.logits, session.run(IDS).logits[:, -2:])
+    most: Any = np.int8(100)
+    assert len(generate(session, [list(range(1, 29))], max_new_tokens=most, eos_ids=())[0]) == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ep": "tpu"}, "The provider is 'tpu'"),
+        ({"threads": "1"}, "1 threads can't run"),
+        ({"threads": 1.5}, r"1\.5 threads can't run"),
+        ({"more_options": {"session.intra_op.allow_spinning": 0}}, "Give a text, such as '0'"),
+    ],
+)
+def test_sessions_of_other_kinds_are_rejected(
+    toy: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(GenerationError, match=message):
+        open_session(toy, **{"ep": "cpu", **options})
