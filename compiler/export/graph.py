@@ -20,8 +20,9 @@ from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation
 
-from alloc_moe.compiler.export import experts_op
+from alloc_moe.compiler.export import experts_op, state_ops
 from alloc_moe.compiler.export.sinks import sinks_as_columns
+from alloc_moe.compiler.export.states import states_as_operators
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.skeleton import build_skeleton, experts_function
 from alloc_moe.passes.base import lazy_tensor
@@ -73,9 +74,13 @@ def export_graph(checkpoint: Checkpoint, *, dtype: str = "float32") -> ir.Model:
 def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
     operator = experts_op.register()
     forward = experts_op.experts_forward(model, experts_names)
-    with experts_function(model, experts_op.IMPLEMENTATION, forward), sinks_as_columns(model):
+    table = {operator: experts_op.onnx_translation, **state_ops.register()}
+    with (
+        experts_function(model, experts_op.IMPLEMENTATION, forward),
+        sinks_as_columns(model),
+        states_as_operators(model),
+    ):
         component, inputs = _sample_inputs(model)
-        table = {operator: experts_op.onnx_translation}
         with mock.patch.dict(exporter_onnx._ONNX_TRANSLATION_TABLE, table):
             exported = OnnxExporter().export(
                 component,

@@ -31,8 +31,12 @@ UNSUPPORTED: dict[str, str] = {
 }
 """Model type -> why it can't be compiled, as the end of a sentence."""
 
-# What these keep from call to call are keys and values of all tokens, or of a window of the last.
-_CACHED = {"full_attention", "sliding_attention", "chunked_attention", "dummy"}
+# What these keep from call to call are keys and values of all tokens, or of a window of the last,
+# or states whose size doesn't depend on the number of tokens.
+_CACHED = {
+    *("full_attention", "sliding_attention", "chunked_attention", "dummy"),
+    *("conv", "linear_attention"),
+}
 
 _NEAR, _FAR = 0.125, 1e4  # within any limit, and beyond it
 _DIGITS = 4  # of alpha and beta; a gate in float32 gives no more

@@ -19,10 +19,11 @@ from alloc_moe.runtime.artifact.counting import counted_values, executed, most_e
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import PADDING_KEY, PRICE_INPUT, SHARED_CACHE_KEY
 from alloc_moe.runtime.execution.buffers import to_numpy
-from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
+from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.padding import pad_right
 from alloc_moe.runtime.execution.providers import create_session, session_options
 from alloc_moe.runtime.execution.session import open_session
+from alloc_moe.runtime.execution.slots import find_slots, is_past, present_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from alloc_moe.runtime.artifact.files import ArtifactFiles
-    from alloc_moe.runtime.execution.cache import CacheSlot
+    from alloc_moe.runtime.execution.slots import CacheSlot
 
     _Arrays = dict[str, NDArray[np.generic]]
 

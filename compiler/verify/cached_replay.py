@@ -61,8 +61,10 @@ def run_by_layers(moe: MoeModel, runs: Sequence[CachedRun]) -> None:
 def _run_layer(moe: MoeModel, stack: DecoderStack, run: CachedRun, layer: int) -> None:
     cache = RoundedCache(run.cache_scales) if run.cache_scales else DynamicCache()
     cache.layers = DynamicCache(config=moe.model.config).layers
-    # The model asks its first layer how long the past is, but only this one has seen it.
-    cache.layers = [cache.layers[layer]] * len(cache.layers)
+    # The model asks its first layer how long the past is, but only this one has seen it. A state
+    # doesn't say, and needs no mask for which that counted.
+    if not cache.is_linear[layer]:
+        cache.layers = [cache.layers[layer]] * len(cache.layers)
     for call, (ids, mask, positions) in enumerate(run.inputs):
         context: dict[str, Any] = {
             "attention_mask": mask,

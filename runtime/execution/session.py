@@ -23,7 +23,7 @@ from alloc_moe.runtime.artifact.plan import (
 )
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
-from alloc_moe.runtime.execution.cache import Cache, find_slots
+from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
 from alloc_moe.runtime.execution.kernels import OwnKernels
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
@@ -38,6 +38,7 @@ from alloc_moe.runtime.execution.providers import (
     quiet_run,
     session_options,
 )
+from alloc_moe.runtime.execution.slots import find_slots
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class ArtifactSession:
                 "The cache was made by another session. Give one of this session's empty_cache()."
             )
         new = new_mask(attention_mask, ids, cache, self.context_length)
+        cache.states.check(new, cache.real_tokens, path=self.files.graph)
         cache.reserve(cache.length + sequence)
         optional = (price, logits_to_keep)
         if self._kernels is not None and self._kernels.takes(ids, new, logits_to_keep):
@@ -202,7 +204,9 @@ class ArtifactSession:
                 binding.bind_cpu_input(name, array)
         for name in ("logits", *self._counted):
             binding.bind_output(name, "cpu")
-        if not self.shares_cache:
+        if self.shares_cache:
+            cache.states.bind(binding)
+        else:
             cache.bind(binding)
         try:
             self._session.run_with_iobinding(binding, self._run_options)

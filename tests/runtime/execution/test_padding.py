@@ -9,8 +9,9 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.execution.cache import Cache, find_slots
+from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
+from alloc_moe.runtime.execution.slots import find_slots
 
 IDS = np.array([[7, 8, 9], [4, 5, 6]])
 
