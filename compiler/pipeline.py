@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from alloc_moe.compiler.calibration.windows import calibrate
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.checks.targets import check_target
 from alloc_moe.compiler.model.layer_progress import layers_progress
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.package import output as package
@@ -78,6 +79,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         offload=options.offload,
         results=output.results_path,
     )
+    check_target(moe.config, options.target)
     package.check_space(output, needed_space(moe, options))
     moe, formats = _round(moe, options, console)
     trained = [layer.experts_per_token for layer in moe.layers]

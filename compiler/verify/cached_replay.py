@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.rounding.cache_scales import RoundedCache
 
@@ -72,7 +73,7 @@ def _run_layer(moe: MoeModel, stack: DecoderStack, run: CachedRun, layer: int) -
             "past_key_values": cache,
             "use_cache": True,
         }
-        with run.plan() as activations:
+        with quiet(), run.plan() as activations:
             run.states[call] = stack.run(
                 ids, run.states[call], start=layer, stop=layer + 1, context=context
             )
