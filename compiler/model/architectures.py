@@ -29,8 +29,8 @@ UNSUPPORTED: dict[str, str] = {
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
     "minimax": (
-        "its lightning attention keeps states in a way of its own, which isn't exported; MiniMax-M2 "
-        "has none and is supported"
+        "its lightning attention keeps states in a way of its own, which isn't exported; "
+        "MiniMax-M2 has none and works"
     ),
 }
 """Model type -> why it can't be compiled, as the end of a sentence."""

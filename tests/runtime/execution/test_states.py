@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -19,6 +20,7 @@ IDS = np.random.default_rng(3).integers(0, 257, (2, 12))
 ONES = np.ones_like(IDS)
 PADDED = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 12])
 WIDTH, TAPS = 8, 4
+FLOAT = ir.DataType.FLOAT
 
 # What precedes the first layer: a convolution and a recurrence, of real tokens only.
 _NODES = """
@@ -70,8 +72,7 @@ def with_states(path: Path, out: Path) -> Path:
             ("past_key_values", proto.graph.input),
             ("present", proto.graph.output),
         ):
-            info = onnx.helper.make_tensor_value_info(f"{side}.0.{kind}", 1, ["batch", *shape])
-            values.append(info)
+            values.append(ir.to_proto(ir.val(f"{side}.0.{kind}", FLOAT, ["batch", *shape])))
     onnx.save(proto, out)
     return out
 
