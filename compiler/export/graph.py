@@ -6,6 +6,7 @@ The only file that touches transformers' experimental exporter and private parts
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -22,7 +23,7 @@ from transformers.exporters.utils import decompose_for_generation
 
 from alloc_moe.compiler.export import experts_op, state_ops
 from alloc_moe.compiler.export.sinks import sinks_as_columns
-from alloc_moe.compiler.export.states import states_as_operators
+from alloc_moe.compiler.export.states import fixed_states, states_as_operators
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.skeleton import build_skeleton, experts_function
 from alloc_moe.passes.base import lazy_tensor
@@ -133,10 +134,13 @@ def _dynamic_shapes(inputs: dict[str, Any]) -> Any:
 
     Of a cache only batch and past: with every axis declared dynamic, export takes minutes.
     """
-    past = inputs["past_key_values"].get_seq_length()
+    cache = inputs["past_key_values"]
+    past, states = cache.get_seq_length(), {id(state) for state in fixed_states(cache)}
 
     def varying(tensor: torch.Tensor) -> dict[int, Any]:
-        lengths = (past,) if tensor.is_floating_point() else range(1, 1 << 30)
+        lengths: Container[int] = (past,) if tensor.is_floating_point() else range(1, 1 << 30)
+        if id(tensor) in states:
+            lengths = ()
         axes = [0, *(axis for axis in range(1, tensor.ndim) if tensor.shape[axis] in lengths)]
         return dict.fromkeys(axes, torch.export.Dim.AUTO)
 

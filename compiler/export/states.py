@@ -15,10 +15,10 @@ from unittest import mock
 
 import torch
 from torch.nn.functional import silu, softplus
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 _NORM_EPSILON = 1e-6  # of queries and keys, in all families
 
@@ -52,6 +52,14 @@ def states_as_operators(model: PreTrainedModel) -> Iterator[None]:
                 if hasattr(module, function):
                     stack.enter_context(mock.patch.object(module, function, replacement))
         yield
+
+
+def fixed_states(cache: Cache) -> Iterator[torch.Tensor]:
+    """Yield what a cache holds whose size doesn't depend on the number of tokens."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+            yield from (state for state in states if state is not None)
 
 
 class _Convolution:
@@ -117,7 +125,7 @@ class _Convolution:
             B: [batch, N, sequence].
             C: As `B`.
             D: How much of its input a channel adds to its output [channels].
-            z: The logarithmic gate of the output, as `hidden_states`.
+            z: What gates the output, before its SiLU, as `hidden_states`.
             delta_bias: Added to `dt` [channels].
         """
         layer, index = self._convolved

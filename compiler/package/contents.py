@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
-_KEYS = re.compile(r"past_key_values\.(\d+)\.key")
+_KEYS = re.compile(r"past_key_values\.\d+\.key")
 _CACHED = {
     "key": "key",
     "value": "value",

@@ -85,7 +85,7 @@ class States:
             return
         columns = np.concatenate([(before > 0)[:, None], new > 0], axis=1)
         rises = (columns[:, 1:] & ~columns[:, :-1]).sum(axis=1) + columns[:, 0]
-        wrong = (rises > 1) & new.any(axis=1) | self._ended & new.any(axis=1)
+        wrong = ((rises > 1) | self._ended) & new.any(axis=1)
         if wrong.any():
             raise GenerationError(
                 f"Row {int(wrong.argmax()) + 1} has padding between its tokens, which would get "
