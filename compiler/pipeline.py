@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from alloc_moe.compiler.calibration.windows import calibrate
 from alloc_moe.compiler.export.normalize import export_model, generation_metadata
 from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.checks.targets import check_target
 from alloc_moe.compiler.model.layer_progress import layers_progress
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.package import output as package
@@ -93,6 +94,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         offload=options.offload,
         results=output.results_path,
     )
+    check_target(moe.config, options.target, program=output.is_program)
     # Torch copies a program's weights from the file that they are written to.
     package.check_space(output, needed_space(moe, options) * (2 if output.is_program else 1))
     target = options.target

@@ -21,9 +21,10 @@ from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation
 
-from alloc_moe.compiler.export import experts_op
+from alloc_moe.compiler.export import experts_op, state_ops
 from alloc_moe.compiler.export.latent import plain_latent_attention
 from alloc_moe.compiler.export.sinks import sinks_as_columns
+from alloc_moe.compiler.export.states import fixed_states, states_as_operators
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.skeleton import build_skeleton, experts_function
 from alloc_moe.passes.base import lazy_tensor
@@ -82,13 +83,14 @@ def export_graph(
 def _capture(model: PreTrainedModel, experts_names: list[str]) -> ir.Model:
     operator = experts_op.register()
     forward = experts_op.experts_forward(model, experts_names)
+    table = {operator: experts_op.onnx_translation, **state_ops.register()}
     with (
         experts_function(model, experts_op.IMPLEMENTATION, forward),
         sinks_as_columns(model),
         plain_latent_attention(model),
+        states_as_operators(model),
     ):
         component, inputs = sample_inputs(model)
-        table = {operator: experts_op.onnx_translation}
         with mock.patch.dict(exporter_onnx._ONNX_TRANSLATION_TABLE, table):
             exported = OnnxExporter().export(
                 component,
@@ -141,10 +143,13 @@ def _dynamic_shapes(inputs: dict[str, Any]) -> Any:
 
     Of a cache only batch and past: with every axis declared dynamic, export takes minutes.
     """
-    past = inputs["past_key_values"].get_seq_length()
+    cache = inputs["past_key_values"]
+    past, states = cache.get_seq_length(), {id(state) for state in fixed_states(cache)}
 
     def varying(tensor: torch.Tensor) -> dict[int, Any]:
-        lengths = (past,) if tensor.is_floating_point() else range(1, 1 << 30)
+        lengths: Container[int] = (past,) if tensor.is_floating_point() else range(1, 1 << 30)
+        if id(tensor) in states:
+            lengths = ()
         axes = [0, *(axis for axis in range(1, tensor.ndim) if tensor.shape[axis] in lengths)]
         return dict.fromkeys(axes, torch.export.Dim.AUTO)
 

@@ -25,7 +25,8 @@ def export_model(moe: MoeModel, *, dtype: DType) -> ir.Model:
     Linear layers and embeddings are stored as the model's quantization says, if it has one.
 
     Raises:
-        UnsupportedModelError: The model keeps more from call to call than keys and values.
+        UnsupportedModelError: The model keeps more from call to call than keys, values and one
+            state of each kind.
     """
     activations = moe.quantization.activations if moe.quantization else dtype
     graph = export_graph(moe.checkpoint, dtype=activations, read=weight_reader(moe))
@@ -51,10 +52,13 @@ def _context_length(moe: MoeModel) -> int | None:
 
 
 def _check_inputs(graph: ir.Model, moe: MoeModel) -> None:
-    known = re.compile(r"input_ids|attention_mask|position_ids|past_key_values\.\d+\.(key|value)")
+    known = re.compile(
+        r"input_ids|attention_mask|position_ids|"
+        r"past_key_values\.\d+\.(key|value|conv_state|recurrent_state)"
+    )
     unknown = [v.name for v in graph.graph.inputs if not known.fullmatch(v.name or "")]
     if unknown:
         raise UnsupportedModelError(
-            f"{moe.config.model_type} keeps more state than keys and values ({unknown[0]}), "
-            "which the runtimes can't carry from call to call."
+            f"{moe.config.model_type} keeps more than keys, values and one state of each kind "
+            f"({unknown[0]}), which the runtimes can't carry from call to call."
         )

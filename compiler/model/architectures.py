@@ -28,11 +28,17 @@ UNSUPPORTED: dict[str, str] = {
     ),
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
+    "minimax": (
+        "its lightning attention keeps states in a way of its own, which isn't exported; "
+        "MiniMax-M2 has none and works"
+    ),
 }
 """Model type -> why it can't be compiled, as the end of a sentence."""
 
 # What these keep from call to call are keys and values of all tokens, or of a window of the last.
 _CACHED = {"full_attention", "sliding_attention", "chunked_attention", "dummy"}
+# And these, states whose size doesn't depend on the number of tokens.
+_STATES = {"conv", "linear_attention"}
 
 _NEAR, _FAR = 0.125, 1e4  # within any limit, and beyond it
 _DIGITS = 4  # of alpha and beta; a gate in float32 gives no more
@@ -41,8 +47,7 @@ _TOLERANCE = 1e-5
 
 def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
     """Return why the runtimes can't carry a model's cache from call to call, "" if they can."""
-    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    others = sorted(str(kind) for kind in set(kinds) - _CACHED)
+    others = sorted(_layer_kinds(config) - _CACHED - _STATES)
     if not others:
         return ""
     return (
@@ -59,6 +64,16 @@ def latent_attention(model: PreTrainedModel) -> dict[str, Any]:
         for name, module in model.named_modules()
         if all(hasattr(module, part) for part in needed)
     }
+
+
+def kinds_with_states(config: PreTrainedConfig) -> list[str]:
+    """Return the types of a model's layers that keep states of a fixed size."""
+    return sorted(_layer_kinds(config) & _STATES)
+
+
+def _layer_kinds(config: PreTrainedConfig) -> set[str]:
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return {str(kind) for kind in kinds}
 
 
 @dataclass(frozen=True)

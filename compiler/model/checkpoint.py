@@ -87,7 +87,8 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
     config = read_config(folder, trust_remote_code=trust_remote_code)
     check_architecture(config, weights)
     skeleton = build_skeleton_or_refuse(config, trust_remote_code=trust_remote_code)
-    layers = find_moe_layers(skeleton)
+    with quiet():  # hybrids tell which kernels aren't installed
+        layers = find_moe_layers(skeleton)
     reader = CheckpointReader(weights, skeleton)
     if differently_tied(skeleton, reader):
         # As transformers does: weights that are there and differ are not replaced by each other.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
+_KEYS = re.compile(r"past_key_values\.\d+\.key")
+_CACHED = {
+    "key": "key",
+    "value": "value",
+    "conv": "conv_state",
+    "recurrent": "recurrent_state",
+}  # what onnxruntime-genai calls it, and what our inputs are called by
 _OS_ERROR = re.compile(r"(?P<reason>.+) \(os error (?P<code>\d+)\)")
 
 
@@ -62,7 +69,7 @@ def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
     first_eos = eos[0] if isinstance(eos, list) else eos
     pad = moe.checkpoint.tokenizer.pad_token_id
     inputs = {value.name: value for value in graph.graph.inputs}
-    cache = inputs["past_key_values.0.key"].shape
+    cache = next(value.shape for name, value in inputs.items() if _KEYS.fullmatch(name or ""))
     assert cache is not None
     names = {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in inputs}
     heads = config.num_attention_heads
@@ -82,16 +89,9 @@ def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
                 "num_attention_heads": heads,
                 "num_key_value_heads": int(cache[1]) if isinstance(cache[1], int) else heads,
                 "num_hidden_layers": config.num_hidden_layers,
-                "inputs": {
-                    **names,
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
+                **_layer_types(inputs, config.num_hidden_layers),
+                "inputs": {**names, **_cache_names("past", "past_key_values", inputs)},
+                "outputs": {"logits": "logits", **_cache_names("present", "present", inputs)},
             },
         },
         "search": {
@@ -100,3 +100,25 @@ def genai_config(moe: MoeModel, graph: ir.Model) -> dict[str, Any]:
             "past_present_share_buffer": SHARED_CACHE_KEY in graph.metadata_props,
         },
     }
+
+
+def _cache_names(side: str, prefix: str, inputs: Mapping[str | None, ir.Value]) -> dict[str, str]:
+    """Return how the layers' parts of the cache are called that there are."""
+    return {
+        f"{side}_{kind}_names": f"{prefix}.%d.{name}"
+        for kind, name in _CACHED.items()
+        if any((given or "").endswith(f".{name}") for given in inputs)
+    }
+
+
+def _layer_types(inputs: Mapping[str | None, ir.Value], layers: int) -> dict[str, list[str]]:
+    """Return the kind of each layer of a graph that has states besides keys and values."""
+
+    def kind(layer: int) -> str:
+        past = f"past_key_values.{layer}"
+        if f"{past}.recurrent_state" in inputs:
+            return "linear_attention"
+        return "conv" if f"{past}.conv_state" in inputs else "full_attention"
+
+    kinds = [kind(layer) for layer in range(layers)]
+    return {} if set(kinds) == {"full_attention"} else {"layer_types": kinds}

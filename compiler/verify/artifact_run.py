@@ -24,10 +24,11 @@ from alloc_moe.runtime.artifact.plan import (
     SHARED_CACHE_KEY,
 )
 from alloc_moe.runtime.execution.buffers import to_numpy
-from alloc_moe.runtime.execution.cache import Cache, find_slots, is_past, present_name
+from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.padding import pad_right
 from alloc_moe.runtime.execution.providers import create_session, session_options
 from alloc_moe.runtime.execution.session import open_session
+from alloc_moe.runtime.execution.slots import find_slots, is_past, present_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from alloc_moe.runtime.artifact.files import ArtifactFiles
-    from alloc_moe.runtime.execution.cache import CacheSlot
     from alloc_moe.runtime.execution.calls import Session
+    from alloc_moe.runtime.execution.slots import CacheSlot
 
     _Arrays = dict[str, NDArray[np.generic]]
 

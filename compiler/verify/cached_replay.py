@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.rounding.cache_scales import RoundedCache
 
@@ -61,8 +62,10 @@ def run_by_layers(moe: MoeModel, runs: Sequence[CachedRun]) -> None:
 def _run_layer(moe: MoeModel, stack: DecoderStack, run: CachedRun, layer: int) -> None:
     cache = RoundedCache(run.cache_scales) if run.cache_scales else DynamicCache()
     cache.layers = DynamicCache(config=moe.model.config).layers
-    # The model asks its first layer how long the past is, but only this one has seen it.
-    cache.layers = [cache.layers[layer]] * len(cache.layers)
+    # The model asks its first layer how long the past is, but only this one has seen it. A state
+    # doesn't say, and needs no mask for which that counted.
+    if not cache.is_linear[layer]:
+        cache.layers = [cache.layers[layer]] * len(cache.layers)
     for call, (ids, mask, positions) in enumerate(run.inputs):
         context: dict[str, Any] = {
             "attention_mask": mask,
@@ -70,7 +73,7 @@ def _run_layer(moe: MoeModel, stack: DecoderStack, run: CachedRun, layer: int) -
             "past_key_values": cache,
             "use_cache": True,
         }
-        with run.plan() as activations:
+        with quiet(), run.plan() as activations:
             run.states[call] = stack.run(
                 ids, run.states[call], start=layer, stop=layer + 1, context=context
             )

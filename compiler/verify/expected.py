@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.compiler.rounding.cache_scales import RoundedCache
@@ -122,7 +123,7 @@ def _reference(
 ) -> Reference:
     logits = []
     cache = RoundedCache(cache_scales) if cache_scales else None
-    with torch.inference_mode(), plan() as activations:
+    with torch.inference_mode(), quiet(), plan() as activations:
         for ids, mask, positions in batch.inputs():
             output = moe.model(
                 input_ids=ids,

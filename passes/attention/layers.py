@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from alloc_moe.passes.base import DOMAIN
 
 PAST = "past_key_values."
 
+_KEYS_OR_VALUES = re.compile(re.escape(PAST) + r"\d+\.(?:key|value)")
 _HEAD_SIZE_MULTIPLE = 8  # GroupQueryAttention takes no other sizes
 ROWS_TO_HEADS = (0, 2, 1, 3)
 
@@ -183,7 +185,8 @@ def insert(
 
 
 def _cache_inputs(model: ir.Model) -> int:
-    return sum((value.name or "").startswith(PAST) for value in model.graph.inputs)
+    """Return how many inputs are keys or values of the past; states of other layers are none."""
+    return sum(bool(_KEYS_OR_VALUES.fullmatch(value.name or "")) for value in model.graph.inputs)
 
 
 def heads_of(value: ir.Value | None) -> tuple[int, int]:

@@ -6,8 +6,11 @@ import re
 
 import onnx_ir as ir
 
-_HF = re.compile(r"(?:in|out)put\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<kind>key|value)s")
-_SLOT = re.compile(r"(?:past_key_values|present)\.(\d+\.(?:key|value))")
+_HF = re.compile(
+    r"(?:in|out)put\.past_key_values\.layers\.(?P<layer>\d+)\."
+    r"(?:(?P<grows>key|value)s|(?P<state>conv|recurrent)_states\.0)"
+)
+_SLOT = re.compile(r"(?:past_key_values|present)\.(\d+\.(?:key|value|conv_state|recurrent_state))")
 
 
 def cache_slots(values: list[ir.Value]) -> set[str]:
@@ -18,6 +21,7 @@ def cache_slots(values: list[ir.Value]) -> set[str]:
 class RenameCachePass(ir.passes.InPlacePass):
     """Rename ``input.past_key_values.layers.3.keys`` to ``past_key_values.3.key``.
 
+    ``...conv_states.0`` becomes ``past_key_values.3.conv_state``, and so do recurrent states.
     Outputs become ``present.3.key``. Names only: shapes and wiring stay.
     """
 
@@ -27,7 +31,8 @@ class RenameCachePass(ir.passes.InPlacePass):
         for prefix, values in sides:
             for value in values:
                 if match := _HF.fullmatch(value.name or ""):
-                    value.name = f"{prefix}.{match['layer']}.{match['kind']}"
+                    kind = match["grows"] or f"{match['state']}_state"
+                    value.name = f"{prefix}.{match['layer']}.{kind}"
                     modified = True
         return ir.passes.PassResult(model, modified=modified)
 

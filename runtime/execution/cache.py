@@ -1,22 +1,16 @@
-"""Keys and values between calls: where they are kept, how they grow, how they fork."""
+"""What a batch keeps between calls: where keys and values lie, how they grow, how all forks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.errors import ArtifactError
+from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.buffers import (
-    BFLOAT16,
-    FLOAT,
-    FLOAT16,
-    INT8,
     Device,
     held_array,
     held_tensor,
@@ -25,119 +19,16 @@ from alloc_moe.runtime.execution.buffers import (
     tensor_of,
     to_device,
 )
-
-ELEMENT_TYPES = {
-    "tensor(float)": FLOAT,
-    "tensor(int8)": INT8,
-    "tensor(float16)": FLOAT16,
-    "tensor(bfloat16)": BFLOAT16,
-}
-_PAST, _PRESENT = "past_key_values.", "present."
-
-
-@dataclass(frozen=True)
-class CacheSlot:
-    """One cache tensor of the graph: names of input and output, shape, ONNX element type.
-
-    ``empty_shape`` is the shape for no past and a batch of 1; ``batch_axis`` and ``past_axis`` are
-    those two's. ``shared`` is whether the graph writes in place: input and output may then be one
-    buffer that has room for more than the past. ``latent`` is whether it computes on all of that
-    buffer: it is given no more than it needs where it can be, and finite numbers beyond.
-    """
-
-    past: str
-    present: str
-    empty_shape: tuple[int, ...]
-    batch_axis: int
-    past_axis: int
-    element_type: int
-    shared: bool = False
-    latent: bool = False
-
-    def shape(self, batch: int, length: int) -> tuple[int, ...]:
-        """Return the shape of a batch with `length` columns."""
-        sizes = {self.batch_axis: batch, self.past_axis: length}
-        return tuple(sizes.get(axis, size) for axis, size in enumerate(self.empty_shape))
-
-
-def find_slots(
-    inputs: Iterable[onnxruntime.NodeArg],
-    *,
-    batch: str | int | None,
-    shared: bool,
-    latent: bool,
-    path: Path,
-) -> tuple[CacheSlot, ...]:
-    """Return the cache tensors among the inputs of a graph.
-
-    Args:
-        inputs: As a session gives them.
-        batch: What the graph calls the size of the batch.
-        shared: Whether the graph writes in place.
-        latent: Whether it computes on all of the buffers then.
-        path: The graph's file, for messages.
-
-    Raises:
-        ArtifactError: The graph doesn't say enough of one of them.
-    """
-    return tuple(
-        _cache_slot(value, batch=batch, shared=shared, latent=latent, path=path)
-        for value in inputs
-        if is_past(value.name)
-    )
-
-
-def is_past(name: str) -> bool:
-    """Whether a graph's input of that name takes keys or values of the past."""
-    return name.startswith(_PAST)
-
-
-def present_name(past: str) -> str:
-    """Return the name of the output that goes with an input of the cache."""
-    return _PRESENT + past.removeprefix(_PAST)
-
-
-def _cache_slot(
-    value: onnxruntime.NodeArg,
-    *,
-    batch: str | int | None,
-    shared: bool,
-    latent: bool,
-    path: Path,
-) -> CacheSlot:
-    """Return what the graph says of one cache input.
-
-    Its past axis is the symbolic one whose name says so, else the one that isn't the batch's.
-    """
-    symbols = {
-        axis: str(size) for axis, size in enumerate(value.shape) if not isinstance(size, int)
-    }
-    past = [axis for axis, name in symbols.items() if "past" in name]
-    past = past or [axis for axis, name in symbols.items() if name != str(batch)]
-    rest = [axis for axis in symbols if axis not in past]
-    if len(past) != 1 or len(rest) != 1 or value.type not in ELEMENT_TYPES:
-        raise ArtifactError(
-            f"The cache {value.name} of {path} is {value.type} {value.shape}; expected floats with "
-            "two symbolic sizes, that of the batch and that of the past. Compile the model again."
-        )
-    sizes = {past[0]: 0, rest[0]: 1}
-    return CacheSlot(
-        past=value.name,
-        present=present_name(value.name),
-        empty_shape=tuple(sizes.get(axis, size) for axis, size in enumerate(value.shape)),
-        batch_axis=rest[0],
-        past_axis=past[0],
-        element_type=ELEMENT_TYPES[value.type],
-        shared=shared,
-        latent=latent,
-    )
+from alloc_moe.runtime.execution.slots import CacheSlot
+from alloc_moe.runtime.execution.states import States
 
 
 class Cache:
     """Keys and values of the first ``length`` columns of a batch; a session's calls append to it.
 
-    A call changes the cache it is given, so one cache serves one continuation: `fork` it to go on
-    in two ways. Get one from `ArtifactSession.empty_cache`.
+    ``states`` are what the graph keeps besides, whatever the number of columns. A call changes the
+    cache it is given, so one cache serves one continuation: `fork` it to go on in two ways. Get one
+    from `ArtifactSession.empty_cache`.
     """
 
     def __init__(
@@ -153,7 +44,9 @@ class Cache:
         self.binding: onnxruntime.IOBinding | None = None
         self.bound_inputs: tuple[object, ...] = ()  # what else `binding` was made for
         self.place: object | None = None  # what kernels of our own made of `addresses`
-        self._slots = slots
+        self._all_slots = slots
+        self._slots = [slot for slot in slots if slot.past_axis is not None]
+        self.states = States([slot for slot in slots if slot.past_axis is None], batch)
         self._device = device
         self._mask = np.ones((batch, capacity), np.int64)
         self._real = np.zeros(batch, np.int64)  # real tokens so far, for the next position
@@ -163,7 +56,9 @@ class Cache:
         if self.shared:
             self._make_room(capacity)
         else:
-            self.values = [new_tensor(s.shape(batch, 0), s.element_type, device) for s in slots]
+            self.values = [
+                new_tensor(slot.shape(batch, 0), slot.element_type, device) for slot in self._slots
+            ]
 
     @property
     def shared(self) -> bool:
@@ -192,11 +87,12 @@ class Cache:
 
     def is_of(self, slots: Sequence[CacheSlot]) -> bool:
         """Whether it was made for the session that has these slots."""
-        return self._slots is slots
+        return self._all_slots is slots
 
     def fork(self) -> Cache:
         """Return a copy that can be continued on its own."""
-        copy = Cache(self._slots, batch=self.batch, device=self._device)
+        copy = Cache(self._all_slots, batch=self.batch, device=self._device)
+        copy.states = self.states.fork()
         copy.length, copy._mask, copy._real = self.length, self._mask.copy(), self._real.copy()
         if self.shared:
             copy._make_room(self.capacity, self)
@@ -209,15 +105,25 @@ class Cache:
 
         Raises:
             ValueError: The cache has fewer columns.
+            GenerationError: It has states of a fixed size, which can't go back but to the start.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"A cache of {self.length} columns can't be cut to {length}.")
+        if length == self.length:
+            return
+        if self.states and length:
+            raise GenerationError(
+                f"A cache of {self.length} columns can't be cut to {length}, as the model's states "
+                f"({self.states}) hold all its tokens at once. Fork the cache where you want to "
+                "come back to, or cut it to 0."
+            )
+        self.states.clear()
         self.length = length
         self._real = self._mask[:, :length].sum(axis=1)
         if not self.shared:
             self.values = [
                 onnxruntime.OrtValue.ortvalue_from_numpy(
-                    value.numpy()[(*[slice(None)] * slot.past_axis, slice(length))].copy(),
+                    value.numpy()[slot.first_columns(length)].copy(),
                     self._device,
                     0,
                 )
@@ -264,6 +170,8 @@ class Cache:
     def bind(self, binding: onnxruntime.IOBinding, new: int) -> None:
         """Have a call read this cache and write in place, or to new tensors for `append`.
 
+        States go to other buffers, which is to be said again before each call: `states.bind`.
+
         Args:
             binding: The call's.
             new: How many columns it appends, for which there must be room.
@@ -278,6 +186,7 @@ class Cache:
                 binding.bind_ortvalue_output(slot.present, value)
             else:
                 binding.bind_output(slot.present, self._device)
+        self.states.bind(binding)
 
     def _bind_address(
         self,
@@ -306,16 +215,18 @@ class Cache:
     def append(
         self, new: NDArray[np.int64], values: Sequence[onnxruntime.OrtValue] | None = None
     ) -> None:
-        """Count columns in that a call has written, or take over the tensors it made."""
+        """Count columns in that a call has written, or take over the keys and values it made."""
+        self.states.append(new)
         self._mask[:, self.length : self.length + new.shape[1]] = new
         self.length += new.shape[1]
         self._real = self._real + new.sum(axis=1)
         if values is not None:
-            self.values = list(values)
+            self.values = list(values[: len(self._slots)])
 
     def row(self, row: int) -> Cache:
         """Return one sequence of a shared cache whose batch comes first, on the same memory."""
-        part = Cache(self._slots, batch=1, device=self._device)
+        part = Cache(self._all_slots, batch=1, device=self._device)
+        part.states = self.states.row(row)
         part.length = self.length
         part._mask, part._real = self._mask[row : row + 1], self._real[row : row + 1]
         part._buffers, part.values, part._row = self._buffers, self.values, row
@@ -371,7 +282,7 @@ class Cache:
             if slot.latent:
                 buffer.fill(0)
             if olds:
-                columns = (*[slice(None)] * slot.past_axis, slice(used))
+                columns = slot.first_columns(used)
                 buffer[columns] = olds[index][columns]
             values.append(to_device(buffer, self._device))
             if self._device == "cpu":  # what the graph writes is in the array

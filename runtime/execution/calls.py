@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from alloc_moe.runtime.artifact.files import ArtifactFiles
     from alloc_moe.runtime.artifact.plan import AllocationPlan
-    from alloc_moe.runtime.execution.cache import CacheSlot
+    from alloc_moe.runtime.execution.slots import CacheSlot
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class Session(Protocol):
     @property
     def device(self) -> Literal["cpu", "cuda"]:
         """Where it runs."""
+
+    @property
+    def pads_right(self) -> bool:
+        """Whether its cache has each sequence's columns first, and padding after them."""
 
     @property
     def plan(self) -> AllocationPlan:
@@ -122,6 +126,7 @@ def begin_call(
             "The cache was made by another session. Give one of this session's empty_cache()."
         )
     new = new_mask(attention_mask, ids, cache, session.context_length)
+    cache.states.check(new, cache.real_tokens, path=session.files.graph)
     cache.reserve(cache.length + sequence)
     return ids, new, cache, keep
 

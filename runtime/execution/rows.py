@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from alloc_moe.runtime.execution.buffers import new_array
-from alloc_moe.runtime.execution.cache import Cache, CacheSlot
-from alloc_moe.runtime.execution.session import ArtifactSession
+from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.calls import Session
+from alloc_moe.runtime.execution.slots import CacheSlot
 
 Row = tuple[Cache, int]
 """A cache and which of its sequences. The real tokens of one are its last columns."""
 
 
-def gather_rows(session: ArtifactSession, rows: Sequence[Row], *, capacity: int = 0) -> Cache:
+def gather_rows(session: Session, rows: Sequence[Row], *, capacity: int = 0) -> Cache:
     """Return a new cache of sequences from others, which keep theirs.
 
     All end at the same column; shorter ones are padded on the left. Keys know the positions of
@@ -31,7 +32,7 @@ def gather_rows(session: ArtifactSession, rows: Sequence[Row], *, capacity: int 
     width = cache.capacity if cache.shared else columns
     sources = {id(source): source.arrays() for source, _ in rows}
     arrays = []
-    for index, slot in enumerate(session.slots):
+    for index, slot in enumerate(_growing(session)):
         array = new_array(slot.shape(len(rows), width), slot.element_type)
         array.fill(0)
         for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -41,10 +42,12 @@ def gather_rows(session: ArtifactSession, rows: Sequence[Row], *, capacity: int 
         arrays.append(array)
     mask = np.arange(columns) >= columns - np.array(lengths)[:, None]
     cache.hold(arrays, mask.astype(np.int64))
+    for place, (given, sequence) in enumerate(rows):
+        cache.states.replace(place, given.states, sequence)
     return cache
 
 
-def replace_row(session: ArtifactSession, cache: Cache, place: int, row: Row) -> bool:
+def replace_row(session: Session, cache: Cache, place: int, row: Row) -> bool:
     """Put a sequence where another of a batch was, without copying the rest; whether it can be.
 
     Args:
@@ -58,10 +61,16 @@ def replace_row(session: ArtifactSession, cache: Cache, place: int, row: Row) ->
         return False
     end = length if session.pads_right else columns
     given = row[0].arrays()
-    for slot, array, source in zip(session.slots, cache.arrays(), given, strict=True):
+    for slot, array, source in zip(_growing(session), cache.arrays(), given, strict=True):
         array[_columns(slot, place, end - length, end)] = source[_source(session, slot, row)]
     cache.replace_mask(place, length)
+    cache.states.replace(place, row[0].states, row[1])
     return True
+
+
+def _growing(session: Session) -> list[CacheSlot]:
+    """Return the slots that `Cache.arrays` are of: keys and values, not states."""
+    return [slot for slot in session.slots if slot.past_axis is not None]
 
 
 def _tokens(row: Row) -> int:
@@ -69,7 +78,7 @@ def _tokens(row: Row) -> int:
     return int(cache.real_tokens[place])
 
 
-def _source(session: ArtifactSession, slot: CacheSlot, row: Row) -> tuple[int | slice, ...]:
+def _source(session: Session, slot: CacheSlot, row: Row) -> tuple[int | slice, ...]:
     cache, place = row
     end = _tokens(row) if session.pads_right else cache.length
     return _columns(slot, place, end - _tokens(row), end)
@@ -78,5 +87,6 @@ def _source(session: ArtifactSession, slot: CacheSlot, row: Row) -> tuple[int | 
 def _columns(slot: CacheSlot, row: int, start: int, end: int) -> tuple[int | slice, ...]:
     """Return the index of columns of one sequence."""
     index: list[int | slice] = [slice(None)] * len(slot.empty_shape)
+    assert slot.past_axis is not None
     index[slot.batch_axis], index[slot.past_axis] = row, slice(start, end)
     return tuple(index)

@@ -22,7 +22,7 @@ from alloc_moe.runtime.artifact.plan import (
 )
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
-from alloc_moe.runtime.execution.cache import Cache, find_slots
+from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, Session, begin_call, check_room
 from alloc_moe.runtime.execution.kernels import OwnKernels
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
@@ -38,6 +38,7 @@ from alloc_moe.runtime.execution.providers import (
     quiet_run,
     session_options,
 )
+from alloc_moe.runtime.execution.slots import find_slots
 from alloc_moe.runtime.execution.torch_programs.session import open_program
 
 
@@ -172,6 +173,8 @@ class ArtifactSession:
         binding = self._binding(cache, (price, keep))
         if cache.rebinds:
             cache.bind(binding, ids.shape[1])
+        else:
+            cache.states.bind(binding)
         tokens = cache.token_inputs(ids, new) if right is None else right.inputs()
         for name, array in tokens.items():
             if name in self._inputs:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.calls import Output, Session
 from alloc_moe.runtime.execution.rows import gather_rows, replace_row
-from alloc_moe.runtime.execution.session import ArtifactSession, Output
 from alloc_moe.runtime.text.sampling import Sampling, sample
 
 _LEAST_CAPACITY = 64
@@ -68,7 +68,7 @@ class Batch:
     than those that are there, or when half of the places are free.
     """
 
-    def __init__(self, session: ArtifactSession, price: float | None) -> None:
+    def __init__(self, session: Session, price: float | None) -> None:
         self._session, self._price = session, price
         self._places: list[Row | None] = []
         self._cache: Cache | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alloc_moe.runtime.errors import AllocMoeError
-from alloc_moe.runtime.execution.session import ArtifactSession
+from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.serving.batch import Batch, Row
 from alloc_moe.runtime.serving.metrics import Metrics
 from alloc_moe.runtime.text.answers import Answer, Stopped
@@ -89,7 +89,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, session: ArtifactSession, metrics: Metrics, *, most_rows: int, most_waiting: int
+        self, session: Session, metrics: Metrics, *, most_rows: int, most_waiting: int
     ) -> None:
         self._session, self._metrics = session, metrics
         self.most_rows = 1 if tokens_compete(session) else most_rows
@@ -273,6 +273,6 @@ class Scheduler:
             self._fail(request, kind)
 
 
-def tokens_compete(session: ArtifactSession) -> bool:
+def tokens_compete(session: Session) -> bool:
     """Whether the tokens of a call compete for experts across sequences."""
     return session.plan.redistribution == "batch" or session.plan.cap is not None

@@ -13,7 +13,7 @@ from alloc_moe.compiler import pipeline
 from alloc_moe.compiler.records import Compiled
 from alloc_moe.runtime.artifact.plan import SHARED_CACHE_KEY
 from alloc_moe.runtime.console import Console
-from alloc_moe.runtime.execution.cache import FLOAT, INT8
+from alloc_moe.runtime.execution.buffers import FLOAT, INT8
 from alloc_moe.runtime.execution.session import open_session
 
 Compile = Callable[..., Compiled]

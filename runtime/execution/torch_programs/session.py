@@ -13,9 +13,10 @@ from alloc_moe.runtime.artifact.files import ArtifactFiles
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.errors import ArtifactError, DeviceError, GenerationError
 from alloc_moe.runtime.execution.buffers import BFLOAT16, FLOAT
-from alloc_moe.runtime.execution.cache import Cache, CacheSlot, present_name
+from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, begin_call, check_room
 from alloc_moe.runtime.execution.providers import Provider, check_threads
+from alloc_moe.runtime.execution.slots import CacheSlot, present_name
 from alloc_moe.runtime.execution.torch_programs.loading import Interface, Run, load_program
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class TorchSession:
     """An artifact loaded into torch, on the CPU. Get one from `open_session`."""
 
     device: Literal["cpu"] = "cpu"
+    pads_right = False
 
     def __init__(
         self, run: Run, files: ArtifactFiles, interface: Interface, *, counting: bool

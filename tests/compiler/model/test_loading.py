@@ -99,7 +99,8 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         ("llama4", "it routes each token to one expert, so there is nothing to allocate"),
         ("llama4_text", "it routes each token .* its rotary embedding uses complex numbers"),
         ("dbrx", "transformers keeps the experts of its layers in one matrix"),
-        ("qwen3_next", "its layers of type linear_attention keep other states than keys and val"),
+        ("glm_moe_dsa", "its layers of type indexed_attention keep other states than keys and val"),
+        ("minimax", "its lightning attention keeps states in a way of its own"),
     ],
 )
 def test_what_is_known_not_to_work_is_refused(tmp_path: Path, model_type: str, reason: str) -> None:

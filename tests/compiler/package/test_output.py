@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from alloc_moe.compiler import compile
 from alloc_moe.compiler.errors import OutputError
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.moe_model import MoeModel
@@ -21,6 +22,8 @@ from alloc_moe.compiler.package.output import Output, parse_output
 from alloc_moe.compiler.workspace.folders import claim
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE, PLAN_KEY, AllocationPlan
+from alloc_moe.runtime.execution.session import open_session
+from alloc_moe.runtime.text.generation import generate
 
 
 def test_an_onnx_file_is_a_bare_artifact(tmp_path: Path) -> None:
@@ -192,6 +195,54 @@ def test_onnxruntime_genai_gets_its_configuration(
         "past_value_names": "past_key_values.%d.value",
     }
     assert config["search"]["past_present_share_buffer"] is False
+
+
+def test_onnxruntime_genai_is_told_which_layers_have_states(
+    moe_model: Callable[[str], MoeModel],
+) -> None:
+    slots = [
+        *(f"{layer}.{kind}_state" for layer in (0, 2) for kind in ("conv", "recurrent")),
+        *(f"{layer}.{kind}" for layer in (1, 3) for kind in ("key", "value")),
+    ]
+    inputs = [
+        ir.val(f"past_key_values.{slot}", ir.DataType.FLOAT, ["batch_size", 2, "past", 16])
+        for slot in slots
+    ]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 23}, name="states")
+    config = package.genai_config(moe_model("qwen3_next"), ir.Model(graph, ir_version=10))
+    decoder = config["model"]["decoder"]
+    assert decoder["layer_types"] == ["linear_attention", "full_attention"] * 2
+    assert decoder["inputs"] == {
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+        "past_conv_names": "past_key_values.%d.conv_state",
+        "past_recurrent_names": "past_key_values.%d.recurrent_state",
+    }
+    assert decoder["outputs"]["present_recurrent_names"] == "present.%d.recurrent_state"
+    assert decoder["num_key_value_heads"] == 2
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", ["lfm2_moe", "qwen3_next", "granitemoehybrid_mamba"])
+def test_onnxruntime_genai_continues_a_hybrid_as_we_do(
+    checkpoint: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    compile(str(checkpoint(family)), budget=1.0, output=f"{tmp_path}/out/", tokens=256)
+    prompt = np.random.default_rng(0).integers(0, 256, 20)
+    model = genai.Model(str(tmp_path / "out"))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=60, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt.astype(np.int32))
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    session = open_session(tmp_path / "out", ep="cpu")
+    (ours,) = generate(session, [prompt], max_new_tokens=40)
+    assert ours[: len(tokens)] == tokens
+    assert len(tokens) > 10
 
 
 def test_onnxruntime_genai_shares_a_cache_that_is_appended_to_in_place(

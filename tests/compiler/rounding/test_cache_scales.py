@@ -19,7 +19,7 @@ from alloc_moe.compiler.rounding.cache_scales import RoundedCache, measure_cache
 from alloc_moe.compiler.verify.parity import MAX_ROUNDED_LOGIT_ERROR, verify_artifact
 from alloc_moe.passes.attention.quantize_cache import CacheScales
 from alloc_moe.runtime.artifact.plan import SHARED_CACHE_KEY, AllocationPlan
-from alloc_moe.runtime.execution.cache import INT8
+from alloc_moe.runtime.execution.buffers import INT8
 from alloc_moe.runtime.execution.session import open_session
 
 Models = Callable[[str], MoeModel]

@@ -50,6 +50,9 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return loaded
 
 
+HYBRIDS = ("lfm2_moe", "granitemoehybrid_mamba", "jamba", "kimi_linear")
+
+
 def runs(token_ids: NDArray[np.int64], prices: Sequence[float | None]) -> list[ArtifactRun]:
     starts = range(0, len(prices) * BATCH_TOKENS, BATCH_TOKENS)
     text = token_ids.reshape(-1)
@@ -155,7 +158,11 @@ def test_an_artifact_without_its_data_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("olmoe", "float32"), ("olmoe", "int8"), ("deepseek_v2", "int4")]
+    ("family", "dtype"),
+    [
+        *(("olmoe", "float32"), ("olmoe", "int8"), ("deepseek_v2", "int4"), ("qwen3_next", "int4")),
+        *(pytest.param(family, "int8", marks=pytest.mark.families) for family in HYBRIDS),
+    ],
 )
 def test_an_offloaded_model_is_verified_by_segments_with_the_same_figures(
     checkpoint: Callable[[str], Path],

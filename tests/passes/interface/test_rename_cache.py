@@ -13,12 +13,18 @@ EXPORTED = ("input.past_key_values.layers.{}.{}s", "output.past_key_values.layer
 RENAMED = ("past_key_values.{}.{}", "present.{}.{}")
 
 
-def cached(past: str, present: str, *, layers: tuple[int, ...] = (0, 11)) -> ir.Model:
+def cached(
+    past: str,
+    present: str,
+    *,
+    layers: tuple[int, ...] = (0, 11),
+    kinds: tuple[str, ...] = ("key", "value"),
+) -> ir.Model:
     """Return a graph that adds a step to each cache tensor."""
     step = ir.val("step", ir.DataType.FLOAT, [1])
     inputs, nodes = [step], []
     for layer in layers:
-        for kind in ("key", "value"):
+        for kind in kinds:
             inputs.append(ir.val(past.format(layer, kind), ir.DataType.FLOAT, ["n"]))
             node = ir.node("Add", [inputs[-1], step])
             node.outputs[0].name = present.format(layer, kind)
@@ -45,6 +51,17 @@ def test_inputs_and_outputs_get_the_names_of_runtimes() -> None:
         "present.0.value",
         "present.11.key",
         "present.11.value",
+    ]
+
+
+def test_states_get_the_names_of_runtimes() -> None:
+    sides = (f"{side}put.past_key_values.layers.2.{{1}}_states.0" for side in ("in", "out"))
+    model = cached(*sides, layers=(2,), kinds=("conv", "recurrent"))
+    assert RenameCachePass()(model).modified
+    names = [value.name for value in (*model.graph.inputs[1:], *model.graph.outputs)]
+    kinds = ("conv_state", "recurrent_state")
+    assert names == [
+        f"{side}.2.{kind}" for side in ("past_key_values", "present") for kind in kinds
     ]
 
 

@@ -9,8 +9,9 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.execution.cache import Cache, find_slots
+from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
+from alloc_moe.runtime.execution.slots import find_slots
 
 IDS = np.array([[7, 8, 9], [4, 5, 6]])
 
@@ -22,7 +23,7 @@ class Argument:
 
 def cache(real: list[int]) -> Cache:
     argument: onnxruntime.NodeArg = Argument()  # type: ignore[assignment]
-    slots = find_slots([argument], batch="batch", shared=True, path=Path("a.onnx"))
+    slots = find_slots([argument], batch="batch", shared=True, latent=False, path=Path("a.onnx"))
     found = Cache(slots, batch=len(real), capacity=16)
     longest = max(real)
     if longest:
