@@ -76,7 +76,7 @@ _KEEP = record(
         "score": optional(one_of("weight", "price", "overlap", "ratio", "top-p")),
         "sizes": _MAYBE_NAME,
         "twice_overlap": _FACTOR,
-        "threshold": _FACTOR,
+        "threshold": optional(number()),
         "dial": _FLAG,
         "quota": optional(number(0, _MOST_SIZE)),
     },

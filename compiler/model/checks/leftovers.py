@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alloc_moe.compiler.errors import CheckpointError
+from alloc_moe.compiler.model.files.weight_files import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +65,8 @@ def leftover_notes(
         some = ", ".join(rest[:_SHOWN]) + (", ..." if len(rest) > _SHOWN else "")
         count = len(rest)
         yield f"{count} of the checkpoint's tensors belong to no weight and are left out: {some}"
+    if reader.weights.files.paths == (folder / SINGLE,) and (folder / INDEX).exists():
+        yield f"There are two sets of weights: {SINGLE} is read, the shards in {INDEX} are left out"
     if not (folder / "tokenizer.json").is_file():
         yield (
             "The checkpoint has no tokenizer.json, which running an artifact needs: with -o DIR/ "

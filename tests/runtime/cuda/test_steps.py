@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.execution.kernels import OwnKernels
-from alloc_moe.runtime.execution.programs import step_program
+from alloc_moe.runtime.execution.programs import check_graph, step_program
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
@@ -29,6 +29,7 @@ def opened(
     session = open_session(compiled_for_cuda(*request.param), ep="cpu")
     program = step_program(session.files.onnx.metadata)
     assert not isinstance(program, str), program
+    check_graph(program, session.slots, session.vocabulary, path=session.files.graph)
     device = emulator.EmulatedDevice(tmp_path_factory.mktemp("kernels"))
     return session, OwnKernels(program, session.files, session.files.check_data(), device)
 

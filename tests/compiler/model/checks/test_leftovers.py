@@ -61,6 +61,13 @@ def test_layers_that_predict_further_tokens_are_said(
     assert "Layer 3 of the checkpoint predicts further tokens" in capsys.readouterr().err
 
 
+def test_a_second_set_of_weights_is_said(copy: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    [note] = load_model(str(copy)).checkpoint.notes
+    assert note.startswith("There are two sets of weights: model.safetensors is read, the shards")
+
+
 def test_layers_of_another_part_are_said(copy: Path) -> None:
     add(copy, "vision_tower.layers.9.weight")
     [note] = load_model(str(copy)).checkpoint.notes
