@@ -19,6 +19,8 @@ _COUNT = re.compile(r"(?:^|_)(?:layers?|labels|experts|heads?|groups?|blocks)$")
 # mscale_all_dim of YaRN's rotary embeddings is a factor.
 _SIZE = re.compile(r"(?<!mscale_all)(?:_size|_dim|_rank|^d_model|^n_embd)$")
 _MOST, _LARGEST = 20_000, 1 << 26
+# Artifacts are verified on prompts of two dozen tokens.
+_LEAST_CONTEXT = 32
 _NESTED = 4
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -78,6 +80,12 @@ def check_architecture(config: PreTrainedConfig, weights: StoredWeights) -> None
         value = getattr(text, name, 1)
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(f"{name} in config.json is {shown(value)}; it must be positive.")
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < _LEAST_CONTEXT:
+        raise CheckpointError(
+            f"max_position_embeddings in config.json is {positions}; models of fewer than "
+            f"{_LEAST_CONTEXT} positions can't be verified. Take it from the original config.json."
+        )
     _check_heads(text)
     _check_embedding(text, weights)
     _check_experts(text, weights)
