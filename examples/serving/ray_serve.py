@@ -33,7 +33,8 @@ def deployment(artifact: str, *, least: int, most: int) -> Any:
 
     def build() -> Any:
         from alloc_moe.runtime import load
-        from alloc_moe.runtime.serving.app import Limits, Server, application
+        from alloc_moe.runtime.serving.app import application
+        from alloc_moe.runtime.serving.server import Limits, Server
 
         model = load(artifact, ep="cpu", threads=1, count_activations=True)
         app = application(Server(model, name="moe", limits=Limits(rows=ROWS)))

@@ -6,12 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alloc_moe.runtime.execution.buffers import new_array
+from alloc_moe.runtime.execution.buffers import BFLOAT16, new_array
 from alloc_moe.runtime.execution.cache import Cache, CacheSlot
 from alloc_moe.runtime.execution.session import ArtifactSession
 
 Row = tuple[Cache, int]
 """A cache and which of its sequences. The real tokens of one are its last columns."""
+
+
+def moves_rows(session: ArtifactSession) -> bool:
+    """Whether sequences can be moved: numpy can't read a copied cache of bfloat16 from a GPU."""
+    readable = all(slot.shared or slot.element_type != BFLOAT16 for slot in session.slots)
+    return session.device == "cpu" or readable
 
 
 def gather_rows(session: ArtifactSession, rows: Sequence[Row], *, capacity: int = 0) -> Cache:
