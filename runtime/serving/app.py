@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -16,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.serving.metrics import Metrics
@@ -79,13 +79,13 @@ def application(server: Server, *, hosts: list[str] | None = None) -> Starlette:
 class _Counting:
     """Counts responses by status."""
 
-    def __init__(self, app: Any, metrics: Metrics) -> None:  # any ASGI application
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a call on."""
 
-        async def counted(message: Any) -> None:
+        async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._metrics.add("requests_total", label=f'status="{message["status"]}"')
             await send(message)

@@ -21,6 +21,7 @@ from starlette.responses import (
     Response,
     StreamingResponse,
 )
+from starlette.types import Receive, Scope, Send
 
 from alloc_moe.runtime.serving.metrics import Metrics
 from alloc_moe.runtime.serving.protocol import (
@@ -138,27 +139,8 @@ class Server:
         self.scheduler.submit(work)
         writer = Writer(asked, self.name, self.model.session.plan, chat=chat)
         if asked.stream:
-            return StreamingResponse(
-                self._streamed(work, events, writer),
-                media_type="text/event-stream",
-                headers={"cache-control": "no-store", "x-accel-buffering": "no"},
-            )
+            return _Stream(_streamed(work, events, writer), end=lambda: self.scheduler.cancel(work))
         return await self._collected(request, work, events, writer)
-
-    async def _streamed(self, work: Request, events: Events, writer: Writer) -> AsyncIterator[str]:
-        """Yield server-sent events as tokens come; a client that hangs up ends the work."""
-        try:
-            async for news in _news(work, events):
-                if isinstance(news, Failed):
-                    yield event(error_reply(news.message, status=_FAILURES[news.kind]))
-                    return
-                if news.text or news.stopped or news.experts:
-                    yield event(writer.part(news))
-            if (last := writer.last()) is not None:
-                yield event(last)
-            yield event("[DONE]")
-        finally:
-            self.scheduler.cancel(work)
 
     async def _collected(
         self, request: HttpRequest, work: Request, events: Events, writer: Writer
@@ -191,6 +173,38 @@ class Server:
                 status=401,
                 code="invalid_api_key",
             )
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events, and what to do at their end, be it that the client hangs up."""
+
+    def __init__(self, events: AsyncIterator[str], *, end: Callable[[], None]) -> None:
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        )
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them. The end comes also where the first isn't even asked for."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+
+
+async def _streamed(work: Request, events: Events, writer: Writer) -> AsyncIterator[str]:
+    """Yield server-sent events as tokens come."""
+    async for news in _news(work, events):
+        if isinstance(news, Failed):
+            yield event(error_reply(news.message, status=_FAILURES[news.kind]))
+            return
+        if (part := writer.part(news)) is not None:
+            yield event(part)
+    if (last := writer.last()) is not None:
+        yield event(last)
+    yield event("[DONE]")
 
 
 async def _body(request: HttpRequest) -> bytes:
