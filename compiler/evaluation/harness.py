@@ -24,9 +24,9 @@ from tqdm import tqdm
 from alloc_moe.compiler.evaluation.backends import Backend, open_artifact, open_model
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.measure.evaluate import token_losses
+from alloc_moe.runtime.text.answers import Answer
 from alloc_moe.runtime.text.generation import decode
 from alloc_moe.runtime.text.sampling import Sampling
-from alloc_moe.runtime.text.tokenizer import TextStream
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -249,16 +249,24 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         prompts = [(self.tok_encode(text) or [self.prefix_token_id])[-room:] for text in contexts]
         stops = [stop for stop in known["until"] if stop]
         ends = self.backend.eos_ids | {self.eot_token_id}
-        answers = [_Answer(TextStream(self.backend.tokenizer, ids), stops) for ids in prompts]
+        answers = [
+            Answer(self.backend.tokenizer, ids, eos_ids=ends, stop_strings=stops) for ids in prompts
+        ]
+        texts = ["" for _ in prompts]
+
+        def is_last(row: int, token: int) -> bool:
+            texts[row] += answers[row].push(token)
+            return answers[row].stopped is not None
+
         for _ in decode(
             self.backend.step,
             prompts,
             max_new_tokens=known["max_gen_toks"],
             sampling=self._sampling(known),
-            is_last=lambda row, token: token in ends or answers[row].push(token),
+            is_last=is_last,
         ):
             pass
-        return [answer.finish() for answer in answers]
+        return [text + answer.flush() for text, answer in zip(texts, answers, strict=True)]
 
     def _sampling(self, settings: dict[str, Any]) -> Sampling:
         temperature = float(settings.get("temperature", 1.0)) if settings["do_sample"] else 0.0
@@ -266,25 +274,6 @@ class AllocMoeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             return Sampling()
         # A seed of its own for every batch, or repeated requests would get equal answers.
         return Sampling(temperature, float(settings.get("top_p", 1.0)), next(self._seeds))
-
-
-class _Answer:
-    """The text of one answer as it grows."""
-
-    def __init__(self, stream: TextStream, stops: Sequence[str]) -> None:
-        self._stream = stream
-        self._stops = stops
-        self._text = ""
-
-    def push(self, token: int) -> bool:
-        """Add a token; return whether a stop string is complete."""
-        self._text += self._stream.push(token)
-        return any(stop in self._text for stop in self._stops)
-
-    def finish(self) -> str:
-        """Return the text before the first stop string."""
-        text = self._text + self._stream.flush()
-        return text[: min((text.find(stop) for stop in self._stops if stop in text), default=None)]
 
 
 def choose_batch_size(backend: Backend, asked: int | str | None, *, most: int | None = None) -> int:

@@ -130,7 +130,8 @@ def serve_command(
             "Serving needs starlette and uvicorn. Install alloc-moe[serve]."
         ) from error
     from alloc_moe.runtime.execution.providers import cuda_obstacle
-    from alloc_moe.runtime.serving.app import Limits, Server, application
+    from alloc_moe.runtime.serving.app import application
+    from alloc_moe.runtime.serving.server import Limits, Server
     from alloc_moe.runtime.text.model import load
 
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):

@@ -64,9 +64,10 @@ class Chat:
             "/clear": self._clear,
             "/help": lambda _: self._console.note(_HELP),
         }
-        self._model.chat_prompt(
-            [*self._start, {"role": "user", "content": "?"}]
-        )  # or it can't chat
+        # What can't be is said before anything is asked.
+        self._model.chat_prompt([*self._start, {"role": "user", "content": "?"}])
+        if self._budget is not None:
+            price_of(self._model.session.plan, self._budget)
         self._console.note("Talk with the model; /help says what else you can do.")
         for line in lines:
             word, _, rest = line.strip().partition(" ")

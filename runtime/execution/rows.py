@@ -6,13 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alloc_moe.runtime.execution.buffers import new_array
+from alloc_moe.runtime.execution.buffers import BFLOAT16, new_array
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.execution.slots import CacheSlot
 
 Row = tuple[Cache, int]
 """A cache and which of its sequences. The real tokens of one are its last columns."""
+
+
+def moves_rows(session: Session) -> bool:
+    """Whether sequences can be moved: numpy can't read a copied cache of bfloat16 from a GPU."""
+    readable = all(slot.shared or slot.element_type != BFLOAT16 for slot in session.slots)
+    return session.device == "cpu" or readable
 
 
 def gather_rows(session: Session, rows: Sequence[Row], *, capacity: int = 0) -> Cache:

@@ -144,7 +144,10 @@ def completion_asked(body: bytes, model: TextModel, name: str, *, most_new: int)
     prompt = fields["prompt"]
     several = not isinstance(prompt, str) and not isinstance(prompt[0], int)
     prompts = prompt if several else (prompt,)
-    ids = [model.encode(each) if isinstance(each, str) else list(each) for each in prompts]
+    try:
+        ids = [model.encode(each) if isinstance(each, str) else list(each) for each in prompts]
+    except GenerationError as error:
+        raise RequestError(str(error)) from error
     wanted = fields.get("max_tokens") or _COMPLETION_TOKENS
     return _asked(fields, model, ids, wanted, most_new=most_new)
 

@@ -62,8 +62,11 @@ class Writer:
             "alloc_moe": self._report(),
         }
 
-    def part(self, piece: Piece) -> Reply:
-        """Return one reply of a stream."""
+    def part(self, piece: Piece) -> Reply | None:
+        """Return one reply of a stream, None if there is nothing to say."""
+        experts = piece.experts if self._asked.experts else None
+        if not piece.text and piece.stopped is None and experts is None:
+            return None
         if self._chat:
             first = {} if piece.choice in self._started else {"role": "assistant"}
             said: Reply = {"delta": {**first, "content": piece.text}}
@@ -74,8 +77,8 @@ class Writer:
         reply = self._chunk(
             [{"index": piece.choice, **said, "logprobs": None, "finish_reason": reason}]
         )
-        if self._asked.experts and piece.experts is not None:
-            reply["alloc_moe"] = {"experts_per_layer": piece.experts}
+        if experts is not None:
+            reply["alloc_moe"] = {"experts_per_layer": experts}
         return reply
 
     def last(self) -> Reply | None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.execution.calls import Session
+from alloc_moe.runtime.execution.rows import moves_rows
 from alloc_moe.runtime.serving.batch import Batch, Row
 from alloc_moe.runtime.serving.metrics import Metrics
 from alloc_moe.runtime.text.answers import Answer, Stopped
@@ -19,11 +20,12 @@ from alloc_moe.runtime.text.answers import Answer, Stopped
 logger = logging.getLogger(__name__)
 
 Failure = Literal["timeout", "error", "closing"]
-_MESSAGES: dict[Failure, str] = {
+MESSAGES: dict[Failure, str] = {
     "timeout": "The request took longer than the server allows. Ask for less, or later.",
     "error": "The server can't run the model. Its log says why.",
     "closing": "The server is shutting down. Ask another one.",
 }
+"""What clients are told of a failure."""
 
 
 class OverloadedError(AllocMoeError):
@@ -83,8 +85,9 @@ class Scheduler:
 
     Args:
         session: The model.
-        most_rows: The most sequences that are decoded at a time. Where the tokens of a call compete
-            for experts, that is one: an answer would depend on others.
+        most_rows: The most sequences that are decoded at a time. That is one where the tokens of a
+            call compete for experts, so that an answer would depend on others, and where the rows
+            of caches can't be moved.
         most_waiting: The most sequences in the queue.
     """
 
@@ -92,7 +95,8 @@ class Scheduler:
         self, session: Session, metrics: Metrics, *, most_rows: int, most_waiting: int
     ) -> None:
         self._session, self._metrics = session, metrics
-        self.most_rows = 1 if tokens_compete(session) else most_rows
+        apart = tokens_compete(session) or not moves_rows(session)
+        self.most_rows = 1 if apart else most_rows
         self.most_waiting = most_waiting
         self._waiting: deque[tuple[Request, Choice]] = deque()
         self._running: dict[Row, tuple[Request, Choice]] = {}
@@ -119,11 +123,9 @@ class Scheduler:
         """
         with self._changed:
             if not self._is_open:
-                raise ClosingError(_MESSAGES["closing"])
-            there, most = (
-                len(self._waiting) + len(self._running),
-                self.most_rows + self.most_waiting,
-            )
+                raise ClosingError(MESSAGES["closing"])
+            there = len(self._waiting) + len(self._running)
+            most = self.most_rows + self.most_waiting
             if there + len(request.choices) > most:
                 raise OverloadedError(
                     f"The server is busy: {there} answers are being written or wait, of at most "
@@ -151,8 +153,8 @@ class Scheduler:
                 self._drop()
                 self._admit()
                 self._step()
-        except Exception:
-            # A bug: no request may wait forever, and nothing of it is for clients.
+        except BaseException:  # a panic of a library in Rust is no Exception
+            # No request may wait forever, and nothing of it is for clients.
             logger.exception("The server stops computing: this is a bug of alloc-moe.")
             self._fail_all("error")
         else:
@@ -261,7 +263,7 @@ class Scheduler:
     def _fail(self, request: Request, kind: Failure) -> None:
         if not request.cancelled:
             request.cancelled = True
-            request.tell(Failed(kind, _MESSAGES[kind]))
+            request.tell(Failed(kind, MESSAGES[kind]))
 
     def _fail_all(self, kind: Failure) -> None:
         with self._changed:

@@ -308,16 +308,19 @@ def toy_without_positions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy(tmp_path_factory.mktemp("toy") / "out.onnx", position_input=False)
 
 
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle folder of the toy."""
-    folder = tmp_path_factory.mktemp("bundle")
-    write_toy(folder / MODEL_FILE)
+def _write_bundle(folder: Path, plan: AllocationPlan, **toy: bool) -> Path:
+    write_toy(folder / MODEL_FILE, **toy)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / PLAN_FILE).write_text(PLAN.to_json())
+    (folder / PLAN_FILE).write_text(plan.to_json())
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle folder of the toy."""
+    return _write_bundle(tmp_path_factory.mktemp("bundle"), PLAN)
 
 
 @pytest.fixture(scope="session")
@@ -329,24 +332,14 @@ def dial_plan() -> AllocationPlan:
 @pytest.fixture(scope="session")
 def dial_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a toy whose price can be set."""
-    folder = tmp_path_factory.mktemp("dial")
-    write_toy(folder / MODEL_FILE, dial=True)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
-    return folder
+    return _write_bundle(tmp_path_factory.mktemp("dial"), DIAL_PLAN, dial=True)
 
 
 @pytest.fixture(scope="session")
 def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the toy with a dial, one cache for all rows and a chat template."""
     folder = tmp_path_factory.mktemp("chat")
-    write_toy(folder / MODEL_FILE, dial=True, shared=True, keeps=True)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / PLAN_FILE).write_text(DIAL_PLAN.to_json())
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    _write_bundle(folder, DIAL_PLAN, dial=True, shared=True, keeps=True)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 

@@ -110,6 +110,12 @@ def test_a_model_that_cannot_chat_says_so_at_once(bundle: Path) -> None:
     assert "has no chat template: as far as it says, the model continues texts" in outcome.stderr
 
 
+def test_a_first_budget_off_the_dial_is_an_error(chat_bundle: Path) -> None:
+    outcome = chat(chat_bundle, "One\n", "--budget", "0.1")
+    assert outcome.exit_code == 1
+    assert "The budget 0.1 is 0 of 8 activations per token, below" in outcome.stderr
+
+
 @pytest.mark.parametrize(
     "options", [["--chat", "--prompt", "a"], ["--chat", "--json"], ["--system", "a"]]
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import socket
 import threading
 import time
@@ -13,7 +15,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from alloc_moe.runtime.serving.app import Limits, Server, application
+from alloc_moe.runtime.serving.app import application
+from alloc_moe.runtime.serving.server import Limits, Server
 from alloc_moe.runtime.text.model import TextModel, load
 
 
@@ -97,3 +100,23 @@ def slow(chat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> TextModel:
 
     monkeypatch.setattr(model.session, "run", slowly)
     return model
+
+
+@pytest.fixture
+def ask() -> Callable[..., tuple[int, Any, http.client.HTTPMessage]]:
+    """Return what posts a body and returns status, JSON and headers."""
+    return _ask
+
+
+def _ask(
+    port: int, path: str, body: Any, *, headers: dict[str, str] | None = None
+) -> tuple[int, Any, http.client.HTTPMessage]:
+    """Post a body, as JSON unless it is bytes; return status, JSON and headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    sent = {"content-type": "application/json"} if headers is None else headers
+    connection.request("POST", path, data, sent)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, json.loads(content) if content else None, answer.headers

@@ -35,7 +35,8 @@ def alone(session: ArtifactSession, row: Row, count: int) -> list[int]:
     return ids
 
 
-def test_rows_that_come_and_go_get_the_tokens_they_get_alone(session: ArtifactSession) -> None:
+def come_and_go(session: ArtifactSession) -> None:
+    """Have rows of many lengths join and leave, and compare each with what it gets alone."""
     random = np.random.default_rng(5)
     batch = Batch(session, None)
     finished: list[Row] = []
@@ -63,6 +64,30 @@ def test_rows_that_come_and_go_get_the_tokens_they_get_alone(session: ArtifactSe
     assert steps < sum(goals.values())
     for row in finished:
         assert row.ids == alone(session, row, len(row.ids))
+
+
+def test_rows_that_come_and_go_get_the_tokens_they_get_alone(session: ArtifactSession) -> None:
+    come_and_go(session)
+
+
+@pytest.mark.slow
+def test_so_they_do_where_rows_begin_with_their_tokens(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    api = pytest.importorskip("alloc_moe.compiler.api")
+    path = tmp_path / "out.onnx"
+    api.compile(
+        str(checkpoint("olmoe")),
+        output=path,
+        budget=0.5,
+        device="cuda",
+        redistribute="none",
+        correct="none",
+        tokens=256,
+    )
+    session = open_session(path, ep="cpu")
+    assert session.pads_right
+    come_and_go(session)
 
 
 def test_experts_are_counted_for_the_row_they_ran_for(session: ArtifactSession) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +14,19 @@ import pytest
 
 
 @pytest.fixture
+def artifact(toy_artifact: ModuleType, tmp_path: Path) -> Path:
+    """A toy with its tokenizer beside it."""
+    pytest.importorskip("openai")
+    toy_artifact.byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    path: Path = toy_artifact.write_toy(tmp_path / "out.onnx", dial=True, shared=True, keeps=True)
+    return path
+
+
+@pytest.fixture
 def ask(
-    load: Callable[[str], ModuleType],
-    toy_artifact: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    load: Callable[[str], ModuleType], artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[int], ModuleType]:
     """Return what prepares the script to ask a server of the toy so many times."""
-    pytest.importorskip("openai")
-    artifact = toy_artifact.write_toy(tmp_path / "out.onnx", dial=True, shared=True, keeps=True)
-    toy_artifact.byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     example = load("serving/load")
     questions = example.questions
     monkeypatch.setattr(
@@ -57,3 +62,20 @@ def test_a_wrong_answer_is_counted(
         example.main()
     assert ended.value.code == 1
     assert "4 not as" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_replicas_on_ray_serve_answer_alike(examples: Path, artifact: Path) -> None:
+    pytest.importorskip("ray.serve", reason="needs pip install 'ray[serve]'", exc_type=ImportError)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, str(examples / "serving" / "ray_serve.py"), str(artifact)]
+    done = subprocess.run(
+        [*command, "--least", "2", "--try", "64", "--port", str(port)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^64 answers from 2 replicas: \d+, \d+$", done.stdout, re.M)

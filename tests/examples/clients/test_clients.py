@@ -14,7 +14,7 @@ import pytest
 from alloc_moe.compiler import api
 from alloc_moe.runtime.text.model import load
 
-CLIENTS = Path(__file__).parents[2] / "examples" / "clients"
+CLIENTS = Path(__file__).parents[3] / "examples" / "clients"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 ASKED = "The committee, été"
 NEW_TOKENS = 12
