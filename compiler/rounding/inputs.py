@@ -63,14 +63,15 @@ class LayerInputs:
                 return
 
     def as_trained(self, modules: Collection[str]) -> dict[str, list[torch.Tensor]]:
-        """Return by name what is the first that modules are given, batch by batch."""
+        """Return by name the first input of modules of the layer, batch by batch."""
         found: dict[str, list[torch.Tensor]] = {module: [] for module in modules}
-        with contextlib.ExitStack() as stack:
-            for module, given in found.items():
-                note = functools.partial(_append_first, given)
-                stack.enter_context(self._watched(module, note))
-            pairs = zip(self._batches, self._trained, strict=True)
-            self._next = [self._run(ids, hidden) for ids, hidden in pairs]
+        after: list[torch.Tensor | None] = []
+        with self._noted(modules) as calls:
+            for ids, hidden in zip(self._batches, self._trained, strict=True):
+                after.append(self._run(ids, hidden))
+                for module, inputs in found.items():
+                    inputs.append(calls.pop(module))
+        self._next = after
         return found
 
     def together(self, modules: Collection[str]) -> list[list[str]]:
@@ -78,11 +79,7 @@ class LayerInputs:
 
         Those that don't run are left out.
         """
-        calls: dict[str, torch.Tensor] = {}
-        with contextlib.ExitStack() as stack:
-            for module in modules:
-                note = functools.partial(_note_first, calls, module)
-                stack.enter_context(self._watched(module, note))
+        with self._noted(modules) as calls:
             ids, hidden = next(self._pairs())
             self._run(ids[:1], None if hidden is None else hidden[:1])
 
@@ -141,6 +138,16 @@ class LayerInputs:
         raise RuntimeError(f"The model's forward did not call {module}.")
 
     @contextlib.contextmanager
+    def _noted(self, modules: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what grows by the first input of each module while the block lasts."""
+        calls: dict[str, torch.Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                note = functools.partial(_note_first, calls, module)
+                stack.enter_context(self._watched(module, note))
+            yield calls
+
+    @contextlib.contextmanager
     def _watched(
         self, name: str, note: Callable[[tuple[torch.Tensor, ...]], object]
     ) -> Iterator[None]:
@@ -168,10 +175,6 @@ class LayerInputs:
 def _tokens(states: torch.Tensor | None) -> torch.Tensor:
     assert states is not None
     return states.flatten(0, 1)
-
-
-def _append_first(found: list[torch.Tensor], given: tuple[torch.Tensor, ...]) -> None:
-    found.append(given[0])
 
 
 def _note_first(
