@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,8 @@ from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.model.layer_weights import resident
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.reference.experts import dense_weights
-from alloc_moe.compiler.rounding.expert_sums import ExpertSums, squares
-from alloc_moe.compiler.rounding.gptq import round_products
+from alloc_moe.compiler.rounding.expert_sums import ExpertSums, Sums
+from alloc_moe.compiler.rounding.gptq import restore_products, round_products
 from alloc_moe.compiler.rounding.inputs import LayerInputs
 from alloc_moe.compiler.rounding.weights import (
     format_mark,
@@ -93,7 +94,7 @@ class _Rounding:
                 self._round_layer(f"{self._names[id(layer)]}.", inputs)
                 inputs.advance()
         if head is not None and self._chosen.find(f"{head}.weight") is None:
-            self._round_linear([head], (given[0] for given in inputs.entering_head(head)))
+            self._round_linear([head], inputs.entering_head(head))
 
     def _head(self) -> str | None:
         """Return the name of the head, if it has weights of its own and is stored in few bits."""
@@ -106,61 +107,62 @@ class _Rounding:
     def _round_layer(self, prefix: str, inputs: LayerInputs) -> None:
         """Round all weights of a decoder layer, whose floats are in memory."""
         left = [name for name in self._formats if name.startswith(prefix)]
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in left)
-        for same in inputs.together(modules):
-            given = inputs.entering(same[0])
+        groups = inputs.together(dict.fromkeys(name.rpartition(".")[0] for name in left))
+        trained = inputs.as_trained([first for first, *_ in groups])
+        for same in groups:
+            floats, given = trained.pop(same[0]), inputs.entering(same[0])
             if same[0] in self._experts:
-                self._round_experts(same[0], *map(torch.cat, zip(*given, strict=True)))
+                hidden, ids, weights = map(torch.cat, zip(*given, strict=True))
+                shares = dense_weights(ids, weights.square(), self._experts[same[0]])
+                self._round_experts(same[0], ExpertSums(hidden, torch.cat(floats), shares))
             else:
-                self._round_linear(same, (each[0] for each in given))
+                pairs = zip((first for first, *_ in given), floats, strict=True)
+                self._round_linear(same, pairs)
             left = [name for name in left if name.rpartition(".")[0] not in same]
         for name in left:  # the model never runs them
             self._keep(name)
 
-    def _round_linear(self, names: Sequence[str], given: Iterable[torch.Tensor]) -> None:
-        """Round linear layers of one input."""
-        columns = self._model.get_submodule(names[0]).weight.shape[1]
-        sums = torch.zeros(columns, columns)
-        for hidden in given:
-            sums += squares(hidden.flatten(0, -2))
-        sums = _finite(sums, names[0])
+    def _round_linear(
+        self, names: Sequence[str], given: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Round linear layers of one input, given now and as trained [..., columns]."""
+        parts = (Sums.over(*(each.flatten(0, -2) for each in pair)) for pair in given)
+        sums = functools.reduce(operator.add, parts)
         for name in names:
             weight = self._model.get_submodule(name).weight.detach()
-            form, _ = self._formats[f"{name}.weight"]
-            weight.copy_(round_products(weight[None], sums[None], form)[0])
+            weight.copy_(self._rounded(f"{name}.weight", weight[None], [sums])[0])
             self._keep(f"{name}.weight")
 
-    def _round_experts(
-        self, name: str, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        """Round the experts that are given `hidden` [T, H], experts [T, K] and weights [T, K]."""
+    def _round_experts(self, name: str, sums: ExpertSums) -> None:
+        """Round experts, some at a time."""
         module: Any = self._model.get_submodule(name)
-        sums = ExpertSums(hidden, dense_weights(ids, weights.square(), self._experts[name]))
-        self._round_each(f"{name}.gate_up_proj", sums.gate_up)
-        self._round_each(f"{name}.down_proj", functools.partial(sums.down, module))
+        gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+        rows = [weight.mT if module.is_transposed else weight for weight in (gate_up, down)]
+        columns = max(each.shape[2] for each in rows)
+        for part in torch.split(torch.arange(len(gate_up)), max(1, _SUMS // columns**2)):
+            trained = gate_up[part]
+            of_gate_up = [sums.gate_up(int(expert)) for expert in part]
+            rows[0][part] = self._rounded(f"{name}.gate_up_proj", rows[0][part], of_gate_up)
+            pairs = zip(part, trained, strict=True)
+            of_down = [sums.down(module, int(expert), each) for expert, each in pairs]
+            rows[1][part] = self._rounded(f"{name}.down_proj", rows[1][part], of_down)
+        self._keep(f"{name}.gate_up_proj")
+        self._keep(f"{name}.down_proj")
 
-    def _round_each(self, name: str, sums: Callable[[int], torch.Tensor]) -> None:
-        """Round one weight of every expert, some at a time, by the sums that each has."""
-        weight = self._model.get_parameter(name).detach()
-        form, transposed = self._formats[name]
-        matrices = weight.mT if transposed else weight  # [experts, rows, columns]
-        count = max(1, _SUMS // matrices.shape[2] ** 2)
-        for part in torch.split(torch.arange(len(matrices)), count):
-            together = torch.stack([sums(int(expert)) for expert in part])
-            matrices[part] = round_products(matrices[part], _finite(together, name), form)
-        self._keep(name)
+    def _rounded(self, name: str, weights: torch.Tensor, each: Sequence[Sums]) -> torch.Tensor:
+        """Return matrices [matrices, rows, columns] of the parameter `name` as rounded."""
+        sums = Sums.stacked(each)
+        if not sums.finite():
+            raise UnsupportedModelError(
+                f"What {name} is multiplied by on the calibration text isn't finite: the model's "
+                "weights are broken."
+            )
+        form, _ = self._formats[name]
+        wanted = restore_products(weights, sums.hessian, sums.drift)
+        return round_products(wanted, sums.hessian, form)
 
     def _keep(self, name: str) -> None:
         """Keep a weight as the values and scales that it is stored as."""
         self._chosen.keep(
             name, pack(self._model.get_parameter(name).detach(), *self._formats[name])
         )
-
-
-def _finite(sums: torch.Tensor, name: str) -> torch.Tensor:
-    if not sums.isfinite().all():
-        raise UnsupportedModelError(
-            f"What {name} is multiplied by on the calibration text isn't finite: the model's "
-            "weights are broken."
-        )
-    return sums

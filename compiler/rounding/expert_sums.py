@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,41 +12,73 @@ _OF_ALL = 0.5  # what the layer's mean expert adds to each one's own sums
 _SAMPLE = 512  # tokens that stand for all of a layer, spread evenly
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Over inputs x of a product, which were y before anything was rounded: of x x', (y - x) x'.
+
+    Both are [columns, columns], of several products [products, columns, columns].
+    """
+
+    hessian: torch.Tensor
+    drift: torch.Tensor
+
+    @classmethod
+    def over(
+        cls, inputs: torch.Tensor, floats: torch.Tensor, shares: torch.Tensor | None = None
+    ) -> Sums:
+        """Return the sums over inputs x and y [T, C], each token with its share [T] if given."""
+        counted = inputs if shares is None else inputs * shares[:, None]
+        return cls(inputs.mT @ counted, (floats - inputs).mT @ counted)
+
+    @classmethod
+    def stacked(cls, sums: Sequence[Sums]) -> Sums:
+        """Return those of single products together."""
+        return cls(
+            torch.stack([each.hessian for each in sums]), torch.stack([each.drift for each in sums])
+        )
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.hessian + other.hessian, self.drift + other.drift)
+
+    def finite(self) -> bool:
+        """Whether all are."""
+        return bool(self.hessian.isfinite().all() and self.drift.isfinite().all())
+
+
 class ExpertSums:
-    """Sums of x x' over the inputs x of single experts, each with the share of a token.
+    """Sums over the inputs of single experts, each token with its share.
 
     Args:
         hidden: What the experts' layer is given [T, H].
+        floats: What it was given before anything was rounded [T, H].
         shares: How much a token counts for each expert [T, E], zero where it isn't sent there.
     """
 
-    def __init__(self, hidden: torch.Tensor, shares: torch.Tensor) -> None:
-        self._hidden, self._shares = hidden, shares
-        mean = shares.mean(1)
-        self._common = _OF_ALL * squares(hidden, mean)
+    def __init__(self, hidden: torch.Tensor, floats: torch.Tensor, shares: torch.Tensor) -> None:
+        self._hidden, self._floats, self._shares = hidden, floats, shares
+        mean = _OF_ALL * shares.mean(1)
+        self._common = Sums.over(hidden, floats, mean)
         self._sample = torch.linspace(0, len(hidden) - 1, min(_SAMPLE, len(hidden))).long()
-        self._sample_share = _OF_ALL * mean.sum() / len(self._sample)
+        self._sample_share = mean.sum() / len(self._sample)
 
-    def gate_up(self, expert: int) -> torch.Tensor:
-        """Return the sums [H, H] over what an expert is given."""
+    def gate_up(self, expert: int) -> Sums:
+        """Return the sums over what an expert is given."""
         sent, shares = self._sent(expert)
-        return squares(self._hidden[sent], shares) + self._common
+        return Sums.over(self._hidden[sent], self._floats[sent], shares) + self._common
 
-    def down(self, experts: Any, expert: int) -> torch.Tensor:
-        """Return the sums [I, I] over what its down projection is given.
+    def down(self, experts: Any, expert: int, gate_up: torch.Tensor) -> Sums:
+        """Return the sums over what its down projection is given.
 
         Args:
             experts: The experts module, whose `gate_up_proj` is rounded already.
             expert: Which of them.
+            gate_up: Its weight before that, as the module has it.
         """
         sent, shares = self._sent(expert)
-        rows = self._hidden[torch.cat([sent, self._sample])]
-        weight = experts.gate_up_proj[expert]
-        inner = rows @ (weight if experts.is_transposed else weight.mT)
-        if experts.has_bias:
-            inner = inner + experts.gate_up_proj_bias[expert]
+        rows = torch.cat([sent, self._sample])
         shares = torch.cat([shares, self._sample_share.expand(len(self._sample))])
-        return squares(experts._apply_gate(inner), shares)
+        inner = _inner(experts, expert, experts.gate_up_proj[expert], self._hidden[rows])
+        return Sums.over(inner, _inner(experts, expert, gate_up, self._floats[rows]), shares)
 
     def _sent(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which tokens an expert is sent, and how much each counts."""
@@ -52,6 +86,10 @@ class ExpertSums:
         return sent, self._shares[sent, expert]
 
 
-def squares(inputs: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the sum of x x' [C, C] over inputs [T, C], each times its share [T] if given."""
-    return inputs.mT @ (inputs if shares is None else inputs * shares[:, None])
+def _inner(experts: Any, expert: int, gate_up: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what the down projection gets [T, I] of hidden states [T, H]."""
+    products = hidden @ (gate_up if experts.is_transposed else gate_up.mT)
+    if experts.has_bias:
+        products = products + experts.gate_up_proj_bias[expert]
+    gated: torch.Tensor = experts._apply_gate(products)
+    return gated

@@ -26,6 +26,7 @@ RATIOS = (1.0, 0.95, 0.9, 0.85)
 """Scales to try, relative to the one that reaches a block's largest weight."""
 
 _DAMPING = 0.01  # added to H's diagonal, relative to its mean: the paper's
+_RIDGE = 0.1  # the same, of products to restore
 _COLUMNS = 64  # whose errors reach the columns behind in one product
 _PART = 1 << 24  # weights rounded at a time, all ratios counted: some 100 MB with temporaries
 _TINY = 1e-20
@@ -49,6 +50,26 @@ def round_products(
     rows = max(1, _PART // (len(RATIOS) * weights[:, 0].numel()))
     parts = torch.split(weights, rows, dim=1)
     return torch.cat([_round_rows(part, order, upper, form) for part in parts], dim=1)
+
+
+def restore_products(
+    weights: torch.Tensor, hessians: torch.Tensor, drifts: torch.Tensor
+) -> torch.Tensor:
+    """Return weights that give on drifted inputs x what `weights` gave on the inputs y of before.
+
+    By least squares, with a ridge that draws them to `weights`. This is GPTAQ's asymmetric
+    calibration (arXiv 2504.02692), solved for all columns at once.
+
+    Args:
+        weights: [matrices, rows, columns] float32.
+        hessians: Sums of x x' [matrices, columns, columns].
+        drifts: Sums of (y - x) x' [matrices, columns, columns].
+    """
+    ridged = hessians.clone()
+    diagonal = ridged.diagonal(dim1=1, dim2=2)
+    diagonal += _RIDGE * diagonal.mean(1, keepdim=True).clamp(min=_TINY)
+    missing = (weights @ drifts).mT
+    return weights + torch.cholesky_solve(missing, torch.linalg.cholesky(ridged)).mT
 
 
 def _factors(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

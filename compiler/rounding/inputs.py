@@ -1,4 +1,4 @@
-"""What enters the linear layers and experts of a model, on a text that passes layer by layer."""
+"""What enters linear layers and experts on a text: as trained, and with what is rounded so far."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ _TOKENS_PER_BATCH = 4096
 class LayerInputs:
     """A model cut before one of its decoder layers, and the states that enter there.
 
+    There are two of each: those of the trained model, and those that the rounded weights of the
+    layers before leave.
+
     Args:
-        moe: The model. Its weights may change between calls.
+        moe: The model. The weights of the layer that the states enter are the trained ones until
+            `as_trained` was called; then they may be rounded.
         ids: The text [windows, sequence].
     """
 
@@ -33,6 +37,8 @@ class LayerInputs:
         self._experts = {layer.experts_name for layer in moe.layers}
         self._batches = torch.split(ids, max(1, _TOKENS_PER_BATCH // ids.shape[1]))
         self._states: list[torch.Tensor | None] = [None] * len(self._batches)
+        self._trained = self._states
+        self._next: list[torch.Tensor | None] = []  # the trained model's, after the layer
         self._at = 0
 
     @property
@@ -41,8 +47,9 @@ class LayerInputs:
         return self._at
 
     def advance(self) -> None:
-        """Move all states past the layer."""
+        """Move all states past the layer, which is rounded now."""
         self._states = [self._run(ids, hidden) for ids, hidden in self._pairs()]
+        self._trained = self._next
         self._at += 1
         self._keep()
 
@@ -50,19 +57,29 @@ class LayerInputs:
         """Go on from the states that an earlier run kept, if it did."""
         for layer in range(len(self._stack), 0, -1):
             if (found := self._moe.results.find(self._inputs(layer))) is not None:
-                self._states, self._at = list(found), layer
+                count = len(self._batches)
+                self._states, self._trained = list(found[:count]), list(found[count:])
+                self._at = layer
                 return
+
+    def as_trained(self, modules: Collection[str]) -> dict[str, list[torch.Tensor]]:
+        """Return by name the first input of modules of the layer, batch by batch."""
+        found: dict[str, list[torch.Tensor]] = {module: [] for module in modules}
+        after: list[torch.Tensor | None] = []
+        with self._noted(modules) as calls:
+            for ids, hidden in zip(self._batches, self._trained, strict=True):
+                after.append(self._run(ids, hidden))
+                for module, inputs in found.items():
+                    inputs.append(calls.pop(module))
+        self._next = after
+        return found
 
     def together(self, modules: Collection[str]) -> list[list[str]]:
         """Return modules of the layer as they run, those of one input together.
 
         Those that don't run are left out.
         """
-        calls: dict[str, torch.Tensor] = {}
-        with contextlib.ExitStack() as stack:
-            for module in modules:
-                note = functools.partial(_note_first, calls, module)
-                stack.enter_context(self._watched(module, note))
+        with self._noted(modules) as calls:
             ids, hidden = next(self._pairs())
             self._run(ids[:1], None if hidden is None else hidden[:1])
 
@@ -80,14 +97,17 @@ class LayerInputs:
         for ids, hidden in self._pairs():
             yield self._caught(module, functools.partial(self._run, ids, hidden))
 
-    def entering_head(self, head: str) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield what the module `head` is given, batch by batch; the states must be at the end."""
+    def entering_head(self, head: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what the module `head` is given, and was as trained, batch by batch.
+
+        The states must be at the end.
+        """
         # The cut model learns from a run what its layers return.
         self._stack.run(self._batches[0][:1], None, start=0, stop=1)
-        for _, hidden in self._pairs():
-            assert hidden is not None
-            run = functools.partial(self._stack.head, hidden.flatten(0, 1))
-            yield self._caught(head, run)
+        for states in zip(self._states, self._trained, strict=True):
+            runs = [functools.partial(self._stack.head, _tokens(each)) for each in states]
+            rounded, trained = (self._caught(head, run)[0] for run in runs)
+            yield rounded, trained
 
     def _run(self, ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         return self._stack.run(ids, hidden, start=self._at, stop=self._at + 1)
@@ -99,7 +119,8 @@ class LayerInputs:
         return ["entering", self._moe.fingerprint, layer]
 
     def _keep(self) -> None:
-        states = [state for state in self._states if state is not None]
+        pairs = (*self._states, *self._trained)
+        states = [state for state in pairs if state is not None]
         self._moe.results.keep(self._inputs(self._at), states)
         self._moe.results.forget(self._inputs(self._at - 1))
 
@@ -115,6 +136,16 @@ class LayerInputs:
         except _Reached as reached:
             return reached.given
         raise RuntimeError(f"The model's forward did not call {module}.")
+
+    @contextlib.contextmanager
+    def _noted(self, modules: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what grows by the first input of each module while the block lasts."""
+        calls: dict[str, torch.Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                note = functools.partial(_note_first, calls, module)
+                stack.enter_context(self._watched(module, note))
+            yield calls
 
     @contextlib.contextmanager
     def _watched(
@@ -139,6 +170,11 @@ class LayerInputs:
             yield
         finally:
             handle.remove()
+
+
+def _tokens(states: torch.Tensor | None) -> torch.Tensor:
+    assert states is not None
+    return states.flatten(0, 1)
 
 
 def _note_first(

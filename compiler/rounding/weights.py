@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alloc_moe.compiler.rounding.formats import BITS, BLOCK, choose_formats
 from alloc_moe.passes.blockwise import BlockFormat, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -25,16 +24,6 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import Quantization
 
 _EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-
-
-def rounded(moe: MoeModel, dtype: str, *, block: int = BLOCK) -> MoeModel:
-    """Return the model with weights as an artifact of `dtype` for the CPU has them.
-
-    Its weights are changed in place, if `dtype` is a key of `BITS`.
-    """
-    if dtype not in BITS:
-        return moe
-    return quantized(moe, choose_formats(moe.checkpoint, dtype, block=block))
 
 
 def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool = True) -> MoeModel:

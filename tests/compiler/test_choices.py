@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alloc_moe.compiler import compile, profile
-from alloc_moe.compiler.choices import budget_text, finite, whole
+from alloc_moe.compiler.choices import budget_text, chosen_rounding, finite, whole
 from alloc_moe.compiler.errors import OptionsError
 
 
@@ -92,3 +92,38 @@ def test_no_compile_begins_with_absurd_numbers(tmp_path: Path, options: dict[str
     if options.keys() & {"tokens", "seed"}:
         with pytest.raises(OptionsError):
             profile("nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed_bits", "rounding"),
+    [
+        ("int4", False, "gptq"),
+        ("int4", True, "nearest"),
+        ("int8", False, "nearest"),
+        ("float32", False, "nearest"),
+    ],
+)
+def test_only_int4_is_rounded_on_the_text_unless_asked_for(
+    dtype: str, mixed_bits: bool, rounding: str
+) -> None:
+    assert chosen_rounding(None, dtype, mixed_bits=mixed_bits) == rounding
+    assert chosen_rounding("nearest", dtype, mixed_bits=mixed_bits) == "nearest"
+    assert chosen_rounding("gptq", "int8") == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16", "rounding": "gptq"}, "int4 or int8; float16 isn't rounded"),
+        (
+            {"dtype": "int4", "rounding": "gptq", "mixed_bits": True},
+            "--mixed-bits tries each layer's experts in two widths.*Use --rounding nearest",
+        ),
+        ({"dtype": "int4", "rounding": "gptp"}, "--rounding can't be 'gptp'. Did you mean gptq"),
+    ],
+)
+def test_a_rounding_that_can_not_be_is_rejected(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionsError, match=message):
+        compile("nothing", output=tmp_path / "out.onnx", **options)

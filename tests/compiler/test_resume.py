@@ -18,7 +18,8 @@ from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Compiled, Metric
 from alloc_moe.compiler.rounding import weights as quantization
-from alloc_moe.compiler.rounding.weights import rounded
+from alloc_moe.compiler.rounding.formats import choose_formats
+from alloc_moe.compiler.rounding.weights import quantized
 from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -186,7 +187,8 @@ def test_weights_of_an_offloaded_layer_are_rounded_once(
 ) -> None:
     moe = load_model(str(checkpoint("olmoe")), offload="always")
     moe = dataclasses.replace(moe, results=SavedResults(tmp_path / "passes"))
-    rounded_moe = rounded(moe, "int4")
+    formats = choose_formats(moe.checkpoint, "int4")
+    rounded_moe = quantized(moe, formats)
     packed: list[object] = []
     pack = quantization.quantize
 
@@ -201,7 +203,7 @@ def test_weights_of_an_offloaded_layer_are_rounded_once(
     assert len(packed) == offloaded_weights
     again = measure_sensitivity(rounded_moe, CALIBRATION, metric=metric)
     assert len(packed) == offloaded_weights
-    resident = rounded(load_model(str(checkpoint("olmoe")), offload="never"), "int4")
+    resident = quantized(load_model(str(checkpoint("olmoe")), offload="never"), formats)
     expected = measure_sensitivity(resident, CALIBRATION, metric=metric)
     for found in (first, again):
         for row, wanted in zip(found.costs, expected.costs, strict=True):

@@ -112,6 +112,7 @@ def test_a_compiled_artifact_computes_with_the_rounded_weights(
     assert plan["verify"]["max_abs_logit_error"] < 1e-3
     assert 0 < plan["verify"]["kl"] < (0.02 if dtype == "int8" else 0.5)
     assert plan["quantization"]["dtype"] == dtype
+    assert plan["quantization"].get("rounding") == ("gptq" if dtype == "int4" else None)
     assert set(plan["quantization"]["expert_bits"]) == {4 if dtype == "int4" else 8}
     model = ir.load(output)
     operators = {node.op_type for node in model.graph}
