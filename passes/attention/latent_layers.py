@@ -56,12 +56,12 @@ class LatentLayer:
 def match_latent_layers(model: ir.Model) -> Sequence[LatentLayer]:
     """Return all attention layers if all are latent, in float32 and without windows; else none.
 
-    All have as many heads.
+    All have as many heads and latents of one size.
     """
     nodes = [node for node in model.graph if node.op_type == "Attention"]
     layers = [_match(node) for node in nodes]
     found = [layer for layer in layers if layer is not None]
-    alike = len({layer.heads for layer in found}) == 1
+    alike = len({(layer.heads, heads_of(layer.latent)) for layer in found}) == 1
     return found if alike and len(found) == len(nodes) else ()
 
 

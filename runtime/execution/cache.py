@@ -32,6 +32,9 @@ ELEMENT_TYPES = {
 }
 _PAST, _PRESENT = "past_key_values.", "present."
 
+# Of a latent cache, whose room costs time whether it is used or not.
+_FEWEST_MORE, _SHARE_MORE = 64, 8
+
 
 @dataclass(frozen=True)
 class CacheSlot:
@@ -40,7 +43,7 @@ class CacheSlot:
     ``empty_shape`` is the shape for no past and a batch of 1; ``batch_axis`` and ``past_axis`` are
     those two's. ``shared`` is whether the graph writes in place: input and output may then be one
     buffer that has room for more than the past. ``latent`` is whether it computes on all of that
-    buffer: it is given no more than it needs where it can be, and finite numbers beyond.
+    buffer, which must hold finite numbers.
     """
 
     past: str
@@ -63,8 +66,8 @@ def find_slots(
     *,
     batch: str | int | None,
     shared: bool,
-    latent: bool,
     path: Path,
+    latent: bool = False,
 ) -> tuple[CacheSlot, ...]:
     """Return the cache tensors among the inputs of a graph.
 
@@ -72,8 +75,8 @@ def find_slots(
         inputs: As a session gives them.
         batch: What the graph calls the size of the batch.
         shared: Whether the graph writes in place.
-        latent: Whether it computes on all of the buffers then.
         path: The graph's file, for messages.
+        latent: Whether it computes on all of the buffers that it writes to.
 
     Raises:
         ArtifactError: The graph doesn't say enough of one of them.
@@ -152,6 +155,9 @@ class Cache:
         self.bound_inputs: tuple[object, ...] = ()  # what else `binding` was made for
         self.place: object | None = None  # what kernels of our own made of `addresses`
         self._slots = slots
+        self._wanted = capacity
+        if any(slot.latent for slot in slots):
+            capacity = 0  # made when it is needed, in steps
         self._device = device
         self._mask = np.ones((batch, capacity), np.int64)
         self._real = np.zeros(batch, np.int64)  # real tokens so far, for the next position
@@ -167,11 +173,6 @@ class Cache:
     def shared(self) -> bool:
         """Whether the graph appends in place, so that nothing is copied from call to call."""
         return all(slot.shared for slot in self._slots) and bool(self._slots)
-
-    @property
-    def rebinds(self) -> bool:
-        """Whether each call must `bind` it anew: its tensors, or how much of them, change."""
-        return not self.shared or (self.batch == 1 and any(slot.latent for slot in self._slots))
 
     @property
     def capacity(self) -> int:
@@ -195,6 +196,7 @@ class Cache:
     def fork(self) -> Cache:
         """Return a copy that can be continued on its own."""
         copy = Cache(self._slots, batch=self.batch, device=self._device)
+        copy._wanted = self._wanted
         copy.length, copy._mask, copy._real = self.length, self._mask.copy(), self._real.copy()
         if self.shared:
             copy._make_room(self.capacity, self)
@@ -223,10 +225,16 @@ class Cache:
             ]
 
     def reserve(self, length: int) -> None:
-        """Have room for `length` columns, and if that moves the cache, for as many again."""
+        """Have room for `length` columns, and if that moves the cache, for as many again.
+
+        A latent cache gets room for an eighth more, but no more than was asked for at first.
+        """
         if length <= self.capacity:
             return
         capacity = max(length, 2 * self.capacity)
+        if any(slot.latent for slot in self._slots):
+            capacity = length + max(length // _SHARE_MORE, _FEWEST_MORE)
+            capacity = min(capacity, self._wanted) if self._wanted >= length else capacity
         mask = np.ones((self.batch, capacity), np.int64)
         mask[:, : self.length] = self._mask[:, : self.length]
         if self.shared:
@@ -259,17 +267,11 @@ class Cache:
             "position_ids": self.positions(new),
         }
 
-    def bind(self, binding: onnxruntime.IOBinding, new: int) -> None:
-        """Have a call read this cache and write in place, or to new tensors for `append`.
-
-        Args:
-            binding: The call's.
-            new: How many columns it appends, for which there must be room.
-        """
+    def bind(self, binding: onnxruntime.IOBinding) -> None:
+        """Have a call read this cache and write in place, or to new tensors for `append`."""
         for slot, value in zip(self._slots, self.values, strict=True):
-            part = slot.latent and self.batch == 1  # only then it lies in one piece
-            if part or self._row is not None or value.element_type() != slot.element_type:
-                self._bind_address(binding, slot, value, self.length + new if part else None)
+            if self._row is not None or value.element_type() != slot.element_type:
+                self._bind_address(binding, slot, value)
                 continue
             binding.bind_ortvalue_input(slot.past, value)
             if slot.shared:
@@ -278,18 +280,12 @@ class Cache:
                 binding.bind_output(slot.present, self._device)
 
     def _bind_address(
-        self,
-        binding: onnxruntime.IOBinding,
-        slot: CacheSlot,
-        value: onnxruntime.OrtValue,
-        columns: int | None,
+        self, binding: onnxruntime.IOBinding, slot: CacheSlot, value: onnxruntime.OrtValue
     ) -> None:
         shape, address = value.shape(), value.data_ptr()
         if self._row is not None:
             address += value.tensor_size_in_bytes() // shape[0] * self._row
             shape[0] = 1
-        if columns is not None:
-            shape[slot.past_axis] = columns
         place = (self._device, 0, slot.element_type, shape, address)
         binding.bind_input(slot.past, *place)
         binding.bind_output(slot.present, *place)
