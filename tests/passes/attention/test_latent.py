@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Callable
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,8 @@ from numpy.typing import NDArray
 
 from alloc_moe.passes.attention.latent import LatentAttentionPass, latent_caches
 
-_SPEC = importlib.util.spec_from_file_location(
-    "exported_attention", Path(__file__).with_name("exported_attention.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-exported_attention = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(exported_attention)
 Run = Callable[..., Any]
+Build = Callable[..., ir.Model]
 
 HEADS, OWN, TURNED, RANK, VALUE = 2, 8, 4, 6, 5
 
@@ -56,13 +50,21 @@ _LAYER = """
 """
 
 
-def latent_attention(*, rotated: bool = True, softcap: float = 0.0, window: str = "") -> ir.Model:
-    """Return two layers as they are exported."""
+@pytest.fixture
+def latent_attention(exported_attention: ModuleType) -> Build:
+    """Return a function that makes two layers as they are exported."""
+    return functools.partial(build, exported_attention)
+
+
+def build(
+    exported: ModuleType, *, rotated: bool = True, softcap: float = 0.0, window: str = ""
+) -> ir.Model:
+    """Return two layers as they are exported, with the mask of other attention."""
     x, y = ("turned_x", "turned_y") if rotated else ("x", "y")
     pairs = "".join(_PAIRS.format(x=name) for name in "xy") if rotated else ""
     seen = "seen = Identity(visible)"
     if window:
-        seen = exported_attention._WINDOW.format(window=window)
+        seen = exported.WINDOW.format(window=window)
     layers = "".join(
         _LAYER.format(n=n, own="own", turned=x, shared=y, softcap=softcap) for n in range(2)
     )
@@ -89,7 +91,7 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, float[b, {HEADS}, s, {OWN}
  int64[1] heads_ = {{{HEADS}}}, int64[1] turned_ = {{{TURNED}}},
  int64[3] merge_heads = {{0, 0, -1}}>
 {{
-  {exported_attention.MASK.format(window=seen)}
+  {exported.MASK.format(window=seen)}
   cosine4 = Unsqueeze(cosine, axis1)
   sine4 = Unsqueeze(sine, axis1)
   {pairs}
@@ -159,7 +161,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("room", [0, 3])
 def test_real_tokens_get_what_they_got(
-    run: Run, rng: np.random.Generator, name: str, room: int
+    latent_attention: Build, run: Run, rng: np.random.Generator, name: str, room: int
 ) -> None:
     mask, past = CALLS[name]
     model, inputs = latent_attention(), call(rng, mask, past=past)
@@ -181,7 +183,7 @@ def test_real_tokens_get_what_they_got(
 
 @pytest.mark.parametrize(("kind", "at"), [("key", (1, 0, 2, 3)), ("value", (1, 0, 3, 2))])
 def test_another_latent_makes_a_difference(
-    run: Run, rng: np.random.Generator, kind: str, at: tuple[int, ...]
+    latent_attention: Build, run: Run, rng: np.random.Generator, kind: str, at: tuple[int, ...]
 ) -> None:
     model, inputs = latent_attention(), in_place(call(rng, PREFILL, past=4))
     LatentAttentionPass()(model)
@@ -190,7 +192,9 @@ def test_another_latent_makes_a_difference(
     assert np.abs(run(model, inputs)[1] - before).max() > 1e-4
 
 
-def test_a_cache_without_room_is_no_silent_mistake(run: Run, rng: np.random.Generator) -> None:
+def test_a_cache_without_room_is_no_silent_mistake(
+    latent_attention: Build, run: Run, rng: np.random.Generator
+) -> None:
     model, inputs = latent_attention(), in_place(call(rng, PREFILL, past=4))
     LatentAttentionPass()(model)
     for n in range(2):
@@ -200,7 +204,7 @@ def test_a_cache_without_room_is_no_silent_mistake(run: Run, rng: np.random.Gene
         run(model, inputs)
 
 
-def test_the_graph_has_caches_of_latents_and_no_keys_or_values() -> None:
+def test_the_graph_has_caches_of_latents_and_no_keys_or_values(latent_attention: Build) -> None:
     model = latent_attention()
     LatentAttentionPass()(model)
     slots = [v for v in model.graph.inputs if (v.name or "").startswith("past_key_values.")]
@@ -221,7 +225,9 @@ def test_the_graph_has_caches_of_latents_and_no_keys_or_values() -> None:
     assert shapes["expansion.values"] == (HEADS, RANK, VALUE)
 
 
-def test_what_is_rotated_otherwise_stays_as_it_is(run: Run, rng: np.random.Generator) -> None:
+def test_what_is_rotated_otherwise_stays_as_it_is(
+    latent_attention: Build, run: Run, rng: np.random.Generator
+) -> None:
     model, inputs = latent_attention(rotated=False), call(rng, PREFILL, past=0)
     before = run(model, inputs)
     assert LatentAttentionPass()(model).modified
@@ -231,23 +237,25 @@ def test_what_is_rotated_otherwise_stays_as_it_is(run: Run, rng: np.random.Gener
     np.testing.assert_allclose(after[1][real], before[1][real], rtol=2e-5, atol=2e-6)
 
 
-def test_a_second_run_changes_nothing() -> None:
+def test_a_second_run_changes_nothing(latent_attention: Build) -> None:
     model = latent_attention()
     LatentAttentionPass()(model)
     assert not LatentAttentionPass()(model).modified
 
 
 @pytest.mark.parametrize("features", [{"softcap": 30.0}, {"window": "two"}], ids=str)
-def test_what_it_does_not_know_is_left_alone(features: dict[str, Any]) -> None:
+def test_what_it_does_not_know_is_left_alone(
+    latent_attention: Build, features: dict[str, Any]
+) -> None:
     model = latent_attention(**features)
     assert not LatentAttentionPass()(model).modified
 
 
-def test_ordinary_attention_is_left_alone() -> None:
+def test_ordinary_attention_is_left_alone(exported_attention: ModuleType) -> None:
     assert not LatentAttentionPass()(exported_attention.attention()).modified
 
 
-def test_another_reader_of_the_cache_is_reported() -> None:
+def test_another_reader_of_the_cache_is_reported(latent_attention: Build) -> None:
     model = latent_attention()
     LatentAttentionPass()(model)
     cache = next(latent_caches(model))
