@@ -23,6 +23,7 @@ from alloc_moe.passes.attention.layers import (
     free_past_lengths,
     heads_of,
     insert,
+    is_batch,
     producer,
     rank,
     take_over,
@@ -42,14 +43,14 @@ _APPENDS = ("ScatterND", "ScatterElements")
 
 @script(OPSET, default_opset=op)
 def latent_columns(
-    attention_mask: INT64[...], input_ids: INT64[...], columns: INT64[...]
+    attention_mask: INT64[...], input_ids: INT64[...], past: FLOAT[...]
 ) -> tuple[FLOAT[...], INT64[...], INT64[...], INT64[...]]:
     """Say where new tokens go in the cache, and which columns each may attend to.
 
     Args:
         attention_mask: [batch, total].
         input_ids: [batch, sequence].
-        columns: That the cache has room for, one number [1], total at least.
+        past: A cache with room for the new tokens, [batch, 1, columns, size]; total <= columns.
 
     Returns:
         What is added to the attention scores [batch, 1, sequence, columns]: nothing, or -1e9 for
@@ -61,6 +62,7 @@ def latent_columns(
     total = op.Shape(attention_mask, start=1, end=2)
     sequence = op.Shape(input_ids, start=1, end=2)
     batch = op.Shape(input_ids, start=0, end=1)
+    columns = op.Shape(past, start=2, end=3)
     none = op.Constant(value_ints=[0])
     pads = op.Concat(none, none, none, op.Sub(columns, total), axis=0)
     real = op.Cast(op.Pad(attention_mask, pads), to=9)
@@ -111,7 +113,7 @@ class LatentAttentionPass(ir.passes.InPlacePass):
             past = node.inputs[0]
             assert past is not None
             others = [user for user in past.consumers() if user is not node]
-            if not all(user.op_type == "Shape" for user in others):
+            if not all(is_batch(user) or user.op_type == COLUMNS for user in others):
                 raise ir.passes.PostconditionError(
                     f"{past.name} is read by {[user.name for user in others]} too, which don't "
                     "know that its buffer may be longer than the past."
@@ -133,14 +135,13 @@ class _Builder:
         self._model = model
         inputs = {value.name: value for value in model.graph.inputs}
         add_function(model, latent_columns)
-        room = ir.node("Shape", [first.past[0]], {"start": 2, "end": 3})
-        given = [inputs["attention_mask"], inputs["input_ids"], room.outputs[0]]
+        given = [inputs["attention_mask"], inputs["input_ids"], first.past[0]]
         node = ir.node(COLUMNS, given, domain=DOMAIN, num_outputs=4, name=COLUMNS)
         names = ("bias", "places", "column", "sizes")
         for value, name in zip(node.outputs, names, strict=True):
             value.name = f"{DOMAIN}.{name}"
         self._bias, self._places, column, measured = node.outputs
-        model.graph.insert_before(model.graph[0], [room, node])
+        model.graph.insert_before(model.graph[0], node)
         parts = ir.node("Split", [measured], {"axis": 0, "num_outputs": 3}, num_outputs=3)
         heads = self._constant("heads", [first.heads])
         batch, sequence, columns = parts.outputs
