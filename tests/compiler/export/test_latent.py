@@ -88,13 +88,13 @@ def test_other_families_have_no_latent_cache(
     assert LATENT_CACHE_KEY not in specialize(exported("olmoe"), plan, device="cpu").metadata_props
 
 
-def test_a_layer_whose_router_chooses_groups_is_61_nodes(
+def test_a_layer_whose_router_chooses_groups_is_63_nodes(
     exported: Callable[[str], ir.Model], plan: AllocationPlan
 ) -> None:
     model = specialize(exported("deepseek_v2"), plan, device="cpu")
     appends = [at for at, node in enumerate(model.graph) if node.op_type == "ScatterND"]
     assert len(appends) == 3
-    assert appends[2] - appends[1] == 61
+    assert appends[2] - appends[1] == 63
     found = Counter(node.op_type for node in model.graph)
     assert (found["RotaryEmbedding"], found["Attention"], found["OneHot"]) == (6, 0, 2)
 
