@@ -137,8 +137,8 @@ class _Artifact:
             session.get_inputs(),
             batch=str(self.model.graph.inputs[0].shape[0]),  # type: ignore[index]
             shared=SHARED_CACHE_KEY in self.files.onnx.metadata,
-            latent=LATENT_CACHE_KEY in self.files.onnx.metadata,
             path=self.files.graph,
+            latent=LATENT_CACHE_KEY in self.files.onnx.metadata,
         )
         pads_right = PADDING_KEY in self.files.onnx.metadata
         return _SegmentSession(session, slots, pads_right=pads_right)
@@ -178,7 +178,7 @@ class _SegmentSession:
                 if right is None
                 else right.inputs()
             )
-            binding = self._binding(cache, {**values, **tokens, **price}, ids.shape[1])
+            binding = self._binding(cache, {**values, **tokens, **price})
             self._session.run_with_iobinding(binding)
             found = binding.get_outputs()
             made = len(self._outputs)
@@ -189,7 +189,7 @@ class _SegmentSession:
                 values["logits"] = right.spread(values["logits"])  # type: ignore[arg-type]
             yield values
 
-    def _binding(self, cache: Cache, given: _Arrays, new: int) -> onnxruntime.IOBinding:
+    def _binding(self, cache: Cache, given: _Arrays) -> onnxruntime.IOBinding:
         binding = self._session.io_binding()
         for name in [*self._inputs, *(name for name in self._optional if name in given)]:
             value = onnxruntime.OrtValue.ortvalue_from_numpy(given[name])
@@ -200,7 +200,7 @@ class _SegmentSession:
             binding.bind_ortvalue_input(slot.past, value)
         for name in self._outputs:
             binding.bind_output(name, "cpu")
-        cache.bind(binding, new)
+        cache.bind(binding)
         return binding
 
 

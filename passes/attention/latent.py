@@ -23,6 +23,7 @@ from alloc_moe.passes.attention.layers import (
     free_past_lengths,
     heads_of,
     insert,
+    is_batch,
     producer,
     rank,
     take_over,
@@ -37,28 +38,31 @@ from alloc_moe.passes.base import (
 )
 
 COLUMNS = "latent_columns"
+_APPENDS = ("ScatterND", "ScatterElements")
 
 
 @script(OPSET, default_opset=op)
 def latent_columns(
-    attention_mask: INT64[...], input_ids: INT64[...], columns: INT64[...]
-) -> tuple[FLOAT[...], INT64[...], INT64[...]]:
+    attention_mask: INT64[...], input_ids: INT64[...], past: FLOAT[...]
+) -> tuple[FLOAT[...], INT64[...], INT64[...], INT64[...]]:
     """Say where new tokens go in the cache, and which columns each may attend to.
 
     Args:
         attention_mask: [batch, total].
         input_ids: [batch, sequence].
-        columns: That the cache has room for, one number [1], total at least.
+        past: A cache with room for the new tokens, [batch, 1, columns, size]; total <= columns.
 
     Returns:
         What is added to the attention scores [batch, 1, sequence, columns]: nothing, or -1e9 for
-        padding, later tokens and columns that aren't written yet. Then where in the cache each new
-        token goes [batch, sequence, 3], and the sizes batch, sequence and columns [3].
+        padding, later tokens and columns that aren't written yet. Where in the cache each new token
+        goes [batch, sequence, 3], and its column alone [batch, 1, 1, sequence]. The sizes batch,
+        sequence and columns [3].
     """
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     total = op.Shape(attention_mask, start=1, end=2)
     sequence = op.Shape(input_ids, start=1, end=2)
     batch = op.Shape(input_ids, start=0, end=1)
+    columns = op.Shape(past, start=2, end=3)
     none = op.Constant(value_ints=[0])
     pads = op.Concat(none, none, none, op.Sub(columns, total), axis=0)
     real = op.Cast(op.Pad(attention_mask, pads), to=9)
@@ -73,7 +77,9 @@ def latent_columns(
     row = op.Expand(op.Unsqueeze(rows, op.Constant(value_ints=[1, 2])), shape)
     place = op.Expand(op.Unsqueeze(places, op.Constant(value_ints=[1])), shape)
     indices = op.Concat(row, op.Sub(row, row), place, axis=-1)
-    return bias, indices, op.Concat(batch, sequence, columns, axis=0)
+    ones = op.Constant(value_ints=[1, 1])
+    column = op.Expand(places, op.Concat(batch, ones, sequence, axis=0))
+    return bias, indices, column, op.Concat(batch, sequence, columns, axis=0)
 
 
 class LatentAttentionPass(ir.passes.InPlacePass):
@@ -84,9 +90,10 @@ class LatentAttentionPass(ir.passes.InPlacePass):
     2.1.2). All layers or none, in float32 without windows. What the graph computes for real tokens
     stays the same up to rounding; for padding tokens it is some finite number instead of zero.
 
-    The cache of a layer is one tensor, ``past_key_values.N.key`` [batch, 1, columns, rank + rotated
-    size]. It must have room for the call's tokens: the graph writes them into it, and returns it.
-    What it holds beyond must be finite.
+    A layer's cache is ``past_key_values.N.key`` [batch, 1, columns, rank + rotated size], and the
+    latents once more, ``past_key_values.N.value`` [batch, 1, rank, columns]: each of the two
+    products reads one in the order in which it lies. They must have room for the call's tokens: the
+    graph writes these into them, and returns them. What they hold beyond must be finite.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -99,9 +106,6 @@ class LatentAttentionPass(ir.passes.InPlacePass):
         for layer in layers:
             builder.replace(layer)
         common.RemoveUnusedNodesPass()(model)
-        for value in list(model.graph.inputs):
-            if (value.name or "").startswith(PAST) and not value.uses():
-                model.graph.inputs.remove(value)
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
@@ -109,7 +113,7 @@ class LatentAttentionPass(ir.passes.InPlacePass):
             past = node.inputs[0]
             assert past is not None
             others = [user for user in past.consumers() if user is not node]
-            if not all(user.op_type == "Shape" for user in others):
+            if not all(is_batch(user) or user.op_type == COLUMNS for user in others):
                 raise ir.passes.PostconditionError(
                     f"{past.name} is read by {[user.name for user in others]} too, which don't "
                     "know that its buffer may be longer than the past."
@@ -119,7 +123,7 @@ class LatentAttentionPass(ir.passes.InPlacePass):
 def latent_caches(model: ir.Model) -> Iterator[ir.Node]:
     """Yield the nodes that append to caches of latents, in graph order."""
     for node in model.graph:
-        past = node.inputs[0] if node.op_type == "ScatterND" else None
+        past = node.inputs[0] if node.op_type in _APPENDS else None
         if past is not None and past.is_graph_input() and (past.name or "").startswith(PAST):
             yield node
 
@@ -131,20 +135,22 @@ class _Builder:
         self._model = model
         inputs = {value.name: value for value in model.graph.inputs}
         add_function(model, latent_columns)
-        room = ir.node("Shape", [first.past[0]], {"start": 2, "end": 3})
-        given = [inputs["attention_mask"], inputs["input_ids"], room.outputs[0]]
-        node = ir.node(COLUMNS, given, domain=DOMAIN, num_outputs=3, name=COLUMNS)
-        for value, name in zip(node.outputs, ("bias", "places", "sizes"), strict=True):
+        given = [inputs["attention_mask"], inputs["input_ids"], first.past[0]]
+        node = ir.node(COLUMNS, given, domain=DOMAIN, num_outputs=4, name=COLUMNS)
+        names = ("bias", "places", "column", "sizes")
+        for value, name in zip(node.outputs, names, strict=True):
             value.name = f"{DOMAIN}.{name}"
-        self._bias, self._places, sizes = node.outputs
-        model.graph.insert_before(model.graph[0], [room, node])
-        parts = ir.node("Split", [sizes], {"axis": 0, "num_outputs": 3}, num_outputs=3)
+        self._bias, self._places, column, measured = node.outputs
+        model.graph.insert_before(model.graph[0], node)
+        parts = ir.node("Split", [measured], {"axis": 0, "num_outputs": 3}, num_outputs=3)
         heads = self._constant("heads", [first.heads])
         batch, sequence, columns = parts.outputs
         shape = ir.node("Concat", [batch, heads, sequence, columns], {"axis": 0})
-        shape.outputs[0].name = f"{DOMAIN}.scores"
-        model.graph.insert_after(node, [parts, shape])
-        self._scores = shape.outputs[0]
+        latents = self._constant("latents", [1, heads_of(first.latent)[1]])
+        sizes = ir.node("Concat", [batch, latents, sequence], {"axis": 0})
+        expanded = ir.node("Expand", [column, sizes.outputs[0]])
+        model.graph.insert_after(node, [parts, shape, sizes, expanded])
+        self._scores, self._columns = shape.outputs[0], expanded.outputs[0]
 
     def replace(self, layer: LatentLayer) -> None:
         model, at, name = self._model, layer.node, layer.node.outputs[0].name
@@ -155,10 +161,11 @@ class _Builder:
         as_rows = self._constant("as_rows", [0, 1, -1, width])
         rows = self._add(at, "Reshape", [query, as_rows])
         new = self._add(at, "Concat", [self._rows(at, layer.latent), new], {"axis": -1})
-        cache = self._append(layer, new, width)
-        scores = self._scored(at, cache, rows, layer.scale)
-        attended = self._add(at, "MatMul", [scores, cache])
-        latents = self._latents(at, attended, layer)
+        by_row = self._append(layer, 0, "ScatterND", [self._places, new])
+        column = self._add(at, "Transpose", [layer.latent], {"perm": (0, 1, 3, 2)})
+        by_column = self._append(layer, 1, "ScatterElements", [self._columns, column], axis=3)
+        weights = self._scored(at, by_row, rows, layer.scale)
+        latents = self._latents(at, by_column, weights, layer)
         values = self._add(at, "MatMul", [latents, _values(model, layer)])
         heads = self._add(at, "Transpose", [values], {"perm": ROWS_TO_HEADS})
         merged = self._add(at, "Reshape", [heads, self._constant("merge_heads", [0, 0, -1])])
@@ -187,15 +194,20 @@ class _Builder:
             return node.inputs[0]
         return self._add(at, "Squeeze", [value, self._constant("one_head", [1])])
 
-    def _append(self, layer: LatentLayer, new: ir.Value, width: int) -> ir.Value:
-        """Return the cache of both parts with the new tokens written into it."""
-        past, present = layer.past[0], layer.present[0]
+    def _append(
+        self, layer: LatentLayer, index: int, op_type: str, new: list[ir.Value], **attributes: int
+    ) -> ir.Value:
+        """Return one of the two caches with the new tokens written into it."""
+        past, present = layer.past[index], layer.present[index]
+        latent = heads_of(layer.latent)[1]
         for value in (past, present):
             assert value.shape is not None
-            value.shape = ir.Shape([*list(value.shape)[:-1], width])
-        cache = self._add(layer.node, "ScatterND", [past, self._places, new])
+            batch, heads, columns, _ = value.shape
+            width = latent + heads_of(layer.shared)[1]
+            sizes = [latent, columns] if index else [columns, width]
+            value.shape = ir.Shape([batch, heads, *sizes])
+        cache = self._add(layer.node, op_type, [past, *new], attributes)
         take_over(present, cache)
-        self._model.graph.outputs.remove(layer.present[1])
         return cache
 
     def _scored(self, at: ir.Node, cache: ir.Value, rows: ir.Value, scale: float) -> ir.Value:
@@ -209,13 +221,14 @@ class _Builder:
         weights = self._add(at, "Softmax", [seen], {"axis": -1})
         return self._add(at, "Reshape", [weights, self._constant("join_heads", [0, 1, -1, 0])])
 
-    def _latents(self, at: ir.Node, attended: ir.Value, layer: LatentLayer) -> ir.Value:
-        """Return sums of latents alone [batch, heads, sequence, rank]."""
-        size = heads_of(layer.latent)[1]
-        bounds = [self._constant(f"slice_{end}", [end]) for end in (0, size, 3)]
-        cut = self._add(at, "Slice", [attended, *bounds])
-        by_head = self._constant("by_head", [0, layer.heads, -1, size])
-        return self._add(at, "Reshape", [cut, by_head])
+    def _latents(
+        self, at: ir.Node, cache: ir.Value, weights: ir.Value, layer: LatentLayer
+    ) -> ir.Value:
+        """Return sums of latents [batch, heads, sequence, rank]."""
+        sums = self._add(at, "FusedMatMul", [cache, weights], {"transB": 1}, MICROSOFT)
+        sizes = [0, heads_of(layer.latent)[1], layer.heads, -1]
+        by_head = self._add(at, "Reshape", [sums, self._constant("by_head", sizes)])
+        return self._add(at, "Transpose", [by_head], {"perm": (0, 2, 3, 1)})
 
     def _add(
         self,

@@ -56,13 +56,13 @@ class LatentLayer:
 def match_latent_layers(model: ir.Model) -> Sequence[LatentLayer]:
     """Return all attention layers if all are latent, in float32 and without windows; else none.
 
-    All have as many heads.
+    All have as many heads, and caches of one size.
     """
     nodes = [node for node in model.graph if node.op_type == "Attention"]
     layers = [_match(node) for node in nodes]
     found = [layer for layer in layers if layer is not None]
-    alike = len({layer.heads for layer in found}) == 1
-    return found if alike and len(found) == len(nodes) else ()
+    sizes = {(layer.heads, heads_of(layer.latent), heads_of(layer.shared)) for layer in found}
+    return found if len(sizes) == 1 and len(found) == len(nodes) else ()
 
 
 def _match(node: ir.Node) -> LatentLayer | None:

@@ -22,6 +22,9 @@ from alloc_moe.runtime.execution.buffers import (
 from alloc_moe.runtime.execution.slots import CacheSlot
 from alloc_moe.runtime.execution.states import States
 
+# Of a latent cache, whose room costs time whether it is used or not.
+_FEWEST_MORE, _SHARE_MORE = 64, 8
+
 
 class Cache:
     """Keys and values of the first ``length`` columns of a batch; a session's calls append to it.
@@ -47,6 +50,9 @@ class Cache:
         self._all_slots = slots
         self._slots = [slot for slot in slots if slot.past_axis is not None]
         self.states = States([slot for slot in slots if slot.past_axis is None], batch)
+        self._wanted = capacity
+        if any(slot.latent for slot in slots):
+            capacity = 0  # made when it is needed, in steps
         self._device = device
         self._mask = np.ones((batch, capacity), np.int64)
         self._real = np.zeros(batch, np.int64)  # real tokens so far, for the next position
@@ -64,11 +70,6 @@ class Cache:
     def shared(self) -> bool:
         """Whether the graph appends in place, so that nothing is copied from call to call."""
         return all(slot.shared for slot in self._slots) and bool(self._slots)
-
-    @property
-    def rebinds(self) -> bool:
-        """Whether each call must `bind` it anew: its tensors, or how much of them, change."""
-        return not self.shared or (self.batch == 1 and any(slot.latent for slot in self._slots))
 
     @property
     def capacity(self) -> int:
@@ -92,6 +93,7 @@ class Cache:
     def fork(self) -> Cache:
         """Return a copy that can be continued on its own."""
         copy = Cache(self._all_slots, batch=self.batch, device=self._device)
+        copy._wanted = self._wanted
         copy.states = self.states.fork()
         copy.length, copy._mask, copy._real = self.length, self._mask.copy(), self._real.copy()
         if self.shared:
@@ -131,10 +133,16 @@ class Cache:
             ]
 
     def reserve(self, length: int) -> None:
-        """Have room for `length` columns, and if that moves the cache, for as many again."""
+        """Have room for `length` columns, and if that moves the cache, for as many again.
+
+        A latent cache gets room for an eighth more, but no more than was asked for at first.
+        """
         if length <= self.capacity:
             return
         capacity = max(length, 2 * self.capacity)
+        if any(slot.latent for slot in self._slots):
+            capacity = length + max(length // _SHARE_MORE, _FEWEST_MORE)
+            capacity = min(capacity, self._wanted) if self._wanted >= length else capacity
         mask = np.ones((self.batch, capacity), np.int64)
         mask[:, : self.length] = self._mask[:, : self.length]
         if self.shared:
@@ -167,19 +175,14 @@ class Cache:
             "position_ids": self.positions(new),
         }
 
-    def bind(self, binding: onnxruntime.IOBinding, new: int) -> None:
+    def bind(self, binding: onnxruntime.IOBinding) -> None:
         """Have a call read this cache and write in place, or to new tensors for `append`.
 
         States go to other buffers, which is to be said again before each call: `states.bind`.
-
-        Args:
-            binding: The call's.
-            new: How many columns it appends, for which there must be room.
         """
         for slot, value in zip(self._slots, self.values, strict=True):
-            part = slot.latent and self.batch == 1  # only then it lies in one piece
-            if part or self._row is not None or value.element_type() != slot.element_type:
-                self._bind_address(binding, slot, value, self.length + new if part else None)
+            if self._row is not None or value.element_type() != slot.element_type:
+                self._bind_address(binding, slot, value)
                 continue
             binding.bind_ortvalue_input(slot.past, value)
             if slot.shared:
@@ -189,18 +192,12 @@ class Cache:
         self.states.bind(binding)
 
     def _bind_address(
-        self,
-        binding: onnxruntime.IOBinding,
-        slot: CacheSlot,
-        value: onnxruntime.OrtValue,
-        columns: int | None,
+        self, binding: onnxruntime.IOBinding, slot: CacheSlot, value: onnxruntime.OrtValue
     ) -> None:
         shape, address = value.shape(), value.data_ptr()
         if self._row is not None:
             address += value.tensor_size_in_bytes() // shape[0] * self._row
             shape[0] = 1
-        if columns is not None:
-            shape[slot.past_axis] = columns
         place = (self._device, 0, slot.element_type, shape, address)
         binding.bind_input(slot.past, *place)
         binding.bind_output(slot.present, *place)

@@ -35,6 +35,7 @@ def gather_rows(session: Session, rows: Sequence[Row], *, capacity: int = 0) -> 
     lengths = [_tokens(row) for row in rows]
     columns = max(lengths)
     cache = session.empty_cache(len(rows), capacity=max(capacity, columns))
+    cache.reserve(columns)  # a cache of latents makes room in steps
     width = cache.capacity if cache.shared else columns
     sources = {id(source): source.arrays() for source, _ in rows}
     arrays = []

@@ -64,8 +64,8 @@ class ArtifactSession:
             inputs.values(),
             batch=inputs["input_ids"].shape[0],
             shared=self.shares_cache,
-            latent=LATENT_CACHE_KEY in files.onnx.metadata,
             path=files.graph,
+            latent=LATENT_CACHE_KEY in files.onnx.metadata,
         )
         self.context_length = files.context_length()
         vocabulary = outputs["logits"].shape[-1]
@@ -171,16 +171,16 @@ class ArtifactSession:
         if right is not None and keep is not None and 1 < right.ids.shape[1] <= keep:
             keep = None
         binding = self._binding(cache, (price, keep))
-        if cache.rebinds:
-            cache.bind(binding, ids.shape[1])
-        else:
-            cache.states.bind(binding)
         tokens = cache.token_inputs(ids, new) if right is None else right.inputs()
         for name, array in tokens.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, array)
         for name in ("logits", *self._counted):
             binding.bind_output(name, "cpu")
+        if self.shares_cache:
+            cache.states.bind(binding)
+        else:
+            cache.bind(binding)
         try:
             self._session.run_with_iobinding(binding, self._run_options)
         except ORT_ERRORS as error:
@@ -250,8 +250,8 @@ class ArtifactSession:
             binding.bind_ortvalue_input(LOGITS_TO_KEEP_INPUT, value)
         for name in ("logits", *self._counted):  # first, so that they are the first outputs
             binding.bind_output(name, "cpu")
-        if not cache.rebinds:
-            cache.bind(binding, 0)
+        if self.shares_cache:
+            cache.bind(binding)
         cache.binding, cache.bound_inputs = binding, optional
         return binding
 

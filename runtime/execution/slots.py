@@ -27,8 +27,8 @@ class CacheSlot:
     ``empty_shape`` is the shape for no past and a batch of 1; ``batch_axis`` and ``past_axis`` are
     those two's, the latter None for a state whose size doesn't depend on the past. ``shared`` is
     whether the graph writes in place: input and output may then be one buffer that has room for
-    more than the past. ``latent`` is whether it computes on all of that buffer: it is given no more
-    than it needs where it can be, and finite numbers beyond.
+    more than the past. ``latent`` is whether it computes on all of that buffer,
+    which must hold finite numbers.
     """
 
     past: str

@@ -62,3 +62,13 @@ def test_graphs_without_data_run_with_weights_filled_in(
     )
     assert np.ptp(full.astype(np.float32)) > 0.1
     np.testing.assert_allclose(free, full, atol=2e-2)
+
+
+def test_a_shape_may_be_that_of_a_model_with_fewer_layers(
+    speed: Callable[[str], ModuleType],
+) -> None:
+    shaped = speed("random_artifact").shaped
+    config = shaped("DeepSeek-V2-Lite", layers=2)
+    assert (config.model_type, config.num_hidden_layers) == ("deepseek_v2", 2)
+    assert config.kv_lora_rank == 512
+    assert shaped("tiny", layers=None).num_hidden_layers == 4

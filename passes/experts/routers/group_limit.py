@@ -36,7 +36,7 @@ class GroupLimit:
 
 
 class GroupLimitPass(ir.passes.InPlacePass):
-    """Replace the eleven nodes that hide a group's experts by five, by none where all are chosen.
+    """Replace the nodes that hide a group's experts by five, by none where all are chosen.
 
     The choice stays the same, ties included. Only graphs with caches of latents are changed: those
     of other families stay byte for byte what they were.
@@ -105,9 +105,10 @@ def _replace(model: ir.Model, limit: GroupLimit) -> None:
         return model.graph.initializers.get(f"{DOMAIN}.{name}") or add_initializer(model, tensor)
 
     off_on = ir.tensor(np.array([0, 1], np.float32), name=f"{DOMAIN}.off_on")
-    by_group = insert(
-        model, at, "Reshape", [limit.scores, integers("by_group", 0, limit.groups, -1)]
-    )
+    by_group = _view(limit)
+    if by_group is None:
+        shape = integers("by_group", 0, limit.groups, -1)
+        by_group = insert(model, at, "Reshape", [limit.scores, shape]).outputs[0]
     depth = integers("groups", limit.groups)
     marks = insert(
         model,
@@ -118,10 +119,20 @@ def _replace(model: ir.Model, limit: GroupLimit) -> None:
     )
     counts = insert(model, at, "ReduceSum", [marks.outputs[0], integers("group_axis", 2)])
     chosen = insert(model, at, "Cast", counts.outputs, {"to": int(ir.DataType.BOOL)})
-    seen = [chosen.outputs[0], by_group.outputs[0], limit.fill]
+    seen = [chosen.outputs[0], by_group, limit.fill]
     kept = insert(model, at, "Where", seen)
     flat = insert(model, at, "Reshape", [kept.outputs[0], integers("by_expert", 0, experts)])
     take_over(at.outputs[0], flat.outputs[0])
+
+
+def _view(limit: GroupLimit) -> ir.Value | None:
+    """Return the scores by group [T, groups, experts of one], which a router looks at itself."""
+    for user in limit.scores.consumers():
+        shape = user.outputs[0].shape
+        sizes = (limit.groups, _last(limit.scores) // limit.groups)
+        if user.op_type == "Reshape" and shape is not None and tuple(shape)[1:] == sizes:
+            return user.outputs[0]
+    return None
 
 
 def _last(value: ir.Value | None) -> int:

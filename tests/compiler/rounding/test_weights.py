@@ -45,6 +45,16 @@ def test_embeddings_take_eight_bits_and_the_head_those_of_the_type(
     assert weights["lm_head.weight"] == BlockFormat(4, 64)
 
 
+@pytest.mark.parametrize(("device", "rounded"), [("cpu", False), ("cuda", True)])
+def test_what_makes_keys_of_latents_stays_floats_on_the_cpu(
+    moe_model: Callable[[str], MoeModel], device: str, rounded: bool
+) -> None:
+    checkpoint = moe_model("deepseek_v2").checkpoint
+    weights = choose_formats(checkpoint, "int4", device=device).weights
+    assert any("kv_b_proj" in name for name in weights) == rounded
+    assert any("kv_a_proj" in name for name in weights)
+
+
 def test_wide_rows_have_fewer_scales_but_in_embeddings_and_head() -> None:
     chosen = choose_formats(open_checkpoint(str(TINY_MOE)), "int4")  # hidden size 128
     blocks = {name.split(".")[-2]: form.block for name, form in chosen.weights.items()}

@@ -29,7 +29,7 @@ MASK = """
   count = ReduceSum(counts, axis_last)
   blind = Less(count, half)
 """
-_WINDOW = """
+WINDOW = """
   near = Sub(queries1, {window})
   recent = Greater(keys, near)
   seen = And(visible, recent)
@@ -127,7 +127,7 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, {inputs}, {past})
  int64[1] size = {{{size}}}, int64[4] split_heads = {{0, 0, {HEADS}, {size}}},
  int64[3] merge_heads = {{0, 0, -1}}, int64[4] split_kv_heads = {{0, 0, {kv_heads}, -1}}>
 {{
-  {MASK.format(window=_WINDOW.format(window=window) if window else "seen = Identity(visible)")}
+  {MASK.format(window=WINDOW.format(window=window) if window else "seen = Identity(visible)")}
   {_SINKS if sinks else ""}
   {layers}
 }}

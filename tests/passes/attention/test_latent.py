@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Callable
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,8 @@ from numpy.typing import NDArray
 
 from alloc_moe.passes.attention.latent import LatentAttentionPass, latent_caches
 
-_SPEC = importlib.util.spec_from_file_location(
-    "exported_attention", Path(__file__).with_name("exported_attention.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-exported_attention = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(exported_attention)
 Run = Callable[..., Any]
+Build = Callable[..., ir.Model]
 
 HEADS, OWN, TURNED, RANK, VALUE = 2, 8, 4, 6, 5
 
@@ -56,13 +50,21 @@ _LAYER = """
 """
 
 
-def latent_attention(*, rotated: bool = True, softcap: float = 0.0, window: str = "") -> ir.Model:
-    """Return two layers as they are exported."""
+@pytest.fixture
+def latent_attention(exported_attention: ModuleType) -> Build:
+    """Return a function that makes two layers as they are exported."""
+    return functools.partial(build, exported_attention)
+
+
+def build(
+    exported: ModuleType, *, rotated: bool = True, softcap: float = 0.0, window: str = ""
+) -> ir.Model:
+    """Return two layers as they are exported, with the mask of other attention."""
     x, y = ("turned_x", "turned_y") if rotated else ("x", "y")
     pairs = "".join(_PAIRS.format(x=name) for name in "xy") if rotated else ""
     seen = "seen = Identity(visible)"
     if window:
-        seen = exported_attention._WINDOW.format(window=window)
+        seen = exported.WINDOW.format(window=window)
     layers = "".join(
         _LAYER.format(n=n, own="own", turned=x, shared=y, softcap=softcap) for n in range(2)
     )
@@ -89,7 +91,7 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, float[b, {HEADS}, s, {OWN}
  int64[1] heads_ = {{{HEADS}}}, int64[1] turned_ = {{{TURNED}}},
  int64[3] merge_heads = {{0, 0, -1}}>
 {{
-  {exported_attention.MASK.format(window=seen)}
+  {exported.MASK.format(window=seen)}
   cosine4 = Unsqueeze(cosine, axis1)
   sine4 = Unsqueeze(sine, axis1)
   {pairs}
@@ -132,17 +134,18 @@ def call(rng: np.random.Generator, mask: list[list[int]], *, past: int) -> dict[
 
 
 def in_place(given: dict[str, NDArray[Any]], *, room: int = 0) -> dict[str, NDArray[Any]]:
-    """Return inputs with one cache per layer that has room for the new tokens and `room` more."""
-    sequence = given["input_ids"].shape[1]
+    """Return inputs whose caches have room for the new tokens and `room` more."""
+    space = given["input_ids"].shape[1] + room
     caches = {}
+    # What is rotated is of another order there: first and second of each pair together.
+    order = np.arange(TURNED).reshape(2, -1).T.reshape(-1)
     for n in range(2):
-        past = [given[f"past_key_values.{n}.{kind}"] for kind in ("key", "value")]
-        # In the cache what is rotated is of another order: first and second of each pair together.
-        order = np.arange(TURNED).reshape(2, -1).T.reshape(-1)
-        filled = np.concatenate([past[0], past[1][..., order]], axis=-1)
-        space = ((0, 0), (0, 0), (0, sequence + room), (0, 0))
-        caches[f"past_key_values.{n}.key"] = np.pad(filled, space, constant_values=7)
-    return {**{name: v for name, v in given.items() if not name.startswith("past")}, **caches}
+        key, value = (given[f"past_key_values.{n}.{kind}"] for kind in ("key", "value"))
+        rows = np.concatenate([key, value[..., order]], axis=-1)
+        for kind, filled, axis in (("key", rows, 2), ("value", key.swapaxes(2, 3), 3)):
+            pads = [(0, space if at == axis else 0) for at in range(4)]
+            caches[f"past_key_values.{n}.{kind}"] = np.pad(filled, pads, constant_values=7)
+    return {**given, **caches}
 
 
 PREFILL = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]
@@ -158,7 +161,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("room", [0, 3])
 def test_real_tokens_get_what_they_got(
-    run: Run, rng: np.random.Generator, name: str, room: int
+    latent_attention: Build, run: Run, rng: np.random.Generator, name: str, room: int
 ) -> None:
     mask, past = CALLS[name]
     model, inputs = latent_attention(), call(rng, mask, past=past)
@@ -169,40 +172,51 @@ def test_real_tokens_get_what_they_got(
     for old, new in zip(before[:2], after[:2], strict=True):
         np.testing.assert_allclose(new[real], old[real], rtol=2e-5, atol=2e-6)
         assert np.isfinite(new).all()
-    for n, cache in enumerate(after[2:]):
-        latents = before[2 + 2 * n]
-        np.testing.assert_array_equal(cache[:, :, : len(mask[0]), :RANK], latents)
-        assert (cache[:, :, len(mask[0]) :] == 7).all()
+    for n in range(2):
+        latents, (rows, columns) = before[2 + 2 * n], after[2 + 2 * n : 4 + 2 * n]
+        total = len(mask[0])
+        np.testing.assert_array_equal(rows[:, :, :total, :RANK], latents)
+        np.testing.assert_array_equal(columns[..., :total], latents.swapaxes(2, 3))
+        assert (rows[:, :, total:] == 7).all()
+        assert (columns[..., total:] == 7).all()
 
 
-def test_another_latent_makes_a_difference(run: Run, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("kind", "at"), [("key", (1, 0, 2, 3)), ("value", (1, 0, 3, 2))])
+def test_another_latent_makes_a_difference(
+    latent_attention: Build, run: Run, rng: np.random.Generator, kind: str, at: tuple[int, ...]
+) -> None:
     model, inputs = latent_attention(), in_place(call(rng, PREFILL, past=4))
     LatentAttentionPass()(model)
     before = run(model, inputs)[1]
-    inputs["past_key_values.1.key"][1, 0, 2, 3] += 0.1
+    inputs[f"past_key_values.1.{kind}"][at] += 0.1
     assert np.abs(run(model, inputs)[1] - before).max() > 1e-4
 
 
-def test_a_cache_without_room_is_no_silent_mistake(run: Run, rng: np.random.Generator) -> None:
+def test_a_cache_without_room_is_no_silent_mistake(
+    latent_attention: Build, run: Run, rng: np.random.Generator
+) -> None:
     model, inputs = latent_attention(), in_place(call(rng, PREFILL, past=4))
     LatentAttentionPass()(model)
     for n in range(2):
-        inputs[f"past_key_values.{n}.key"] = inputs[f"past_key_values.{n}.key"][:, :, :4]
+        for kind, part in (("key", np.s_[:, :, :4]), ("value", np.s_[..., :4])):
+            inputs[f"past_key_values.{n}.{kind}"] = inputs[f"past_key_values.{n}.{kind}"][part]
     with pytest.raises(Exception, match=r"ScatterND|Pad"):
         run(model, inputs)
 
 
-def test_the_graph_has_one_cache_per_layer_and_no_keys_or_values() -> None:
+def test_the_graph_has_caches_of_latents_and_no_keys_or_values(latent_attention: Build) -> None:
     model = latent_attention()
     LatentAttentionPass()(model)
     slots = [v for v in model.graph.inputs if (v.name or "").startswith("past_key_values.")]
-    assert [(v.name, v.shape[-1]) for v in slots if v.shape] == [
-        ("past_key_values.0.key", RANK + TURNED),
-        ("past_key_values.1.key", RANK + TURNED),
-    ]
+    rows, columns = ["b", 1, "past", RANK + TURNED], ["b", 1, RANK, "past"]
+    assert {value.name: [str(size) for size in value.shape or ()] for value in slots} == {
+        f"past_key_values.{n}.{kind}": [str(size) for size in shape]
+        for n in range(2)
+        for kind, shape in (("key", rows), ("value", columns))
+    }
     names = [value.name for value in model.graph.outputs]
-    assert names == ["output0", "output1", "present.0.key", "present.1.key"]
-    assert len(list(latent_caches(model))) == 2
+    assert names[2:] == [f"present.{n}.{kind}" for n in range(2) for kind in ("key", "value")]
+    assert len(list(latent_caches(model))) == 2 * 2
     found = [node.op_type for node in model.graph]
     assert "Attention" not in found
     assert found.count("RotaryEmbedding") == 2 * 2
@@ -211,7 +225,9 @@ def test_the_graph_has_one_cache_per_layer_and_no_keys_or_values() -> None:
     assert shapes["expansion.values"] == (HEADS, RANK, VALUE)
 
 
-def test_what_is_rotated_otherwise_stays_as_it_is(run: Run, rng: np.random.Generator) -> None:
+def test_what_is_rotated_otherwise_stays_as_it_is(
+    latent_attention: Build, run: Run, rng: np.random.Generator
+) -> None:
     model, inputs = latent_attention(rotated=False), call(rng, PREFILL, past=0)
     before = run(model, inputs)
     assert LatentAttentionPass()(model).modified
@@ -221,23 +237,25 @@ def test_what_is_rotated_otherwise_stays_as_it_is(run: Run, rng: np.random.Gener
     np.testing.assert_allclose(after[1][real], before[1][real], rtol=2e-5, atol=2e-6)
 
 
-def test_a_second_run_changes_nothing() -> None:
+def test_a_second_run_changes_nothing(latent_attention: Build) -> None:
     model = latent_attention()
     LatentAttentionPass()(model)
     assert not LatentAttentionPass()(model).modified
 
 
 @pytest.mark.parametrize("features", [{"softcap": 30.0}, {"window": "two"}], ids=str)
-def test_what_it_does_not_know_is_left_alone(features: dict[str, Any]) -> None:
+def test_what_it_does_not_know_is_left_alone(
+    latent_attention: Build, features: dict[str, Any]
+) -> None:
     model = latent_attention(**features)
     assert not LatentAttentionPass()(model).modified
 
 
-def test_ordinary_attention_is_left_alone() -> None:
+def test_ordinary_attention_is_left_alone(exported_attention: ModuleType) -> None:
     assert not LatentAttentionPass()(exported_attention.attention()).modified
 
 
-def test_another_reader_of_the_cache_is_reported() -> None:
+def test_another_reader_of_the_cache_is_reported(latent_attention: Build) -> None:
     model = latent_attention()
     LatentAttentionPass()(model)
     cache = next(latent_caches(model))

@@ -184,3 +184,26 @@ def test_a_truncated_cache_goes_on_from_there(session: ArtifactSession) -> None:
     np.testing.assert_allclose(whole[MASK > 0], first[MASK > 0], atol=2e-4)
     with pytest.raises(ValueError, match="A cache of 12 columns can't be cut to 13"):
         cache.truncate(13)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lengths", "capacities"),
+    [
+        (0, [5, 60, 70, 1600], [0, 69, 69, 134, 1800]),  # a column in eight more, 64 at least
+        (80, [5, 70, 81], [0, 69, 80, 145]),  # no more than asked for, unless that is too little
+    ],
+)
+def test_a_latent_cache_has_little_more_room_than_it_needs(
+    shared: ArtifactSession, wanted: int, lengths: list[int], capacities: list[int]
+) -> None:
+    slots = [dataclasses.replace(slot, latent=True) for slot in shared.slots]
+    cache = Cache(slots, batch=2, capacity=wanted)
+    found = [cache.capacity]
+    for length in lengths:
+        cache.reserve(length)
+        found.append(cache.capacity)
+    assert found == capacities
+    assert all(not value.numpy().any() for value in cache.values)  # finite beyond the past
+    fork = cache.fork()
+    fork.reserve(cache.capacity)
+    assert fork.capacity == cache.capacity
