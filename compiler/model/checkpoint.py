@@ -169,6 +169,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
+            config = _of_text(config)
             reason = architectures.UNSUPPORTED.get(config.model_type, "")
             reason = reason or architectures.why_cache_is_unsupported(config)
     except LIBRARY_ERRORS as error:
@@ -180,6 +181,13 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         raise UnsupportedModelError(f"{config.model_type} can't be compiled: {reason}.")
     pin_settings(config)
     return config
+
+
+def _of_text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return what the causal language model is built of: a part, if images are taken as well."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    needed = getattr(model, "config_class", None) or type(config)
+    return config if isinstance(config, needed) else config.get_text_config(decoder=True)
 
 
 def read_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
