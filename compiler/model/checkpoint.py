@@ -169,7 +169,6 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-            config = _of_text(config)
             reason = architectures.UNSUPPORTED.get(config.model_type, "")
             reason = reason or architectures.why_cache_is_unsupported(config)
     except LIBRARY_ERRORS as error:
@@ -179,6 +178,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         ) from error
     if reason:
         raise UnsupportedModelError(f"{config.model_type} can't be compiled: {reason}.")
+    config = _of_text(config)
     pin_settings(config)
     return config
 
