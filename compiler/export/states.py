@@ -17,6 +17,9 @@ import torch
 from torch.nn.functional import silu, softplus
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.model.architectures import kinds_with_states
+
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
@@ -25,7 +28,18 @@ _NORM_EPSILON = 1e-6  # of queries and keys, in all families
 
 @contextlib.contextmanager
 def states_as_operators(model: PreTrainedModel) -> Iterator[None]:
-    """Let the states of a model go through onnxruntime's operators inside the block."""
+    """Let the states of a model go through onnxruntime's operators inside the block.
+
+    Raises:
+        UnsupportedModelError: It computes them in none of the ways that are known.
+    """
+    kinds = kinds_with_states(model.config)
+    modules = [sys.modules[name] for name in {type(m).__module__ for m in model.modules()}]
+    if kinds and not any(hasattr(module, "causal_conv1d_fn") for module in modules):
+        raise UnsupportedModelError(
+            f"{model.config.model_type} keeps the states of its layers of type "
+            f"{' and '.join(kinds)} in a way of its own, which isn't exported."
+        )
     convolution = _Convolution()
     replacements: dict[str, Callable[..., Any]] = {
         "causal_conv1d_fn": convolution.apply,
@@ -46,8 +60,7 @@ def states_as_operators(model: PreTrainedModel) -> Iterator[None]:
                 lambda *given, **options: convolution.remember(*given, **options),
             )
         )
-        for name in {type(module).__module__ for module in model.modules()}:
-            module = sys.modules[name]
+        for module in modules:
             for function, replacement in replacements.items():
                 if hasattr(module, function):
                     stack.enter_context(mock.patch.object(module, function, replacement))

@@ -178,8 +178,16 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         ) from error
     if reason:
         raise UnsupportedModelError(f"{config.model_type} can't be compiled: {reason}.")
+    config = _of_text(config)
     pin_settings(config)
     return config
+
+
+def _of_text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return what the causal language model is built of: a part, if images are taken as well."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    needed = getattr(model, "config_class", None) or type(config)
+    return config if isinstance(config, needed) else config.get_text_config(decoder=True)
 
 
 def read_generation_config(checkpoint: Checkpoint) -> GenerationConfig:

@@ -11,13 +11,16 @@ import onnxruntime
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoConfig
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid as granite
 from transformers.models.jamba import modeling_jamba as jamba
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
+from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.export import states
+from alloc_moe.compiler.model.skeleton import build_skeleton
 
 BATCH, LENGTH, HEADS = 2, 70, 4
 TOLERANCE = 2e-5  # of sums over more tokens than a chunk of transformers has
@@ -168,3 +171,16 @@ def test_convolutions_go_on_from_their_last_columns(
     found = torch.cat(parts, -1)
     assert_close(found, expected if activation is None else functional.silu(expected))
     torch.testing.assert_close(layer.conv_states[0], x[..., 1 - taps :], atol=0, rtol=0)
+
+
+def test_a_recurrence_that_is_not_known_is_refused() -> None:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16)
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2)
+    config = AutoConfig.for_model("minimax", num_hidden_layers=2, head_dim=8, **sizes, **heads)
+    message = "minimax keeps the states of its layers of type linear_attention in a way of its own"
+    skeleton = build_skeleton(config, torch.float32)
+    with (
+        pytest.raises(UnsupportedModelError, match=message),
+        states.states_as_operators(skeleton),
+    ):
+        pass

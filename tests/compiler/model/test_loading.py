@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen3_5MoeForConditionalGeneration
 
 from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
 from alloc_moe.compiler.model import checkpoint as checkpoint_module
@@ -107,6 +107,32 @@ def test_what_is_known_not_to_work_is_refused(tmp_path: Path, model_type: str, r
     folder_of(tmp_path, model_type)
     with pytest.raises(UnsupportedModelError, match=f"{model_type} can't be compiled: {reason}"):
         load_model(str(tmp_path))
+
+
+def test_the_text_part_of_a_model_that_takes_images_is_loaded(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = checkpoint("qwen3_5_moe_text")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    sizes |= {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+    config = AutoConfig.for_model(
+        "qwen3_5_moe",
+        text_config=AutoConfig.from_pretrained(text).to_dict(),
+        vision_config=sizes,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    original = Qwen3_5MoeForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+    original.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(text / name, tmp_path)
+    moe = load_model(str(tmp_path))
+    ids = torch.arange(1, 20)[None]
+    with torch.inference_mode():
+        found, expected = (model(input_ids=ids).logits for model in (moe.model, original))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    (note,) = moe.checkpoint.notes
+    assert "belong to no weight and are left out: model.visual.blocks.0" in note
 
 
 def test_text_models_that_are_none_by_themselves_are_refused(tmp_path: Path) -> None:
