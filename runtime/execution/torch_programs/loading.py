@@ -38,6 +38,8 @@ A price of None is the plan's; ``keep`` is how many last positions there are log
 counts are the experts executed [layers, tokens].
 """
 
+_LOAD_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+"""What torch raises for files that it can't use."""
 _EXAMPLE = "data/sample_inputs/model.pt"
 _PAYLOADS = "_config.json"
 _RAW = re.compile(
@@ -143,7 +145,7 @@ def load_program(path: Path, *, has_dial: bool) -> Run:
         check_no_pickle(path)
         logging.getLogger("torch.export").setLevel(logging.ERROR)
         return _exported(torch.export.load(str(path)).module(), has_dial)
-    except (RuntimeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+    except _LOAD_ERRORS as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ArtifactError(
             f"torch {torch.__version__} can't load {path}: {reason} "
