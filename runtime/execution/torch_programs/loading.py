@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from alloc_moe.runtime.artifact.shapes import (
     rows,
     whole,
 )
-from alloc_moe.runtime.artifact.torch_file import SCRIPT, opened_archive
+from alloc_moe.runtime.artifact.torch_file import SCRIPT, opened_archive, read_entry
 from alloc_moe.runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -143,7 +142,6 @@ def load_program(path: Path, *, has_dial: bool) -> Run:
                 warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
                 return _scripted(load(str(path), map_location="cpu"), has_dial)
         check_no_pickle(path)
-        logging.getLogger("torch.export").setLevel(logging.ERROR)
         return _exported(torch.export.load(str(path)).module(), has_dial)
     except _LOAD_ERRORS as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -167,7 +165,7 @@ def check_no_pickle(path: Path) -> None:
             if not _RAW.fullmatch(name):
                 raise _pickled(path, name)
             if name.endswith(_PAYLOADS):
-                _check_payloads(path, name, archive.read(info))
+                _check_payloads(path, name, read_entry(path, archive, info))
 
 
 def _check_payloads(path: Path, name: str, content: bytes) -> None:
