@@ -88,7 +88,7 @@ def build(
     return Interface(
         captured.vocabulary,
         captured.has_dial,
-        dtype,
+        captured.dtype,
         tuple(CacheTensor(shape.sizes, shape.past_axis) for shape in captured.cache),
     )
 

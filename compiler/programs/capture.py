@@ -54,7 +54,7 @@ class Captured:
     how many experts ran [layers, B * S].
 
     ``parameters`` are the names, in the model, of each entry of the program's state, and ``owners``
-    the first entry that shares its memory.
+    the first entry that shares its memory; ``dtype`` is that of weights and cache.
     """
 
     program: ExportedProgram
@@ -62,6 +62,7 @@ class Captured:
     parameters: dict[str, str]
     owners: dict[str, str]
     vocabulary: int
+    dtype: str
     has_dial: bool
 
 
@@ -90,7 +91,7 @@ def capture(
         with experts_function(model, _PROBE, lambda _, hidden, *__: torch.zeros_like(hidden)):
             _, inputs = sample_inputs(model)
         with sinks_as_columns(model):
-            return _trace(model, names, plan, inputs)
+            return _trace(model, names, plan, inputs, dtype)
 
 
 def _add_bias(experts: Any, correction: Correction | None) -> None:
@@ -145,7 +146,11 @@ class _Planned(torch.nn.Module):
 
 
 def _trace(
-    model: PreTrainedModel, names: list[str], plan: AllocationPlan, inputs: dict[str, Any]
+    model: PreTrainedModel,
+    names: list[str],
+    plan: AllocationPlan,
+    inputs: dict[str, Any],
+    dtype: str,
 ) -> Captured:
     past = inputs["past_key_values"]
     cache = [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
@@ -176,7 +181,7 @@ def _trace(
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(t), name) for name, t in program.state_dict.items()}
     vocabulary = model.config.get_text_config().vocab_size
-    return Captured(program, shapes, parameters, owners, vocabulary, has_dial)
+    return Captured(program, shapes, parameters, owners, vocabulary, dtype, has_dial)
 
 
 def _cache_shape(tensor: torch.Tensor, past: int) -> CacheTensor:

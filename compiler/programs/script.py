@@ -70,18 +70,17 @@ def to_script(captured: Captured, weights: Mapping[str, torch.Tensor]) -> torch.
         holder.register_buffer(spec.arg.name, found[spec.target].detach())
         bound[spec.arg.name] = f"self.{spec.arg.name}"
     script = torch.jit.script(holder.eval())
-    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
-    script.define(_empty_cache(captured.cache, dtype))
+    script.define(_empty_cache(captured.cache, captured.dtype))
     script.define(_forward(captured, inputs, bound))
     return script
 
 
-def _empty_cache(cache: Sequence[CacheTensor], dtype: torch.dtype) -> str:
+def _empty_cache(cache: Sequence[CacheTensor], dtype: str) -> str:
     sizes = []
     for shape in cache:
         free = {0: "batch", shape.past_axis: "0"}
         sizes.append([free.get(axis, str(size)) for axis, size in enumerate(shape.sizes)])
-    made = ", ".join(f"torch.empty([{', '.join(each)}], dtype={dtype})" for each in sizes)
+    made = ", ".join(f"torch.empty([{', '.join(each)}], dtype=torch.{dtype})" for each in sizes)
     return f"def empty_cache(self, batch: int) -> List[Tensor]:\n    return [{made}]\n"
 
 

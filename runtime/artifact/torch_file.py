@@ -39,16 +39,33 @@ def read_metadata(path: Path) -> dict[str, str]:
             key = inner.removeprefix("extra/")
             if key == inner or not key.startswith(f"{_PREFIX}."):
                 continue
-            if key in found or max(info.file_size, info.compress_size) > _MOST_BYTES:
+            if key in found:
                 raise ArtifactError(
-                    f"{path} has its {key} twice, or too large a one. "
+                    f"{path} has its {key} twice. "
                     "Don't run it; alloc-compile writes no such artifact."
                 )
             try:
-                found[key] = archive.read(info).decode()
-            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+                found[key] = read_entry(path, archive, info).decode()
+            except UnicodeDecodeError as error:
                 raise _damaged(path) from error
         return found
+
+
+def read_entry(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Return what an entry of an archive holds.
+
+    Raises:
+        ArtifactError: It is damaged, or larger than any that isn't of weights.
+    """
+    if max(info.file_size, info.compress_size) > _MOST_BYTES:
+        raise ArtifactError(
+            f"{path} has {info.filename} of {info.file_size} bytes; {_MOST_BYTES} are the most. "
+            "Don't run it; alloc-compile writes no such artifact."
+        )
+    try:
+        return archive.read(info)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+        raise _damaged(path) from error
 
 
 def add_metadata(path: Path, metadata: Mapping[str, str]) -> None:

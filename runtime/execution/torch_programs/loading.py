@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from alloc_moe.runtime.artifact.shapes import (
     rows,
     whole,
 )
-from alloc_moe.runtime.artifact.torch_file import SCRIPT, opened_archive
+from alloc_moe.runtime.artifact.torch_file import SCRIPT, opened_archive, read_entry
 from alloc_moe.runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -38,6 +37,8 @@ A price of None is the plan's; ``keep`` is how many last positions there are log
 counts are the experts executed [layers, tokens].
 """
 
+_LOAD_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+"""What torch raises for files that it can't use."""
 _EXAMPLE = "data/sample_inputs/model.pt"
 _PAYLOADS = "_config.json"
 _RAW = re.compile(
@@ -141,9 +142,8 @@ def load_program(path: Path, *, has_dial: bool) -> Run:
                 warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
                 return _scripted(load(str(path), map_location="cpu"), has_dial)
         check_no_pickle(path)
-        logging.getLogger("torch.export").setLevel(logging.ERROR)
         return _exported(torch.export.load(str(path)).module(), has_dial)
-    except (RuntimeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+    except _LOAD_ERRORS as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ArtifactError(
             f"torch {torch.__version__} can't load {path}: {reason} "
@@ -165,7 +165,7 @@ def check_no_pickle(path: Path) -> None:
             if not _RAW.fullmatch(name):
                 raise _pickled(path, name)
             if name.endswith(_PAYLOADS):
-                _check_payloads(path, name, archive.read(info))
+                _check_payloads(path, name, read_entry(path, archive, info))
 
 
 def _check_payloads(path: Path, name: str, content: bytes) -> None:

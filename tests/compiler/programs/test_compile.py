@@ -53,7 +53,7 @@ def test_bfloat16_is_verified_on_the_cpu(compile_to: Compile, tmp_path: Path) ->
     assert {value.data_type() for value in cache.values} == {"tensor(bfloat16)"}
     weights = sum(p.file_size for p in zipfile.ZipFile(path).infolist() if "/weight_" in p.filename)
     parameters = 2 * 288 * 64 + 3 * (3 * 8 * 32 * 64)  # embeddings, head, experts
-    assert 2 * parameters < weights < 2.2 * parameters
+    assert 2 * parameters < weights < 3 * parameters  # and attention
 
 
 def test_an_old_artifact_stays_where_the_new_one_differs(
