@@ -14,9 +14,9 @@ from alloc_moe.runtime.artifact.onnx_file import with_data_names, with_outputs
 from alloc_moe.runtime.artifact.plan import PADDING_KEY
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import FLOAT
-from alloc_moe.runtime.execution.kernels import OwnKernels, open_kernels
 from alloc_moe.runtime.execution.providers import utf8_path
 from alloc_moe.runtime.execution.slots import CacheSlot, is_past, present_name
+from alloc_moe.runtime.execution.step_programs.kernels import OwnKernels, open_kernels
 
 logger = logging.getLogger(__name__)
 

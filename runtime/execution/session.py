@@ -24,10 +24,8 @@ from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, Session, begin_call, check_room
-from alloc_moe.runtime.execution.kernels import OwnKernels
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
-from alloc_moe.runtime.execution.programs import check_graph
 from alloc_moe.runtime.execution.providers import (
     CUDA,
     ORT_ERRORS,
@@ -39,6 +37,8 @@ from alloc_moe.runtime.execution.providers import (
     session_options,
 )
 from alloc_moe.runtime.execution.slots import find_slots
+from alloc_moe.runtime.execution.step_programs.kernels import OwnKernels
+from alloc_moe.runtime.execution.step_programs.programs import check_graph
 from alloc_moe.runtime.execution.torch_programs.session import open_program
 
 

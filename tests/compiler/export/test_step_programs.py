@@ -25,7 +25,7 @@ from alloc_moe.compiler.rounding.formats import choose_formats
 from alloc_moe.compiler.rounding.weights import quantized
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.lower import Allocation
-from alloc_moe.runtime.execution.programs import step_program
+from alloc_moe.runtime.execution.step_programs.programs import step_program
 
 FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe"]
 # Biased projections, norms of each head, half of a head rotated, a first dense layer, a router with

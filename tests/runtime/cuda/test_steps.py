@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.execution.kernels import OwnKernels
-from alloc_moe.runtime.execution.programs import check_graph, step_program
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
+from alloc_moe.runtime.execution.step_programs.kernels import OwnKernels
+from alloc_moe.runtime.execution.step_programs.programs import check_graph, step_program
 
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
 CASES = [("tiny-moe", "float32", "price"), ("tiny-qwen3-moe", "float16", "none")]

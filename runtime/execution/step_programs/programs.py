@@ -13,9 +13,9 @@ from alloc_moe.runtime.artifact.tensors import Initializer
 from alloc_moe.runtime.cuda.routers import MOST_CANDIDATES, MOST_EXPERTS
 from alloc_moe.runtime.errors import ArtifactError, DeviceError
 from alloc_moe.runtime.execution.buffers import BFLOAT16, FLOAT, FLOAT16
-from alloc_moe.runtime.execution.operations import PROGRAM
 from alloc_moe.runtime.execution.slots import CacheSlot
-from alloc_moe.runtime.execution.weight_reads import weight_reads
+from alloc_moe.runtime.execution.step_programs.operations import PROGRAM
+from alloc_moe.runtime.execution.step_programs.weight_reads import weight_reads
 
 Program = Mapping[str, Any]
 

@@ -15,14 +15,14 @@ from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
 from alloc_moe.runtime.artifact.tensors import Initializer
 from alloc_moe.runtime.errors import ArtifactError, DeviceError
 from alloc_moe.runtime.execution.buffers import FLOAT, FLOAT16
-from alloc_moe.runtime.execution.programs import (
+from alloc_moe.runtime.execution.slots import CacheSlot
+from alloc_moe.runtime.execution.step_programs.programs import (
     check_graph,
     check_program,
     prefill_obstacle,
     step_program,
     weight_names,
 )
-from alloc_moe.runtime.execution.slots import CacheSlot
 
 PROGRAM: dict[str, Any] = {
     "format": 1,

@@ -18,7 +18,7 @@ from alloc_moe.runtime.cuda.stepper import CacheMemory, Stepper
 from alloc_moe.runtime.cuda.weights import Weights
 from alloc_moe.runtime.errors import DeviceError
 from alloc_moe.runtime.execution.padding import pad_right
-from alloc_moe.runtime.execution.programs import (
+from alloc_moe.runtime.execution.step_programs.programs import (
     check_program,
     prefill_obstacle,
     quantized_names,
