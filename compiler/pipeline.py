@@ -36,14 +36,14 @@ from alloc_moe.compiler.planning.shapes import expert_shapes
 from alloc_moe.compiler.programs.build import build, check_program
 from alloc_moe.compiler.records import Compiled, CompileOptions
 from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
-from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.formats import (
     BITS,
     choose_formats,
     formats_of_bits,
     mixed_formats,
 )
-from alloc_moe.compiler.rounding.weights import chosen_digest, quantized, with_expert_formats
+from alloc_moe.compiler.rounding.stage import round_model
+from alloc_moe.compiler.rounding.weights import chosen_digest, with_expert_formats
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
@@ -64,8 +64,6 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import (
         Planned,
         ProfileOptions,
-        Quantization,
-        Rounding,
         SensitivityProfile,
         Verification,
     )
@@ -110,7 +108,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     if costs is not None:
         cost_limit(budget, costs)  # what can't be met is said before the profile is measured
     calibration = calibrate(moe.checkpoint, options.calibration, console)
-    moe = _round(moe, chosen, target.rounding, calibration, console, experts=not formats)
+    moe = round_model(moe, chosen, target.rounding, calibration, console, experts=not formats)
     profile_path = None
     profile = None
     if _needs_profile(options, budget):
@@ -160,7 +158,7 @@ def profile_model(
     if options.dtype in BITS:
         chosen = choose_formats(moe.checkpoint, options.dtype, block=options.block)
     calibration = calibrate(moe.checkpoint, options.calibration, console)
-    moe = _round(moe, chosen, options.rounding, calibration, console)
+    moe = round_model(moe, chosen, options.rounding, calibration, console)
     profile = measure_sensitivity(
         moe,
         calibration,
@@ -173,26 +171,6 @@ def profile_model(
     )
     moe.results.delete()  # by every process: machines have disks of their own
     return profile
-
-
-def _round(
-    moe: MoeModel,
-    chosen: Quantization | None,
-    rounding: Rounding,
-    calibration: CalibrationSet,
-    console: Console,
-    *,
-    experts: bool = True,
-) -> MoeModel:
-    """Return the model with weights rounded to the formats `chosen`, if there are any."""
-    if chosen is None:
-        return moe
-    what = f"Rounding weights to {chosen.dtype}"
-    if rounding == "gptq":
-        with layers_progress(console, what, moe, passes=1):
-            return calibrated(moe, chosen, calibration)
-    with console.step(what):
-        return quantized(moe, chosen, round_experts=experts)
 
 
 def _costs(

@@ -1,0 +1,44 @@
+"""Model and formats -> the model with rounded weights, by the rounding that was asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alloc_moe.compiler.model.layer_progress import layers_progress
+from alloc_moe.compiler.rounding.calibrated import calibrated
+from alloc_moe.compiler.rounding.weights import quantized
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.calibration.windows import CalibrationSet
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.records import Quantization, Rounding
+    from alloc_moe.runtime.console import Console
+
+
+def round_model(
+    moe: MoeModel,
+    chosen: Quantization | None,
+    rounding: Rounding,
+    calibration: CalibrationSet,
+    console: Console,
+    *,
+    experts: bool = True,
+) -> MoeModel:
+    """Return the model with weights rounded to the formats `chosen`, if there are any.
+
+    Args:
+        moe: Its weights are changed in place.
+        chosen: None leaves the model as it is.
+        rounding: ``nearest`` doesn't look at the calibration text.
+        calibration: What enters the products is measured on it.
+        console: Where progress is told.
+        experts: Whether experts are rounded too; if not, `with_expert_formats` does so later.
+    """
+    if chosen is None:
+        return moe
+    what = f"Rounding weights to {chosen.dtype}"
+    if rounding == "gptq":
+        with layers_progress(console, what, moe, passes=1):
+            return calibrated(moe, chosen, calibration)
+    with console.step(what):
+        return quantized(moe, chosen, round_experts=experts)
