@@ -1,4 +1,4 @@
-"""Runs compiled artifacts: numpy, onnxruntime and tokenizers, never torch.
+"""Runs compiled artifacts: numpy, onnxruntime, tokenizers; torch for artifacts of torch only.
 
     import alloc_moe.runtime as runtime
 

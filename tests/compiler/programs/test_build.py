@@ -39,7 +39,7 @@ with torch.no_grad():
         token, past = ids[:, step : step + 1], mask[:, : step + 1]
         last, cache, _ = module(token, past, torch.tensor([[step]]), cache, logits_to_keep=1)
 torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-4, atol=1e-5)
-print(*kept.sum(1).tolist(), *(name for name in sys.modules if "alloc_moe" in name))
+print(*kept.sum(1).tolist(), *(name for name in sys.modules if name.startswith("alloc_moe")))
 """
 
 
@@ -125,7 +125,8 @@ def test_a_script_needs_nothing_but_torch(
     program: Callable[[str, AllocationPlan, str], Session],
 ) -> None:
     ks = half(moe_model("olmoe"))
-    path = program("olmoe", plan_for(moe_model("olmoe"), ks), ".pt").files.graph
+    plan = plan_for(moe_model("olmoe"), ks, redistribution="none")  # calls don't matter then
+    path = program("olmoe", plan, ".pt").files.graph
     code = [sys.executable, "-W", "ignore", "-c", PLAIN, str(path)]
     done = subprocess.run(code, check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [str(3 * k) for k in ks]
