@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 
 NAME = "alloc-moe"
 _TARGET = "alloc_moe.compiler.evaluation.harness:AllocMoeLM"
@@ -33,6 +34,16 @@ def main() -> None:
         cli_evaluate()
     except AllocMoeError as error:
         sys.exit(f"Error: {error}")
+    except ValueError as error:
+        if not _is_of_arguments(error):
+            raise
+        sys.exit(f"Error: lm-evaluation-harness can't do that: {error}")
+
+
+def _is_of_arguments(error: ValueError) -> bool:
+    """Whether the harness refuses what it was asked; anything else is a bug, shown whole."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith(("lm_eval.config.", "lm_eval._cli."))
 
 
 if __name__ == "__main__":

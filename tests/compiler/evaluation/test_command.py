@@ -58,6 +58,20 @@ def test_the_command_shows_our_errors_plainly(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+def test_a_task_that_is_unknown_is_refused_plainly(tmp_path: Path) -> None:
+    run = run_command(
+        *("--model_args", "artifact=none.onnx", "--tasks", "no_such_task"),
+        *("--include_path", "examples/lm_eval"),
+        cache=tmp_path,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(
+        "Error: lm-evaluation-harness can't do that: Task"
+    )
+    assert "no_such_task" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
 def test_artifacts_are_evaluated_without_loading_torch(artifact: Path) -> None:
     code = (
         "import sys\n"

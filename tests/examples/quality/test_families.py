@@ -1,0 +1,73 @@
+"""The matrix of families: the kept figures are whole and good, and can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+LIMITS = {"float32": 1e-4, "int8": 1e-4, "int4": 1e-4}
+"""Of a logit's error."""
+
+
+@pytest.fixture
+def matrix(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("benchmarks/quality/families")
+
+
+def failed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [
+        row
+        for row in rows
+        if not float(row["error"]) <= LIMITS[row["dtype"]] or row["equal"] != row["tokens"]
+    ]
+
+
+def test_the_kept_matrix_has_every_cell_of_a_family(matrix: ModuleType, any_family: str) -> None:
+    rows = [row for row in matrix.read(matrix.TABLE) if row["family"] == any_family]
+    assert [(row["dtype"], row["policy"]) for row in rows] == [
+        (dtype, policy) for dtype in matrix.DTYPES for policy in matrix.POLICIES
+    ]
+    assert not failed(rows)
+
+
+@pytest.mark.families
+def test_a_family_gives_such_cells_again(
+    matrix: ModuleType, checkpoint: Callable[[str], Path], any_family: str
+) -> None:
+    rows = [asdict(cell) for cell in matrix.cells(checkpoint(any_family), any_family)]
+    assert len(rows) == len(matrix.DTYPES) * len(matrix.POLICIES)
+    assert not failed(rows)
+
+
+def test_the_table_names_tokens_that_differ(matrix: ModuleType) -> None:
+    row = {"family": "olmoe", "dtype": "int4", "policy": "none", "cache": "in place"}
+    rows = [{**row, "error": "1.0e-06", "equal": "191", "tokens": "192"}]
+    assert matrix.table(rows).splitlines()[-1] == (
+        "| olmoe | in place | int4 |  | 1.0e-06 (191/192) |  |  |  |"
+    )
+
+
+def test_families_that_the_file_has_are_not_measured_again(
+    matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "families.csv"
+    measured = []
+
+    def cells(folder: Path, family: str) -> list[Any]:
+        measured.append(family)
+        return [
+            matrix.Cell(family, dtype, policy, "in place", "0.0e+00", 192, 192)
+            for dtype in matrix.DTYPES
+            for policy in matrix.POLICIES
+        ]
+
+    monkeypatch.setattr(matrix, "cells", cells)
+    matrix.measure(["olmoe"], path)
+    matrix.measure(["mixtral", "olmoe"], path)
+    assert measured == ["olmoe", "mixtral"]
+    assert [row["family"] for row in matrix.read(path)[::15]] == ["olmoe", "mixtral"]
