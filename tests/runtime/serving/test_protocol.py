@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,15 @@ from hypothesis import strategies as st
 
 from alloc_moe.runtime.serving.protocol import Asked, RequestError, chat_asked, completion_asked
 from alloc_moe.runtime.text.model import TextModel
+
+EXAMPLES = int(os.environ.get("ALLOC_MOE_FUZZ", "0"))
+MANY = settings(
+    max_examples=EXAMPLES or 300,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 JSON = st.recursive(
     st.none()
@@ -40,7 +50,7 @@ def outcome(read: Callable[..., Asked], body: bytes, model: TextModel) -> Asked 
         return error
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@MANY
 @given(
     fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
     messages=MESSAGES | JSON,
@@ -63,7 +73,7 @@ def test_any_body_is_asked_or_refused(
         assert all(0 < choice.max_new_tokens <= 30 for choice in asked.choices)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@MANY
 @given(st.binary(max_size=64))
 def test_any_bytes_are_refused(model: TextModel, body: bytes) -> None:
     with pytest.raises(RequestError):
