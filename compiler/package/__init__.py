@@ -1,4 +1,5 @@
 """Graph, tokenizer and plan -> files, atomically.
 
-In: a specialised graph. Out: out.onnx and its data, or a bundle. Begin at `output`.
+In: a specialised graph, or a program of torch. Out: out.onnx and its data, a bundle, or out.pt or
+out.pt2. Begin at `output`.
 """

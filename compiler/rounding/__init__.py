@@ -1,5 +1,5 @@
 """Weights and cache in fewer bits, as PyTorch computes with them.
 
-In: a model and a type. Out: the model with rounded weights; scales of an int8 cache.
+In: a model, a type and token windows. Out: the model with rounded weights; scales of an int8 cache.
 Begin at `formats`, which says what is stored how.
 """

@@ -1,5 +1,5 @@
 """Attention that appends to its cache in place.
 
-In: the standard operator. Out: GroupQueryAttention, with an int8 cache if asked for.
-Begin at `group_query`.
+In: the standard operator. Out: GroupQueryAttention, with an int8 cache if asked for, or products
+with a cache of latents (`latent`). Begin at `group_query`.
 """

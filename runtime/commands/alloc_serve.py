@@ -117,10 +117,11 @@ def serve_command(
     session_entries: dict[str, str],
     tokenizer: str | None,
 ) -> None:
-    """Serve ARTIFACT, an .onnx file or a bundle folder, over HTTP until it is interrupted.
+    """Serve ARTIFACT over HTTP until it is interrupted.
 
-    Routes are OpenAI's: /v1/completions, /v1/chat/completions and /v1/models, also /health and
-    /metrics. At / is a page to talk to the model. Needs the extra [serve].
+    ARTIFACT is an .onnx, .pt or .pt2 file, or a bundle folder. Routes are OpenAI's:
+    /v1/completions, /v1/chat/completions and /v1/models, also /health and /metrics. At / is a page
+    to talk to the model. Needs the extra [serve].
     """
     try:
         import starlette  # noqa: F401

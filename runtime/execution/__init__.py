@@ -1,4 +1,4 @@
-"""An artifact in onnxruntime.
+"""An artifact in onnxruntime, in kernels of our own (`step_programs`) or torch (`torch_programs`).
 
-In: token ids. Out: logits, and keys and values in a cache. Begin at `session`.
+In: token ids. Out: logits, and a cache of keys and values, latents or states. Begin at `session`.
 """
