@@ -204,18 +204,21 @@ def measure(names: Sequence[str], path: Path) -> None:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return the table: a line per family and type, a column per policy."""
+    """Return a line per family: the largest error of each type, and the tokens that differ."""
     lines = [
-        "| family | cache | type | " + " | ".join(POLICIES) + " |",
-        "|---|---|---|" + "---|" * len(POLICIES),
+        "| family | cache | " + " | ".join(DTYPES) + " | tokens that differ |",
+        "|---|---|" + "---|" * (len(DTYPES) + 1),
     ]
-    groups: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in rows:
-        key = (row["family"], row["cache"], row["dtype"])
-        missed = "" if row["equal"] == row["tokens"] else f" ({row['equal']}/{row['tokens']})"
-        groups.setdefault(key, {})[row["policy"]] = row["error"] + missed
-    for key, found in groups.items():
-        lines.append("| " + " | ".join([*key, *(found.get(p, "") for p in POLICIES)]) + " |")
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        errors = [
+            max((row["error"] for row in own if row["dtype"] == dtype), key=float, default="")
+            for dtype in DTYPES
+        ]
+        differ = sum(int(row["tokens"]) - int(row["equal"]) for row in own)
+        every = sum(int(row["tokens"]) for row in own)
+        cells = [family, own[0]["cache"], *errors, f"{differ} of {every}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
