@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-LIMITS = {"float32": 1e-4, "int8": 1e-4, "int4": 1e-4}
+LIMIT = 1e-4
 """Of a logit's error."""
 
 
@@ -20,10 +20,13 @@ def matrix(load: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def failed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the cells that are wrong; texts may part at a tie, though not of whole float models."""
+    whole = {"dtype": "float32", "policy": "full"}
     return [
         row
         for row in rows
-        if not float(row["error"]) <= LIMITS[row["dtype"]] or row["equal"] != row["tokens"]
+        if not float(row["error"]) <= LIMIT
+        or (row["equal"] != row["tokens"] and row.items() >= whole.items())
     ]
 
 
