@@ -20,7 +20,7 @@ def matrix(load: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def failed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the cells that are wrong; texts may part at a tie, though not of whole float models."""
+    """Return the wrong cells; texts may part at a tie, though not of whole float models."""
     whole = {"dtype": "float32", "policy": "full"}
     return [
         row
