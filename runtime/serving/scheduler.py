@@ -206,14 +206,13 @@ class Scheduler:
         batch = self._batches.setdefault(row.price, Batch(self._session, row.price))
         try:
             cache = batch.prefill(row)
+            self._metrics.add("prompt_tokens_total", len(row.prompt_ids))
+            if self._told(request, choice):
+                batch.join(row, cache)
+                self._running[row] = (request, choice)
         except (AllocMoeError, MemoryError) as error:
             logger.warning("A prompt of %d tokens has failed: %s", len(row.prompt_ids), error)
             self._fail(request, "error")
-            return
-        self._metrics.add("prompt_tokens_total", len(row.prompt_ids))
-        if self._told(request, choice):
-            batch.join(row, cache)
-            self._running[row] = (request, choice)
 
     def _step(self) -> None:
         """Have every batch go on by one token."""
@@ -226,10 +225,10 @@ class Scheduler:
                 batch.step()
             except (AllocMoeError, MemoryError) as error:
                 logger.warning("A step of %d sequences has failed: %s", len(rows), error)
+                del self._batches[price]  # with its cache, which may be half written
                 for row in rows:
-                    request, choice = self._running[row]
+                    request, _ = self._running.pop(row)
                     self._fail(request, "error")
-                    self._forget(request, choice)
                 continue
             self._metrics.add("steps_total")
             self._metrics.add("step_rows_total", len(rows))
