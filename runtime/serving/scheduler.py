@@ -95,7 +95,7 @@ class Scheduler:
         self, session: Session, metrics: Metrics, *, most_rows: int, most_waiting: int
     ) -> None:
         self._session, self._metrics = session, metrics
-        apart = tokens_compete(session) or not moves_rows(session)
+        apart = session.plan.tokens_compete or not moves_rows(session)
         self.most_rows = 1 if apart else most_rows
         self.most_waiting = most_waiting
         self._waiting: deque[tuple[Request, Choice]] = deque()
@@ -272,8 +272,3 @@ class Scheduler:
             self._running.clear()
         for request, _ in entries:
             self._fail(request, kind)
-
-
-def tokens_compete(session: Session) -> bool:
-    """Whether the tokens of a call compete for experts across sequences."""
-    return session.plan.redistribution == "batch" or session.plan.cap is not None
