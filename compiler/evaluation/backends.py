@@ -54,11 +54,6 @@ class Backend:
     context_length: int | None
     price: float | None = None
 
-    @property
-    def depends_on_batch(self) -> bool:
-        """Whether a sequence's logits depend on the others in its batch."""
-        return self.plan.redistribution == "batch" or self.plan.cap is not None
-
 
 def open_artifact(
     path: str,

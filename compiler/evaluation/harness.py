@@ -290,7 +290,7 @@ def choose_batch_size(backend: Backend, asked: int | str | None, *, most: int | 
     automatic = asked is None or str(asked).startswith("auto")
     if not automatic and not (str(asked).isdecimal() and int(str(asked)) > 0):
         raise GenerationError(f"The batch size is {asked!r}. Give a number from 1, or auto.")
-    if not backend.depends_on_batch:
+    if not backend.plan.tokens_compete:
         return min(_AUTOMATIC_BATCH, most or _AUTOMATIC_BATCH) if automatic else int(str(asked))
     reason = "sequences of one call compete for experts under this plan"
     if automatic:

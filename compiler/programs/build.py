@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,9 +77,11 @@ def build(
     data = data_path(path)
     state = mapped_weights(captured, moe, corrections, data, console)
     with console.step("Writing the program"), quiet():
-        save = _save_script if path.suffix == SCRIPT else _save_export
+        save: Callable[[str], object] = functools.partial(_save_export, captured, state)
+        if path.suffix == SCRIPT:
+            save = to_script(captured, state).save
         try:
-            save(captured, state, path)
+            save(str(path))
         except RuntimeError as error:  # of torch's writer, whatever went wrong
             then = "free some space, or choose another disk"
             raise cant_write("The artifact", path, first_line(error), then=then) from error
@@ -93,12 +96,8 @@ def build(
     )
 
 
-def _save_script(captured: Captured, state: dict[str, torch.Tensor], path: Path) -> None:
-    to_script(captured, state).save(str(path))
-
-
-def _save_export(captured: Captured, state: dict[str, torch.Tensor], path: Path) -> None:
+def _save_export(captured: Captured, state: dict[str, torch.Tensor], path: str) -> None:
     program = captured.program
     program.state_dict.update(state)
     program._example_inputs = None  # torch would pickle them
-    torch.export.save(program, str(path))
+    torch.export.save(program, path)

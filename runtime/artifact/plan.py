@@ -143,6 +143,11 @@ class AllocationPlan:
     verify: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def tokens_compete(self) -> bool:
+        """Whether the tokens of a call compete for experts across its sequences."""
+        return self.redistribution == "batch" or self.cap is not None
+
     def to_json(self) -> str:
         """Return the plan as one JSON object, keys in a fixed order; what is unset is left out."""
         data = dataclasses.asdict(self)

@@ -142,7 +142,7 @@ def run_command(
     template.
     """
     from alloc_moe.runtime.commands.chat import Chat, typed_lines
-    from alloc_moe.runtime.execution.providers import cuda_obstacle
+    from alloc_moe.runtime.execution.providers import tries_cuda
     from alloc_moe.runtime.text.model import load
     from alloc_moe.runtime.text.sampling import Sampling
 
@@ -166,7 +166,7 @@ def run_command(
         ep=ep,
         threads=threads,
         # On a GPU counting would leave our kernels out.
-        count_activations=chat and (ep == "cpu" or cuda_obstacle() is not None),
+        count_activations=chat and not tries_cuda(ep),
         more_options=session_entries,
     )
     clock = _Clock(load=time.perf_counter() - start)

@@ -130,7 +130,7 @@ def serve_command(
         raise AllocMoeError(
             "Serving needs starlette and uvicorn. Install alloc-moe[serve]."
         ) from error
-    from alloc_moe.runtime.execution.providers import cuda_obstacle
+    from alloc_moe.runtime.execution.providers import tries_cuda
     from alloc_moe.runtime.serving.app import application
     from alloc_moe.runtime.serving.server import Limits, Server
     from alloc_moe.runtime.text.model import load
@@ -148,14 +148,18 @@ def serve_command(
             ep=ep,
             threads=threads,
             # On a GPU counting would leave our kernels out.
-            count_activations=ep == "cpu" or cuda_obstacle() is not None,
+            count_activations=not tries_cuda(ep),
             more_options=session_entries,
         )
         limits = Limits(rows=max_batch, waiting=queue, new_tokens=max_new_tokens, seconds=timeout)
         server = Server(model, name=name or _name(model.session.files), limits=limits, key=api_key)
         app = application(server, hosts=[*_LOCAL_NAMES, host] if local else None)
+        if model.chat_template is None:
+            console.note("The model has no chat template, so it only continues texts.")
         if server.scheduler.most_rows < max_batch:
-            console.note("Answers are written one at a time: in this artifact, tokens compete.")
+            compete = model.session.plan.tokens_compete
+            reason = "tokens compete" if compete else "sequences of a batch can't be moved"
+            console.note(f"Answers are written one at a time: in this artifact, {reason}.")
         config = uvicorn.Config(
             app,
             log_config=None,

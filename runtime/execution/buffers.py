@@ -61,8 +61,11 @@ def tensor_of(array: NDArray[Any], element_type: int, device: Device) -> onnxrun
 
 
 def held_array(value: onnxruntime.OrtValue) -> NDArray[Any]:
-    """Return a copy of a tensor in the host's memory, as an array that can hold its elements."""
-    if value.element_type() != BFLOAT16:
+    """Return a copy of a tensor in the host's memory, as an array that can hold its elements.
+
+    Of bfloat16 on a GPU there is none: onnxruntime raises RuntimeError.
+    """
+    if value.element_type() != BFLOAT16 or value.device_name() != "cpu":
         array: NDArray[Any] = value.numpy().copy()
         return array
     return _halves(value).view(np.float16).copy()

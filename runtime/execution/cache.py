@@ -124,10 +124,8 @@ class Cache:
         self._real = self._mask[:, :length].sum(axis=1)
         if not self.shared:
             self.values = [
-                onnxruntime.OrtValue.ortvalue_from_numpy(
-                    value.numpy()[slot.first_columns(length)].copy(),
-                    self._device,
-                    0,
+                tensor_of(
+                    held_array(value)[slot.first_columns(length)], slot.element_type, self._device
                 )
                 for value, slot in zip(self.values, self._slots, strict=True)
             ]

@@ -149,8 +149,7 @@ def create_session(
         ArtifactError: onnxruntime can't load the model.
         GenerationError: There is no such provider.
     """
-    if ep not in get_args(Provider):
-        raise GenerationError(f"The provider is {ep!r:.60}. Give auto, cpu or cuda.")
+    check_provider(ep)
     if ep == "cpu":
         return _on_cpu(model, options, name=name)
     reason = cuda_obstacle()
@@ -163,6 +162,17 @@ def create_session(
     if CUDA in onnxruntime.get_available_providers():
         logger.info("Running on the CPU, as CUDA can't be used: %s.", reason)
     return _on_cpu(model, options, name=name)
+
+
+def check_provider(ep: str) -> None:
+    """Raise GenerationError if there is no such provider."""
+    if ep not in get_args(Provider):
+        raise GenerationError(f"The provider is {ep!r:.60}. Give auto, cpu or cuda.")
+
+
+def tries_cuda(ep: Provider) -> bool:
+    """Whether a session on this provider runs on CUDA, as far as can be told before it is made."""
+    return ep != "cpu" and cuda_obstacle() is None
 
 
 def cuda_obstacle() -> str | None:

@@ -31,10 +31,10 @@ from alloc_moe.runtime.execution.providers import (
     ORT_ERRORS,
     Provider,
     create_session,
-    cuda_obstacle,
     ort_message,
     quiet_run,
     session_options,
+    tries_cuda,
 )
 from alloc_moe.runtime.execution.slots import find_slots
 from alloc_moe.runtime.execution.step_programs.kernels import OwnKernels
@@ -212,7 +212,7 @@ class ArtifactSession:
         GroupQueryAttention takes no more than one then. Nothing depends on the others unless tokens
         of a call compete.
         """
-        if self.plan.redistribution == "batch" or self.plan.cap is not None:
+        if self.plan.tokens_compete:
             raise GenerationError(
                 f"{len(ids)} sequences can't be continued by {ids.shape[1]} tokens each in one "
                 f"call: in {self.files.graph} the tokens of a call compete for experts, and its "
@@ -295,7 +295,7 @@ def open_session(
         threads=threads, stop_spinning=stop_spinning, data_folder=folder, more=more_options
     )
     kernels = None
-    if capture and ep != "cpu" and not count_activations and cuda_obstacle() is None:
+    if capture and not count_activations and tries_cuda(ep):
         kernels = own_kernels(files, data, options)
     session = create_session(model, options, ep=ep, name=files.graph)
     return ArtifactSession(session, files, counting=count_activations, kernels=kernels)

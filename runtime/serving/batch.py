@@ -65,7 +65,7 @@ class Batch:
 
     A place whose sequence has left is kept for the next one, so that one who joins costs a copy of
     its own columns only. All are copied together when there is no such place, when it is longer
-    than those that are there, or when half of the places are free.
+    than those that are there, or before a step that half of the places would be free in.
     """
 
     def __init__(self, session: Session, price: float | None) -> None:
@@ -105,8 +105,6 @@ class Batch:
         self._places[self._places.index(row)] = None
         if not self.rows:
             self._places, self._cache = [], None
-        elif 2 * len(self.rows) <= len(self._places):
-            self._gather()
 
     def step(self) -> None:
         """Choose the next token of every sequence.
@@ -115,7 +113,8 @@ class Batch:
             AllocMoeError: The model can't be run.
         """
         assert self._cache is not None
-        if self._cache.length == self._cache.capacity:
+        is_full = self._cache.length == self._cache.capacity
+        if is_full or 2 * len(self.rows) <= len(self._places):
             self._gather()
         active = np.array([[row is not None] for row in self._places], np.int64)
         tokens = np.array([[_PAD if row is None else row.ids[-1]] for row in self._places])

@@ -95,7 +95,7 @@ class Scheduler:
         self, session: Session, metrics: Metrics, *, most_rows: int, most_waiting: int
     ) -> None:
         self._session, self._metrics = session, metrics
-        apart = tokens_compete(session) or not moves_rows(session)
+        apart = session.plan.tokens_compete or not moves_rows(session)
         self.most_rows = 1 if apart else most_rows
         self.most_waiting = most_waiting
         self._waiting: deque[tuple[Request, Choice]] = deque()
@@ -206,14 +206,13 @@ class Scheduler:
         batch = self._batches.setdefault(row.price, Batch(self._session, row.price))
         try:
             cache = batch.prefill(row)
+            self._metrics.add("prompt_tokens_total", len(row.prompt_ids))
+            if self._told(request, choice):
+                batch.join(row, cache)
+                self._running[row] = (request, choice)
         except (AllocMoeError, MemoryError) as error:
             logger.warning("A prompt of %d tokens has failed: %s", len(row.prompt_ids), error)
             self._fail(request, "error")
-            return
-        self._metrics.add("prompt_tokens_total", len(row.prompt_ids))
-        if self._told(request, choice):
-            batch.join(row, cache)
-            self._running[row] = (request, choice)
 
     def _step(self) -> None:
         """Have every batch go on by one token."""
@@ -226,10 +225,10 @@ class Scheduler:
                 batch.step()
             except (AllocMoeError, MemoryError) as error:
                 logger.warning("A step of %d sequences has failed: %s", len(rows), error)
+                del self._batches[price]  # with its cache, which may be half written
                 for row in rows:
-                    request, choice = self._running[row]
+                    request, _ = self._running.pop(row)
                     self._fail(request, "error")
-                    self._forget(request, choice)
                 continue
             self._metrics.add("steps_total")
             self._metrics.add("step_rows_total", len(rows))
@@ -273,8 +272,3 @@ class Scheduler:
             self._running.clear()
         for request, _ in entries:
             self._fail(request, kind)
-
-
-def tokens_compete(session: Session) -> bool:
-    """Whether the tokens of a call compete for experts across sequences."""
-    return session.plan.redistribution == "batch" or session.plan.cap is not None

@@ -46,14 +46,15 @@ class Sampling:
             raise GenerationError(
                 f"top-p is {self.top_p}. Give a probability above 0; 1 keeps all tokens."
             )
-        if not 0 <= self.min_p <= 1:
+        if not is_number(self.min_p) or not 0 <= self.min_p <= 1:
             raise GenerationError(
                 f"min-p is {self.min_p}. Give a share of the likeliest token's probability, from "
                 "0, which keeps all tokens, to 1."
             )
-        if not 0 < self.repetition_penalty <= _MOST_PENALTY:
+        penalty = self.repetition_penalty
+        if not is_number(penalty) or not 0 < penalty <= _MOST_PENALTY:
             raise GenerationError(
-                f"The repetition penalty is {self.repetition_penalty}. Give a number above 0 and "
+                f"The repetition penalty is {penalty}. Give a number above 0 and "
                 f"up to {_MOST_PENALTY:g}; 1 is none, usual ones go up to 1.3."
             )
         for name, value, neutral in (("top-p", self.top_p, 1), ("min-p", self.min_p, 0)):

@@ -15,7 +15,7 @@ from alloc_moe.runtime.errors import ArtifactError, DeviceError, GenerationError
 from alloc_moe.runtime.execution.buffers import BFLOAT16, FLOAT
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, begin_call, check_room
-from alloc_moe.runtime.execution.providers import Provider, check_threads
+from alloc_moe.runtime.execution.providers import Provider, check_provider, check_threads
 from alloc_moe.runtime.execution.slots import CacheSlot, present_name
 from alloc_moe.runtime.execution.torch_programs.loading import Interface, Run, load_program
 
@@ -55,7 +55,7 @@ class TorchSession:
             GenerationError: There is no sequence, or less than no room.
         """
         check_room(batch, capacity)
-        return Cache(self.slots, batch=batch, capacity=capacity)
+        return Cache(self.slots, batch=int(batch), capacity=int(capacity))
 
     def run(
         self,
@@ -114,8 +114,10 @@ def open_program(
     Raises:
         ArtifactError: It is damaged, or torch is missing.
         DeviceError: ``ep="cuda"``.
-        GenerationError: There are options of onnxruntime, or no such number of threads.
+        GenerationError: There are options of onnxruntime, or no such provider or number of
+            threads.
     """
+    check_provider(ep)
     if ep == "cuda":
         raise DeviceError(
             f"{files.graph} runs in torch on the CPU only. Leave --ep out, or compile the model "

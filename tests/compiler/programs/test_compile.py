@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,22 @@ def test_a_full_disk_is_told(
     def fail(*_: object) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed\nat")
 
-    monkeypatch.setattr(build, "_save_script", fail)
+    monkeypatch.setattr(build, "to_script", lambda *_: SimpleNamespace(save=fail))
     path = tmp_path / "out.pt"
     with pytest.raises(OutputError, match=r"data/3: file write failed\. Free some space, or"):
         compile_to(path, allocation="uniform", redistribute="none", correct="none")
     assert not path.exists()
+
+
+def test_what_torch_cannot_script_is_not_blamed_on_the_disk(
+    compile_to: Compile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Unknown type name")
+
+    monkeypatch.setattr(build, "to_script", fail)
+    with pytest.raises(RuntimeError, match="Unknown type name"):
+        compile_to(tmp_path / "out.pt", allocation="uniform", redistribute="none", correct="none")
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,16 @@ def test_an_artifact_that_is_not_there_is_said(tmp_path: Path) -> None:
     assert "has no model.onnx" in outcome.stderr
 
 
+def test_a_template_that_is_not_there_is_said_before_anybody_asks(
+    chat_bundle: Path, tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "none.jinja")
+    arguments = [str(chat_bundle), "--port", "0", "--ep", "cpu", "--chat-template", missing]
+    outcome = CliRunner().invoke(serve_command, arguments)
+    assert outcome.exit_code == 1
+    assert "The chat template" in outcome.stderr
+
+
 @pytest.mark.parametrize("key", ["", " a", "schlüssel"])
 def test_keys_that_no_client_can_send_are_refused(chat_bundle: Path, key: str) -> None:
     outcome = CliRunner().invoke(serve_command, [str(chat_bundle), "--api-key", key])
@@ -149,9 +159,10 @@ def test_answers_are_written_one_at_a_time_where_tokens_compete(
 
     competing = dataclasses.replace(plan, redistribution="batch").to_json()
     toy = make_toy(tmp_path / "toy.onnx", plan=competing)
-    process = start(toy, "--tokenizer", chat_bundle)
+    process = start(toy, "--tokenizer", chat_bundle / "tokenizer.json")
     where = address(process)
     assert status(where) == 200
     process.terminate()
     _, errors = process.communicate(timeout=30)
-    assert "Answers are written one at a time" in errors
+    assert "Answers are written one at a time: in this artifact, tokens compete." in errors
+    assert "The model has no chat template, so it only continues texts." in errors

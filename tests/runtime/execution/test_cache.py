@@ -186,6 +186,18 @@ def test_a_truncated_cache_goes_on_from_there(session: ArtifactSession) -> None:
         cache.truncate(13)
 
 
+def test_a_copied_cache_of_bfloat16_is_truncated_too(
+    make_toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    session = open_session(make_toy(tmp_path / "out.onnx", cache="bfloat16"), ep="cpu")
+    cache = session.run(IDS[:, :5]).cache
+    expected = session.run(IDS[:, 5:], cache=cache.fork()).logits
+    in_between = session.run(IDS[:, 7:], cache=cache).cache
+    in_between.truncate(5)
+    found = session.run(IDS[:, 5:], cache=in_between).logits
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("wanted", "lengths", "capacities"),
     [

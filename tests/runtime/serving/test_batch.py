@@ -126,13 +126,15 @@ def test_the_price_is_that_of_the_batch(session: ArtifactSession) -> None:
 
 def test_the_cache_does_not_grow_with_what_was_served(session: ArtifactSession) -> None:
     batch = Batch(session, None)
+    before = None
     for number in range(40):
         row = Row((number, 1, 2), Sampling())
         batch.join(row, batch.prefill(row))
         for _ in range(5):
             batch.step()
-        if number:
-            batch.leave(batch.rows[0])
+        if before is not None:
+            batch.leave(before)
+        before = row
     assert batch._cache is not None
     assert batch._cache.capacity <= 64
     assert len(batch._places) <= 2

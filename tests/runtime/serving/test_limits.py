@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from alloc_moe.runtime.errors import ArtifactError
+from alloc_moe.runtime.serving import batch
 from alloc_moe.runtime.text.model import TextModel, load
 
 openai = pytest.importorskip("openai")
@@ -129,6 +130,29 @@ def test_a_failure_of_the_model_is_told_without_its_words(
         "The server can't run the model. Its log says why.",
     )
     assert ask(server.port, "/v1/completions", BASE)[0] == 200
+
+
+def test_a_batch_that_memory_does_not_suffice_for_fails_alone(
+    ask: Any, slow: TextModel, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise MemoryError("unable to allocate")
+
+    def fails(**fields: Any) -> bool:
+        return bool(ask(server.port, "/v1/completions", {**BASE, **fields})[0] == 500)
+
+    server = serve(slow, rows=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "gather_rows", no_memory)
+        assert fails(max_tokens=5)  # that begins a batch
+    with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(fails, max_tokens=50) for _ in range(2)]
+        server.wait_for("running", 2)
+        patch.setattr(slow.session, "run", no_memory)
+        patch.setattr(batch, "gather_rows", no_memory)
+        assert all(each.result() for each in asked)
+    server.wait_for("running", 0)
+    assert ask(server.port, "/v1/completions", {**BASE, "max_tokens": 2})[0] == 200
 
 
 def test_a_bug_ends_all_requests_and_shows_in_health(

@@ -195,6 +195,8 @@ def test_min_p_is_of_the_probabilities_at_the_temperature() -> None:
         ({"min_p": 0.1}, "min-p 0.1 has no effect at temperature 0"),
         ({"repetition_penalty": 0.0}, "repetition penalty is 0.0. Give a number above 0"),
         ({"repetition_penalty": float("inf")}, "repetition penalty is inf"),
+        ({"min_p": "0.1", "temperature": 1.0}, "min-p is 0.1. Give"),
+        ({"repetition_penalty": None}, "repetition penalty is None. Give"),
     ],
 )
 def test_new_options_out_of_range_are_rejected(settings: dict[str, float], message: str) -> None:

@@ -119,6 +119,7 @@ def test_an_archive_without_a_program_is_told(artifact: Callable[..., Path]) -> 
     ("options", "error", "message"),
     [
         ({"ep": "cuda"}, DeviceError, r"out\.pt runs in torch on the CPU only"),
+        ({"ep": "gpu"}, GenerationError, "The provider is 'gpu'. Give auto, cpu or cuda"),
         ({"more_options": {"enable_x": "1"}}, GenerationError, "has no option enable_x"),
         ({"threads": 0}, GenerationError, "0 threads can't run a model"),
     ],
