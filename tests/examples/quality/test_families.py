@@ -30,12 +30,15 @@ def failed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     ]
 
 
-def test_the_kept_matrix_has_every_cell_of_a_family(matrix: ModuleType, any_family: str) -> None:
-    rows = [row for row in matrix.read(matrix.TABLE) if row["family"] == any_family]
-    assert [(row["dtype"], row["policy"]) for row in rows] == [
-        (dtype, policy) for dtype in matrix.DTYPES for policy in matrix.POLICIES
-    ]
-    assert not failed(rows)
+def test_the_kept_matrix_has_every_cell_of_its_families(matrix: ModuleType) -> None:
+    kept = matrix.read(matrix.TABLE)
+    for family in {row["family"] for row in kept}:
+        rows = [row for row in kept if row["family"] == family]
+        assert [(row["dtype"], row["policy"]) for row in rows] == [
+            (dtype, policy) for dtype in matrix.DTYPES for policy in matrix.POLICIES
+        ]
+    assert kept
+    assert not failed(kept)
 
 
 @pytest.mark.families
