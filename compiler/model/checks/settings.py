@@ -19,8 +19,7 @@ _COUNT = re.compile(r"(?:^|_)(?:layers?|labels|experts|heads?|groups?|blocks)$")
 # mscale_all_dim of YaRN's rotary embeddings is a factor.
 _SIZE = re.compile(r"(?<!mscale_all)(?:_size|_dim|_rank|^d_model|^n_embd)$")
 _MOST, _LARGEST = 20_000, 1 << 26
-# Artifacts are verified on prompts of two dozen tokens.
-_LEAST_CONTEXT = 32
+_LEAST_CONTEXT = 2
 _NESTED = 4
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -83,8 +82,9 @@ def check_architecture(config: PreTrainedConfig, weights: StoredWeights) -> None
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int) and positions < _LEAST_CONTEXT:
         raise CheckpointError(
-            f"max_position_embeddings in config.json is {positions}; models of fewer than "
-            f"{_LEAST_CONTEXT} positions can't be verified. Take it from the original config.json."
+            f"max_position_embeddings in config.json is {positions}; with fewer than "
+            f"{_LEAST_CONTEXT} positions no token predicts another. Take it from the original "
+            "config.json."
         )
     _check_heads(text)
     _check_embedding(text, weights)

@@ -21,7 +21,7 @@ from artifacts import Sizes
 from large import large_model
 from memory import copy_speed
 from peer import Peer
-from small import small_model
+from small_cases import small_model
 
 Result = dict[str, Any]
 

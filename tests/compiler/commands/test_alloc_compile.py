@@ -153,7 +153,7 @@ def test_two_exports_of_a_model_are_equal(
     ("options", "message"),
     [
         (("--budget", "0.01"), "budget 0.01"),
-        (("-o", "out"), "neither a file that ends in .onnx nor a folder"),
+        (("-o", "out"), "neither a file that ends in .onnx (or .pt, .pt2) nor a folder"),
         (("--calibration", "gone.txt"), "gone.txt"),
     ],
 )

@@ -53,7 +53,7 @@ def configure(folder: Path, **entries: Any) -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads 4 .* divided by num_key_value_heads 3"),
         ({"intermediate_size": 1 << 40}, "intermediate_size in config.json is 1099511627776, not"),
         ({"text_config": {"num_labels": 1 << 40}}, "num_labels in config.json is 1099511627776"),
-        ({"max_position_embeddings": 1}, "max_position_embeddings in config.json is 1; models of"),
+        ({"max_position_embeddings": 1}, "max_position_embeddings in config.json is 1; with fewer"),
         ({"eos_token_id": 10**30}, r"eos_token_id in config.json is 10+, which is absurd"),
     ],
 )
