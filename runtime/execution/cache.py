@@ -48,7 +48,7 @@ class Cache:
         self.bound_inputs: tuple[object, ...] = ()  # what else `binding` was made for
         self.place: object | None = None  # what kernels of our own made of `addresses`
         self._all_slots = slots
-        self._slots = [slot for slot in slots if slot.past_axis is not None]
+        self.slots = [slot for slot in slots if slot.past_axis is not None]  # of `arrays`
         self.states = States([slot for slot in slots if slot.past_axis is None], batch)
         self._wanted = capacity
         if any(slot.latent for slot in slots):
@@ -63,13 +63,13 @@ class Cache:
             self._make_room(capacity)
         else:
             self.values = [
-                new_tensor(slot.shape(batch, 0), slot.element_type, device) for slot in self._slots
+                new_tensor(slot.shape(batch, 0), slot.element_type, device) for slot in self.slots
             ]
 
     @property
     def shared(self) -> bool:
         """Whether the graph appends in place, so that nothing is copied from call to call."""
-        return all(slot.shared for slot in self._slots) and bool(self._slots)
+        return all(slot.shared for slot in self.slots) and bool(self.slots)
 
     @property
     def capacity(self) -> int:
@@ -127,7 +127,7 @@ class Cache:
                 tensor_of(
                     held_array(value)[slot.first_columns(length)], slot.element_type, self._device
                 )
-                for value, slot in zip(self.values, self._slots, strict=True)
+                for value, slot in zip(self.values, self.slots, strict=True)
             ]
 
     def reserve(self, length: int) -> None:
@@ -138,7 +138,7 @@ class Cache:
         if length <= self.capacity:
             return
         capacity = max(length, 2 * self.capacity)
-        if any(slot.latent for slot in self._slots):
+        if any(slot.latent for slot in self.slots):
             capacity = length + max(length // _SHARE_MORE, _FEWEST_MORE)
             capacity = min(capacity, self._wanted) if self._wanted >= length else capacity
         mask = np.ones((self.batch, capacity), np.int64)
@@ -178,7 +178,7 @@ class Cache:
 
         States go to other buffers, which is to be said again before each call: `states.bind`.
         """
-        for slot, value in zip(self._slots, self.values, strict=True):
+        for slot, value in zip(self.slots, self.values, strict=True):
             if self._row is not None or value.element_type() != slot.element_type:
                 self._bind_address(binding, slot, value)
                 continue
@@ -203,8 +203,7 @@ class Cache:
     def addresses(self) -> dict[str, int]:
         """Return where a shared cache on a device is, by the names of the graph's inputs."""
         return {
-            slot.past: value.data_ptr()
-            for slot, value in zip(self._slots, self.values, strict=True)
+            slot.past: value.data_ptr() for slot, value in zip(self.slots, self.values, strict=True)
         }
 
     def append(
@@ -216,7 +215,7 @@ class Cache:
         self.length += new.shape[1]
         self._real = self._real + new.sum(axis=1)
         if values is not None:
-            self.values = list(values[: len(self._slots)])
+            self.values = list(values[: len(self.slots)])
 
     def row(self, row: int) -> Cache:
         """Return one sequence of a shared cache whose batch comes first, on the same memory."""
@@ -247,7 +246,7 @@ class Cache:
             to_device(array, self._device)
             if slot.shared
             else tensor_of(array, slot.element_type, self._device)
-            for array, slot in zip(arrays, self._slots, strict=True)
+            for array, slot in zip(arrays, self.slots, strict=True)
         ]
         self.binding, self.place = None, None
 
@@ -268,7 +267,7 @@ class Cache:
         if source is not None and used:
             olds = source._buffers or [value.numpy() for value in source.values]
         self._buffers, values = [], []
-        for index, slot in enumerate(self._slots):
+        for index, slot in enumerate(self.slots):
             shape = slot.shape(self.batch, capacity)
             if self._device != "cpu" and not olds:
                 values.append(held_tensor(shape, slot.element_type, self._device))

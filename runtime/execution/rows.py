@@ -39,7 +39,7 @@ def gather_rows(session: Session, rows: Sequence[Row], *, capacity: int = 0) -> 
     width = cache.capacity if cache.shared else columns
     sources = {id(source): source.arrays() for source, _ in rows}
     arrays = []
-    for index, slot in enumerate(_growing(session)):
+    for index, slot in enumerate(cache.slots):
         array = new_array(slot.shape(len(rows), width), slot.element_type)
         array.fill(0)
         for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -68,16 +68,11 @@ def replace_row(session: Session, cache: Cache, place: int, row: Row) -> bool:
         return False
     end = length if session.pads_right else columns
     given = row[0].arrays()
-    for slot, array, source in zip(_growing(session), cache.arrays(), given, strict=True):
+    for slot, array, source in zip(cache.slots, cache.arrays(), given, strict=True):
         array[_columns(slot, place, end - length, end)] = source[_source(session, slot, row)]
     cache.replace_mask(place, length)
     cache.states.replace(place, row[0].states, row[1])
     return True
-
-
-def _growing(session: Session) -> list[CacheSlot]:
-    """Return the slots that `Cache.arrays` are of: keys and values, not states."""
-    return [slot for slot in session.slots if slot.past_axis is not None]
 
 
 def _tokens(row: Row) -> int:

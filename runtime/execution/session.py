@@ -60,13 +60,16 @@ class ArtifactSession:
         self.device: Literal["cpu", "cuda"] = "cuda" if CUDA in session.get_providers() else "cpu"
         self.shares_cache = SHARED_CACHE_KEY in files.onnx.metadata
         self.pads_right = PADDING_KEY in files.onnx.metadata
+        latent = LATENT_CACHE_KEY in files.onnx.metadata
         self.slots = find_slots(
             inputs.values(),
             batch=inputs["input_ids"].shape[0],
             shared=self.shares_cache,
             path=files.graph,
-            latent=LATENT_CACHE_KEY in files.onnx.metadata,
+            latent=latent,
         )
+        # GroupQueryAttention continues several sequences by one token each only.
+        self._continues_rows = not self.shares_cache or latent
         self.context_length = files.context_length()
         vocabulary = outputs["logits"].shape[-1]
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
@@ -153,9 +156,8 @@ class ArtifactSession:
             return Output(logits, cache, None)
         if cache.length and self.device == "cuda" and self.pads_right:
             check_past(self.slots, path=self.files.graph)
-        grouped = self.shares_cache and not any(slot.latent for slot in self.slots)
-        continued = grouped and batch > 1 and sequence > 1 and cache.length
-        if goes_row_by_row(new, cache) if self.pads_right else continued:
+        apart = not self._continues_rows and batch > 1 and sequence > 1 and cache.length
+        if goes_row_by_row(new, cache) if self.pads_right else apart:
             return self._run_rows(ids, new, cache, optional)
         return self._run(ids, new, cache, optional)
 
