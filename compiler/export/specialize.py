@@ -58,7 +58,7 @@ def specialize(
         sizes=[layer.sizes for layer in plan.layers],
         overlap=plan.overlap or 0.0,
         cap=plan.cap,
-        dial=plan.redistribution == "price" and plan.cap is None,
+        dial=plan.takes_price,
     )
     changed = {
         layer: ExpertCorrection(correction.scale, correction.bias)

@@ -156,14 +156,13 @@ def _trace(
     cache = [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
     shapes = tuple(_cache_shape(tensor, past.get_seq_length()) for tensor in cache)
     ids = inputs["input_ids"]
-    has_dial = plan.redistribution == "price" and plan.cap is None
     arguments = {
         "input_ids": ids,
         "attention_mask": inputs["attention_mask"],
         "position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
         "cache": cache,
         "columns": torch.arange(ids.shape[1]),
-        **({"price": torch.tensor(-1.0)} if has_dial else {}),
+        **({"price": torch.tensor(-1.0)} if plan.takes_price else {}),
     }
     # Sizes of 0 and 1 are sizes as any other: an empty cache, a batch of one, a single token.
     oblivious = shape_settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
@@ -181,7 +180,7 @@ def _trace(
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(t), name) for name, t in program.state_dict.items()}
     vocabulary = model.config.get_text_config().vocab_size
-    return Captured(program, shapes, parameters, owners, vocabulary, dtype, has_dial)
+    return Captured(program, shapes, parameters, owners, vocabulary, dtype, plan.takes_price)
 
 
 def _cache_shape(tensor: torch.Tensor, past: int) -> CacheTensor:

@@ -146,7 +146,7 @@ def _compare_runs(runs: _Runs) -> Verification:
 
 def _prices(plan: AllocationPlan) -> list[float | None]:
     """The plan's own price (None), and that of the dial's point farthest from it if it has one."""
-    if plan.redistribution != "price" or plan.cap is not None or not plan.dial:
+    if not plan.takes_price or not plan.dial:
         return [None]
     planned = plan.budget.activations
     farthest = max(plan.dial, key=lambda point: abs(point.activations - planned))

@@ -34,7 +34,7 @@ def price_of(plan: AllocationPlan, budget: str | float) -> float:
     Raises:
         GenerationError: The plan has no dial, or the budget is none, or outside of it.
     """
-    if plan.redistribution != "price" or plan.cap is not None or not plan.dial:
+    if not plan.takes_price or not plan.dial:
         raise GenerationError(
             "The artifact's budget is compiled in: its plan has no dial. "
             "Compile it with --redistribute price and no cap, or leave the budget out."

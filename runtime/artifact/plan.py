@@ -148,6 +148,11 @@ class AllocationPlan:
         """Whether the tokens of a call compete for experts across its sequences."""
         return self.redistribution == "batch" or self.cap is not None
 
+    @property
+    def takes_price(self) -> bool:
+        """Whether calls may have another price of an activation than the plan's."""
+        return self.redistribution == "price" and self.cap is None
+
     def to_json(self) -> str:
         """Return the plan as one JSON object, keys in a fixed order; what is unset is left out."""
         data = dataclasses.asdict(self)
