@@ -25,7 +25,6 @@ from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package.identity import tokenizer_metadata
 from alloc_moe.compiler.package.space import needed_space
 from alloc_moe.compiler.package.versions import versions
-from alloc_moe.compiler.package.weights import weights_key, written_bytes
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import measure_costs, mixed_costs
 from alloc_moe.compiler.planning.latency import latency_path
@@ -286,12 +285,8 @@ def _build(
     if (reason := model.metadata_props.get(NO_STEP_KEY)) is not None:
         console.note(f"Decoding goes through onnxruntime, without a step program: {reason}")
     path = staged / output.graph_name
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
-    key = weights_key(model, moe, [corrections, sorted(scales.items()), chosen_digest(moe)])
-    done = written_bytes(package.data_path(path), key)
-    with console.progress("Writing weights", nbytes, unit="bytes", done=done) as progress:
-        package.save_graph(model, path, advance=progress.advance, key=key)
+    given = [corrections, sorted(scales.items()), chosen_digest(moe)]
+    package.write_graph(model, path, moe, given, console)
     readings = 2 if moe.quantization else 1  # with rounded weights, and with floats
     with layers_progress(console, "Verifying against PyTorch", moe, passes=readings):
         verification = verify_artifact(

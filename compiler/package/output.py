@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,15 @@ from alloc_moe.compiler.package.folder import written_here
 from alloc_moe.compiler.package.pair import check_pair
 from alloc_moe.compiler.package.paths import Output, data_path
 from alloc_moe.compiler.package.staging import FILES, left_bytes, publish, restore, staging
-from alloc_moe.compiler.package.weights import save_with_weights
+from alloc_moe.compiler.package.weights import save_with_weights, weights_key, written_bytes
 from alloc_moe.compiler.workspace.files import explained
 from alloc_moe.runtime.artifact.plan import PLAN_KEY
 from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT, add_metadata
 
 if TYPE_CHECKING:
+    from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.runtime.artifact.plan import AllocationPlan
+    from alloc_moe.runtime.console import Console
 
 __all__ = [
     "FILES",
@@ -40,6 +42,7 @@ __all__ = [
     "stamp",
     "stamp_program",
     "write_bundle_files",
+    "write_graph",
 ]
 
 
@@ -110,6 +113,26 @@ def save_graph(
 ) -> None:
     """Write an .onnx file and its data, to the same name with .data; see `save_with_weights`."""
     save_with_weights(graph, path, data_path(path), advance=advance, key=key)
+
+
+def write_graph(
+    graph: ir.Model, path: Path, moe: MoeModel, inputs: Sequence[object], console: Console
+) -> None:
+    """Write as `save_graph` does, from where a killed compile stopped, and tell the progress.
+
+    Args:
+        graph: The graph.
+        path: The .onnx file.
+        moe: The model it was made of.
+        inputs: What its passes were given besides; see `weights_key`.
+        console: Where progress is told.
+    """
+    weights = [value.const_value for value in graph.graph.initializers.values()]
+    nbytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
+    key = weights_key(graph, moe, inputs)
+    done = written_bytes(data_path(path), key)
+    with console.progress("Writing weights", nbytes, unit="bytes", done=done) as progress:
+        save_graph(graph, path, advance=progress.advance, key=key)
 
 
 def stamp_program(path: Path, metadata: Mapping[str, str]) -> None:

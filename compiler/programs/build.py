@@ -18,7 +18,7 @@ from alloc_moe.compiler.programs.script import to_script
 from alloc_moe.compiler.programs.weights import mapped_weights
 from alloc_moe.compiler.workspace.files import cant_write
 from alloc_moe.runtime.artifact.torch_file import SCRIPT
-from alloc_moe.runtime.execution.torch_programs.loading import CacheTensor, Interface
+from alloc_moe.runtime.execution.torch_programs.loading import Interface
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
@@ -74,8 +74,7 @@ def build(
     """
     with console.step("Tracing the model under the plan"):
         captured = capture(moe.checkpoint, plan, dtype=dtype, corrections=corrections)
-    data = data_path(path)
-    state = mapped_weights(captured, moe, corrections, data, console)
+    state = mapped_weights(captured, moe, corrections, path, console)
     with console.step("Writing the program"), quiet():
         save: Callable[[str], object] = functools.partial(_save_export, captured, state)
         if path.suffix == SCRIPT:
@@ -87,12 +86,12 @@ def build(
             raise cant_write("The artifact", path, first_line(error), then=then) from error
     del state
     drop_journals(path.parent)
-    data.unlink()
+    data_path(path).unlink()
     return Interface(
         captured.vocabulary,
         captured.has_dial,
         captured.dtype,
-        tuple(CacheTensor(shape.sizes, shape.past_axis) for shape in captured.cache),
+        captured.cache,
     )
 
 

@@ -17,7 +17,8 @@ import onnx_ir as ir
 import torch
 
 from alloc_moe.compiler.export.graph import read_numpy
-from alloc_moe.compiler.package.weights import save_with_weights, weights_key, written_bytes
+from alloc_moe.compiler.package.output import write_graph
+from alloc_moe.compiler.package.paths import data_path
 from alloc_moe.compiler.programs.experts import ADDED_BIAS
 from alloc_moe.passes.base import add_initializer, lazy_tensor
 
@@ -35,10 +36,12 @@ def mapped_weights(
     captured: Captured,
     moe: MoeModel,
     corrections: Sequence[Correction | None],
-    data: Path,
+    path: Path,
     console: Console,
 ) -> dict[str, torch.Tensor]:
-    """Return the state of a program by name, in a file at `data` that it is written to first.
+    """Return the state of a program by name, in the data of `path`, to which it is written first.
+
+    At `path` itself there is a graph that has nothing else: torch replaces it by the artifact.
 
     Raises:
         OutputError: The disk is full or fails.
@@ -48,13 +51,9 @@ def mapped_weights(
     shared = _lazy_weights(captured, moe.checkpoint, _changes(moe, corrections))
     for tensor in shared.values():
         add_initializer(model, tensor)
-    graph = data.with_suffix("")  # torch replaces it by the artifact
-    key = weights_key(model, moe, list(corrections))
-    nbytes = sum(tensor.nbytes for tensor in shared.values())
-    done = written_bytes(data, key)
-    with console.progress("Writing weights", nbytes, unit="bytes", done=done) as progress:
-        save_with_weights(model, graph, data, advance=progress.advance, key=key)
-    saved = {name: v.const_value for name, v in ir.load(graph).graph.initializers.items()}
+    write_graph(model, path, moe, list(corrections), console)
+    saved = {name: v.const_value for name, v in ir.load(path).graph.initializers.items()}
+    data = data_path(path)
     state = {}
     for name, own in captured.program.state_dict.items():
         owner = captured.owners[name]
