@@ -74,6 +74,13 @@ def add_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
+def shared_integers(model: ir.Model, name: str, *numbers: int) -> ir.Value:
+    """Return the int64 initializer ``alloc_moe.NAME`` of these numbers, made when first asked."""
+    name = f"{DOMAIN}.{name}"
+    known = model.graph.initializers.get(name)
+    return known or add_initializer(model, ir.tensor(np.array(numbers, np.int64), name=name))
+
+
 def add_function(model: ir.Model, function: OnnxFunction[..., Any]) -> None:
     """Make `function` a model-local function of `model`, which onnxruntime inlines."""
     if (DOMAIN, function.name, "") in model.functions:

@@ -4,6 +4,7 @@
 # mypy: disable-error-code="arg-type, misc, return-value, type-arg, type-var"
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,6 +36,7 @@ from alloc_moe.passes.base import (
     add_function,
     add_initializer,
     lazy_tensor,
+    shared_integers,
 )
 
 COLUMNS = "latent_columns"
@@ -132,7 +134,7 @@ class _Builder:
     """Replaces layers, which share what is known of columns."""
 
     def __init__(self, model: ir.Model, first: LatentLayer) -> None:
-        self._model = model
+        self._model, self._integers = model, functools.partial(shared_integers, model)
         inputs = {value.name: value for value in model.graph.inputs}
         add_function(model, latent_columns)
         given = [inputs["attention_mask"], inputs["input_ids"], first.past[0]]
@@ -143,10 +145,10 @@ class _Builder:
         self._bias, self._places, column, measured = node.outputs
         model.graph.insert_before(model.graph[0], node)
         parts = ir.node("Split", [measured], {"axis": 0, "num_outputs": 3}, num_outputs=3)
-        heads = self._constant("heads", [first.heads])
+        heads = self._integers("heads", first.heads)
         batch, sequence, columns = parts.outputs
         shape = ir.node("Concat", [batch, heads, sequence, columns], {"axis": 0})
-        latents = self._constant("latents", [1, heads_of(first.latent)[1]])
+        latents = self._integers("latents", 1, heads_of(first.latent)[1])
         sizes = ir.node("Concat", [batch, latents, sequence], {"axis": 0})
         expanded = ir.node("Expand", [column, sizes.outputs[0]])
         model.graph.insert_after(node, [parts, shape, sizes, expanded])
@@ -158,7 +160,7 @@ class _Builder:
         turned, new = self._rotated(layer)
         own = self._add(at, "MatMul", [layer.own, _keys(model, layer)])
         query = self._add(at, "Concat", [own, turned], {"axis": -1})
-        as_rows = self._constant("as_rows", [0, 1, -1, width])
+        as_rows = self._integers("as_rows", 0, 1, -1, width)
         rows = self._add(at, "Reshape", [query, as_rows])
         new = self._add(at, "Concat", [self._rows(at, layer.latent), new], {"axis": -1})
         by_row = self._append(layer, 0, "ScatterND", [self._places, new])
@@ -168,7 +170,7 @@ class _Builder:
         latents = self._latents(at, by_column, weights, layer)
         values = self._add(at, "MatMul", [latents, _values(model, layer)])
         heads = self._add(at, "Transpose", [values], {"perm": ROWS_TO_HEADS})
-        merged = self._add(at, "Reshape", [heads, self._constant("merge_heads", [0, 0, -1])])
+        merged = self._add(at, "Reshape", [heads, self._integers("merge_heads", 0, 0, -1)])
         merged.name = f"{name}.merged"
         take_over(layer.attended, merged)
 
@@ -192,7 +194,7 @@ class _Builder:
         node = producer(value)
         if node is not None and node.op_type == "Reshape" and rank(node.inputs[0]) == 3:
             return node.inputs[0]
-        return self._add(at, "Squeeze", [value, self._constant("one_head", [1])])
+        return self._add(at, "Squeeze", [value, self._integers("one_head", 1)])
 
     def _append(
         self, layer: LatentLayer, index: int, op_type: str, new: list[ir.Value], **attributes: int
@@ -219,7 +221,7 @@ class _Builder:
         split = self._add(at, "Reshape", [by_row, self._scores])
         seen = self._add(at, "Add", [split, self._bias])
         weights = self._add(at, "Softmax", [seen], {"axis": -1})
-        return self._add(at, "Reshape", [weights, self._constant("join_heads", [0, 1, -1, 0])])
+        return self._add(at, "Reshape", [weights, self._integers("join_heads", 0, 1, -1, 0)])
 
     def _latents(
         self, at: ir.Node, cache: ir.Value, weights: ir.Value, layer: LatentLayer
@@ -227,7 +229,7 @@ class _Builder:
         """Return sums of latents [batch, heads, sequence, rank]."""
         sums = self._add(at, "FusedMatMul", [cache, weights], {"transB": 1}, MICROSOFT)
         sizes = [0, heads_of(layer.latent)[1], layer.heads, -1]
-        by_head = self._add(at, "Reshape", [sums, self._constant("by_head", sizes)])
+        by_head = self._add(at, "Reshape", [sums, self._integers("by_head", *sizes)])
         return self._add(at, "Transpose", [by_head], {"perm": (0, 2, 3, 1)})
 
     def _add(
@@ -239,13 +241,6 @@ class _Builder:
         domain: str = "",
     ) -> ir.Value:
         return insert(self._model, at, op_type, inputs, attributes, domain).outputs[0]
-
-    def _constant(self, name: str, numbers: list[int]) -> ir.Value:
-        name = f"{DOMAIN}.{name}"
-        known = self._model.graph.initializers.get(name)
-        return known or add_initializer(
-            self._model, ir.tensor(np.array(numbers, np.int64), name=name)
-        )
 
 
 def _keys(model: ir.Model, layer: LatentLayer) -> ir.Value:

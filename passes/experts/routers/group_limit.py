@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import onnx_ir.passes.common as common
 
 from alloc_moe.passes.attention.latent import latent_caches
 from alloc_moe.passes.attention.layers import constant, insert, producer, take_over
-from alloc_moe.passes.base import DOMAIN, add_initializer
+from alloc_moe.passes.base import DOMAIN, add_initializer, shared_integers
 
 _EXPORTED = ("Not", "Cast", "Reshape", "Expand", "Unsqueeze", "ScatterElements")
 
@@ -99,11 +100,7 @@ def _is(value: ir.Value | None, number: int) -> bool:
 
 def _replace(model: ir.Model, limit: GroupLimit) -> None:
     at, experts = limit.where, _last(limit.scores)
-
-    def integers(name: str, *numbers: int) -> ir.Value:
-        tensor = ir.tensor(np.array(numbers, np.int64), name=f"{DOMAIN}.{name}")
-        return model.graph.initializers.get(f"{DOMAIN}.{name}") or add_initializer(model, tensor)
-
+    integers = functools.partial(shared_integers, model)
     off_on = ir.tensor(np.array([0, 1], np.float32), name=f"{DOMAIN}.off_on")
     by_group = _view(limit)
     if by_group is None:
