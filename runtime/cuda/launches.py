@@ -5,6 +5,7 @@ Nothing here needs a GPU: addresses are integers, so the same launches run in an
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import math
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ def plan_launches(program: Program, memory: Memory, shape: Shape) -> list[Launch
     return [launch for op in program["ops"] for launch in planner.plan(op)]
 
 
-class Planner:
+class Planner(abc.ABC):
     """What plans of steps and of prompts share: the program's buffers, and arguments of kernels.
 
     A subclass has a method ``plan_OP`` for each operation, and says where buffers are.
@@ -52,9 +53,9 @@ class Planner:
         planned: Iterable[Any] = getattr(self, f"plan_{op['op']}")(op)
         return planned
 
+    @abc.abstractmethod
     def _address(self, name: str) -> int:
         """Return where a buffer is whose width is known."""
-        raise NotImplementedError
 
     def _part(self, part: Mapping[str, Any]) -> tuple[int, int]:
         """Return where a part of row buffers begins, and how far rows are apart."""

@@ -125,7 +125,7 @@ def _penalised(
     """Return logits with those of each row's seen tokens made less likely."""
     changed = logits.astype(np.float32)
     for row, tokens in zip(changed, seen, strict=True):
-        ids = np.fromiter(set(tokens), np.int64)
+        ids = np.fromiter(tokens, np.int64)  # one that comes twice is changed once
         scores = row[ids]
         row[ids] = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
     return changed
