@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,17 @@ import pytest
 # A busy machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+# How hard fuzzers try: a few examples each, or as many as this says, then random from run to run.
+_EXAMPLES = int(os.environ.get("ALLOC_MOE_FUZZ", "0"))
+hypothesis.settings.register_profile(
+    "fuzz",
+    max_examples=_EXAMPLES or 50,
+    derandomize=not _EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 
 CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
 

@@ -1,27 +1,13 @@
-"""How hard the fuzzers try: a few examples each, or as many as ALLOC_MOE_FUZZ says."""
+"""What the fuzzers work on; the profile "fuzz" of the tests says how hard they try."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-EXAMPLES = int(os.environ.get("ALLOC_MOE_FUZZ", "0"))
-
-# Random from run to run only where one asks for many.
-settings.register_profile(
-    "fuzz",
-    max_examples=EXAMPLES or 50,
-    derandomize=not EXAMPLES,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 @pytest.fixture(autouse=True)

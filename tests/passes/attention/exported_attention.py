@@ -132,11 +132,7 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, {inputs}, {past})
   {layers}
 }}
 """
-    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True)
-    model = ir.from_proto(proto)
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    for value in values:
-        value.name = (value.name or "").replace("__", ".")  # the text format has no dots in names
+    model, values = parsed(text)
     heads = {"q_turned": HEADS, "k_turned": kv_heads, "v_heads": kv_heads, "attended": HEADS}
     for value in values:  # which shape inference doesn't find
         if (role := (value.name or "").rstrip("01")) in heads:
@@ -145,3 +141,16 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, {inputs}, {past})
         if role == "output":
             value.shape = ir.Shape(["b", "s", HEADS * sizes["value"]])
     return model
+
+
+def parsed(text: str) -> tuple[ir.Model, list[ir.Value]]:
+    """Return a model in ONNX's text format, shapes inferred, and all its values.
+
+    The format has no dots in names: two underscores stand for one.
+    """
+    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True)
+    model = ir.from_proto(proto)
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        value.name = (value.name or "").replace("__", ".")
+    return model, values

@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnx.parser
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
@@ -98,11 +97,8 @@ g (int64[b, s] input_ids, int64[b, t] attention_mask, float[b, {HEADS}, s, {OWN}
   {layers}
 }}
 """
-    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True)
-    model = ir.from_proto(proto)
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    model, values = exported.parsed(text)
     for value in values:
-        value.name = (value.name or "").replace("__", ".")  # the text format has no dots in names
         if (value.name or "").rstrip("01") == "values":
             value.shape = ir.Shape(["b", HEADS, "t", VALUE])
             value.type = ir.TensorType(ir.DataType.FLOAT)

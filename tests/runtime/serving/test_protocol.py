@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alloc_moe.runtime.serving.protocol import Asked, RequestError, chat_asked, completion_asked
 from alloc_moe.runtime.text.model import TextModel
 
-EXAMPLES = int(os.environ.get("ALLOC_MOE_FUZZ", "0"))
-MANY = settings(
-    max_examples=EXAMPLES or 300,
-    derandomize=not EXAMPLES,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+FUZZ = settings.get_profile("fuzz")
+MANY = settings(FUZZ, max_examples=max(300, FUZZ.max_examples))
 
 JSON = st.recursive(
     st.none()
