@@ -132,6 +132,19 @@ def test_a_script_needs_nothing_but_torch(
     assert done.stdout.split() == [str(3 * k) for k in ks]
 
 
+def test_two_scripts_of_one_shape_keep_their_own_plans(
+    moe_model: Callable[[str], MoeModel],
+    plan_for: Callable[..., AllocationPlan],
+    program: Callable[[str, AllocationPlan, str], Session],
+) -> None:
+    moe = moe_model("mixtral")
+    counts = []
+    for k in (1, 2):
+        plan = plan_for(moe, [k] * len(moe.layers), redistribution="none")
+        counts.append(run(program("mixtral", plan, ".pt"))[1][-1])
+    assert counts == [(3 * k,) * len(moe.layers) for k in (1, 2)]
+
+
 def test_an_export_has_no_paths_of_this_machine(
     moe_model: Callable[[str], MoeModel],
     plan_for: Callable[..., AllocationPlan],
