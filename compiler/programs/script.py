@@ -61,7 +61,7 @@ def to_script(captured: Captured, weights: Mapping[str, torch.Tensor]) -> torch.
     program = captured.program
     # TorchScript gives modules of one class and the same attributes one type, whose methods can be
     # defined only once: a second program of the same shape needs a class of its own.
-    holder = type("Program", (torch.nn.Module,), {})()
+    holder: torch.nn.Module = type("Program", (torch.nn.Module,), {})()
     bound, inputs = {}, []
     for spec in program.graph_signature.input_specs:
         if spec.kind not in _TYPES:

@@ -4,7 +4,8 @@ What enters a product is measured on states that everything rounded before it le
 before, and in the same layer what runs earlier. Inputs of an expert are the tokens that the router
 sends it, each counted by the square of the router's weight, as its error is. So tokens that a
 budget drops hardly count, and one rounding serves every plan. A share of the whole layer's tokens
-is added, which seldom-used experts mostly go by.
+is added, which seldom-used experts mostly go by. Rows of the head go by the tokens where the model
+might say their words.
 
 Embeddings, and a head tied to them, are rounded to the nearest.
 """
@@ -26,6 +27,7 @@ from alloc_moe.compiler.reference.experts import dense_weights
 from alloc_moe.compiler.rounding.expert_sums import ExpertSums, Sums
 from alloc_moe.compiler.rounding.gptq import restore_products, round_products
 from alloc_moe.compiler.rounding.inputs import LayerInputs
+from alloc_moe.compiler.rounding.vocabulary import SaidTokens, row_groups
 from alloc_moe.compiler.rounding.weights import (
     format_mark,
     pack,
@@ -94,7 +96,7 @@ class _Rounding:
                 self._round_layer(f"{self._names[id(layer)]}.", inputs)
                 inputs.advance()
         if head is not None and self._chosen.find(f"{head}.weight") is None:
-            self._round_linear([head], inputs.entering_head(head))
+            self._round_head(head, inputs)
 
     def _head(self) -> str | None:
         """Return the name of the head, if it has weights of its own and is stored in few bits."""
@@ -132,6 +134,19 @@ class _Rounding:
             weight = self._model.get_submodule(name).weight.detach()
             weight.copy_(self._rounded(f"{name}.weight", weight[None], [sums])[0])
             self._keep(f"{name}.weight")
+
+    def _round_head(self, head: str, inputs: LayerInputs) -> None:
+        """Round the head, rows that might be said in the same places together."""
+        name = f"{head}.weight"
+        weight = self._model.get_parameter(name).detach()
+        groups = row_groups(weight)
+        tokens = SaidTokens.together(
+            SaidTokens.of(*given, groups) for given in inputs.entering_head(head)
+        )
+        for group, sums in enumerate(tokens.sums()):
+            rows = (groups == group).nonzero()[:, 0]
+            weight[rows] = self._rounded(name, weight[None, rows], [sums])[0]
+        self._keep(name)
 
     def _round_experts(self, name: str, sums: ExpertSums) -> None:
         """Round experts, some at a time."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
 
 _TOKENS_PER_BATCH = 4096
+_TOKENS_AT_HEAD = 512  # whose logits are in memory together
 
 
 class LayerInputs:
@@ -97,17 +98,20 @@ class LayerInputs:
         for ids, hidden in self._pairs():
             yield self._caught(module, functools.partial(self._run, ids, hidden))
 
-    def entering_head(self, head: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield what the module `head` is given, and was as trained, batch by batch.
+    def entering_head(self, head: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield what the module `head` is given, and was as trained [T, C], some tokens at a time.
 
-        The states must be at the end.
+        Third are the model's logits as trained [T, V]. The states must be at the end.
         """
         # The cut model learns from a run what its layers return.
         self._stack.run(self._batches[0][:1], None, start=0, stop=1)
         for states in zip(self._states, self._trained, strict=True):
-            runs = [functools.partial(self._stack.head, _tokens(each)) for each in states]
-            rounded, trained = (self._caught(head, run)[0] for run in runs)
-            yield rounded, trained
+            pieces = (torch.split(_tokens(each), _TOKENS_AT_HEAD) for each in states)
+            for now, before in zip(*pieces, strict=True):
+                rounded, *_ = self._caught(head, functools.partial(self._stack.head, now))
+                with self._noted([head]) as calls:
+                    logits = self._stack.head(before)
+                yield rounded.flatten(0, -2), calls[head].flatten(0, -2), logits
 
     def _run(self, ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         return self._stack.run(ids, hidden, start=self._at, stop=self._at + 1)
