@@ -33,7 +33,11 @@ hypothesis.settings.register_profile(
 
 LONGEST = (
     "test_end_to_end.py",
+    "compiler/export/test_graph.py",  # captures what most of the others need
+    "runtime/cuda/test_steps.py",
     "compiler/package/test_peak_memory.py",
+    "compiler/commands/test_alloc_compile.py",
+    "examples/test_random_artifact.py",
 )
 """Files that take the longest. They begin first, so that both processes end at about one time."""
 

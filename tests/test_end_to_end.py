@@ -42,7 +42,9 @@ def shown_by(command: str, *arguments: object) -> str:
     executable = shutil.which(command, path=str(Path(sys.executable).parent))
     assert executable is not None, f"{command} is not installed"
     whole = [executable, *map(str, arguments)]
-    return subprocess.run(whole, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
