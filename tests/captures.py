@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 capture = export.export_graph
 
+# Where a checkpoint lies and how its weights are stored doesn't show in a graph.
+OF_FILES = ("_name_or_path", "architectures", "dtype", "quantization_config")
+
 
 class Captures:
     """Stands for ``export_graph``: what it gives depends on all that the graph is made from."""
@@ -45,6 +48,7 @@ def _digest(checkpoint: Checkpoint, dtype: str, read: ReadWeight) -> str:
     """Return a digest of the configuration, and of the weights that the optimizer sees."""
     skeleton = checkpoint.skeleton
     settings: dict[str, Any] = checkpoint.config.to_dict()
+    settings = {name: value for name, value in settings.items() if name not in OF_FILES}
     kind = f"{type(skeleton).__module__}.{type(skeleton).__qualname__}"
     found = hashlib.sha256(json.dumps([kind, dtype, settings], sort_keys=True).encode())
     for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers()):
