@@ -76,7 +76,8 @@ class Warm:
             text=True,
         )
 
-    def _ask(self, **asked: Any) -> Any:
+    def ask(self, **asked: Any) -> Any:
+        """Return the answer to a question in JSON."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(f"{json.dumps(asked)}\n")
@@ -89,7 +90,7 @@ class Warm:
         """Begin to run a code with arguments, as ``python -c`` does."""
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         out, err = folder / "out", folder / "err"
-        number = self._ask(
+        number = self.ask(
             code=code,
             arguments=[*map(str, arguments)],
             environment={**(environment or {})},
@@ -117,7 +118,7 @@ class Process(NamedTuple):
 
     def finish(self, seconds: float = 600) -> Done:
         """Wait for its end, and fail when that doesn't come."""
-        code = self.warm._ask(process=self.number, seconds=seconds)
+        code = self.warm.ask(process=self.number, seconds=seconds)
         said = [path.read_text("utf-8") for path in (self.out, self.err)]
         assert code is not None, f"a process runs for {seconds} s already: {said[1]}"
         return Done(code, *said)

@@ -27,6 +27,7 @@ def compiled_for_cuda(
             dtype=dtype,
             redistribute=redistribute,
             correct="none",
+            tokens=512,
         )
         return path
 
