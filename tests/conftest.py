@@ -6,12 +6,14 @@ import functools
 import importlib.util
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import hypothesis
+import onnxruntime
 import pytest
 
 # A busy machine is no failure.
@@ -29,7 +31,28 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 
+LONGEST = (
+    "test_end_to_end.py",
+    "compiler/export/test_graph.py",  # captures what most of the others need
+    "runtime/cuda/test_steps.py",
+    "compiler/package/test_peak_memory.py",
+    "compiler/commands/test_alloc_compile.py",
+    "examples/test_random_artifact.py",
+)
+"""Files that take the longest. They begin first, so that both processes end at about one time."""
+
 CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist hand files out in their order, not those of the most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -81,6 +104,58 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return small.save_checkpoint(folder, settings)  # type: ignore[no-any-return]
 
     return make
+
+
+class _OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
+    """Settings of a session that has one thread, unless it is told to have more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intra_op_num_threads = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sessions_of_one_thread() -> Iterator[None]:
+    """Give sessions one thread each: idle ones spin, and take the cores from the other tests."""
+    with mock.patch.object(onnxruntime, "SessionOptions", _OneThread):
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Small models run fastest on one thread, and much faster beside other work."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def captured_once(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Capture every model once in a run, in whichever process of it: that takes many seconds."""
+    normalize = pytest.importorskip("alloc_moe.compiler.export.normalize")
+    graph = pytest.importorskip("alloc_moe.compiler.export.graph")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes
+    (folder / "captures").mkdir(exist_ok=True)
+    captures = _load_file(Path(__file__).parent / "captures.py").Captures(folder / "captures")
+    with (
+        mock.patch.object(graph, "export_graph", captures),
+        mock.patch.object(normalize, "export_graph", captures),
+    ):
+        yield
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return what runs codes in processes of their own, with torch and the compiler loaded."""
+    if not hasattr(os, "fork"):
+        pytest.skip("processes can't be forked here")
+    forking = _load_file(Path(__file__).parent / "warm.py").Warm(tmp_path_factory.mktemp("warm"))
+    yield forking
+    forking.close()
 
 
 @pytest.fixture(scope="session")

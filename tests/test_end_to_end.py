@@ -1,4 +1,4 @@
-"""The bundled model through the installed commands, against PyTorch and onnxruntime-genai."""
+"""The bundled model through the commands, against PyTorch and onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,18 +30,25 @@ NEAR_TIE = 1e-3
 
 
 def run(command: str, *arguments: object) -> Any:
-    """Run an installed command with --json and return what it printed."""
-    executable = shutil.which(command, path=str(Path(sys.executable).parent))
-    assert executable is not None, f"{command} is not installed"
-    done = subprocess.run(
-        [executable, *map(str, arguments), "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    """Run a command with --json in this process, and return what it printed."""
+    [entry] = entry_points(group="console_scripts", name=command)
+    done = CliRunner().invoke(entry.load(), [*map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
 
+def shown_by(command: str, *arguments: object) -> str:
+    """Return what an installed command prints, run in a process of its own."""
+    executable = shutil.which(command, path=str(Path(sys.executable).parent))
+    assert executable is not None, f"{command} is not installed"
+    whole = [executable, *map(str, arguments)]
+    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory, captured_once: None) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "half"
     sized = ("--budget", "0.5", "--tokens", CALIBRATION_TOKENS)
     compiled = run("alloc-compile", MODEL, *sized, "-o", f"{folder}/")
@@ -91,7 +100,8 @@ def prompts() -> list[str]:
 
 
 def test_text_like_the_calibration_text_executes_the_plan(bundle: Path) -> None:
-    found = run("alloc-eval", bundle, "--text", CALIBRATION, "--tokens", "8192")
+    options = ("--text", CALIBRATION, "--tokens", "8192", "--json")
+    found = json.loads(shown_by("alloc-eval", bundle, *options))
     plan = found["plan"]
     assert plan["redistribution"] == "price"
     assert plan["budget"]["activations"] == pytest.approx(24, rel=0.003)
@@ -109,7 +119,7 @@ def test_the_same_artifact_executes_other_budgets(
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full(tmp_path_factory: pytest.TempPathFactory, captured_once: None) -> Path:
     """An artifact of the full budget, whose weights are the model's own at any price."""
     artifact = tmp_path_factory.mktemp("full") / "full.onnx"
     run("alloc-compile", MODEL, "--budget", "1.0", "--tokens", "512", "-o", artifact)
@@ -215,13 +225,7 @@ def test_greedy_tokens_equal_those_of_onnxruntime_genai(bundle: Path, prompts: l
 def test_text_streams_the_same_as_it_is_returned(bundle: Path) -> None:
     prompt = "The committee of the House"
     returned = run("alloc-run", bundle, "--prompt", prompt, "--max-new-tokens", "24")
-    command = Path(sys.executable).with_name("alloc-run")
-    streamed = subprocess.run(
-        [command, bundle, "--prompt", prompt, "--max-new-tokens", "24"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    streamed = shown_by("alloc-run", bundle, "--prompt", prompt, "--max-new-tokens", "24")
     assert prompt + returned["completions"][0]["text"] == streamed.removesuffix("\n")
 
 
@@ -240,8 +244,7 @@ def test_text_of_another_budget_is_that_of_its_price(bundle: Path) -> None:
 
 
 def test_inspect_shows_price_dial_and_correction(bundle: Path) -> None:
-    command = Path(sys.executable).with_name("alloc-inspect")
-    shown = subprocess.run([command, bundle], capture_output=True, text=True, check=True).stdout
+    shown = shown_by("alloc-inspect", bundle)
     facts = {line.split("  ")[0] for line in shown.splitlines()}
     assert {"budget", "redistribution", "price", "dial", "correction", "verified"} <= facts
     assert shown.count("│ model.layers.") == 6

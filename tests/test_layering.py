@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +138,13 @@ def test_the_order_names_every_room(part: str) -> None:
     entries = (ROOT / part).iterdir()
     rooms = {path.stem for path in entries if path.suffix == ".py" or any(path.glob("*.py"))}
     assert rooms - {"__init__"} == set(ROOMS[part])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_contributors_are_shown_the_rooms_in_this_order(part: str) -> None:
+    lines = (ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines()
+    cells = [line.split("|")[1] for line in lines if line.startswith(f"| `{part}/")]
+    assert re.findall(rf"`{part}/(\w+)(?:/|\.py)`", " ".join(cells)) == list(ROOMS[part])
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if len(p.parts) > 2], ids=str)

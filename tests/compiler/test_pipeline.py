@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -273,18 +273,18 @@ def test_without_a_text_beside_the_model_the_built_in_one_is_taken(
 
 @pytest.fixture
 def killed(
-    exported: Callable[[str], ir.Model], checkpoint: Callable[[str], Path], tmp_path: Path
+    exported: Callable[[str], ir.Model],
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    warm: Any,
 ) -> Callable[[str, Path], None]:
     """Return a function that compiles to an output in a process that is killed at a moment."""
     graph = tmp_path / "graph.onnx"
     package.save_graph(exported("olmoe"), graph)
 
     def run(moment: str, output: Path) -> None:
-        command = [sys.executable, "-c", KILLED, moment, str(graph)]
-        done = subprocess.run(
-            [*command, str(checkpoint("olmoe")), str(output)], capture_output=True, check=False
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        done = warm.run(KILLED, moment, graph, checkpoint("olmoe"), output)
+        assert done.returncode == -signal.SIGKILL, done.stderr
 
     return run
 

@@ -13,6 +13,11 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fast(captured_once: None) -> None:
+    """Capture no model again that another test had captured."""
+
+
 @pytest.fixture
 def examples() -> Path:
     """The folder of the examples."""

@@ -11,6 +11,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(("family", "layers"), [("olmoe", 6), ("qwen3_moe", 5)])
 def test_training_makes_a_model_that_loads(
     examples: Path, tmp_path: Path, family: str, layers: int

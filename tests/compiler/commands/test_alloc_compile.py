@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,8 +28,6 @@ from alloc_moe.compiler.planning.shapes import ExpertShape
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import PLAN_KEY
 from alloc_moe.runtime.errors import AllocMoeError
-
-SHELL = "from alloc_moe.compiler.commands.alloc_compile import compile_command; compile_command()"
 
 
 def compiled(model: str, output: Path, *options: str | Path) -> Result:
@@ -96,11 +95,13 @@ def test_quiet_says_nothing_but_the_result(model: str, tmp_path: Path) -> None:
 def alone(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A real compile in a process of its own, with every library's notes at their defaults."""
+    """A compile by the installed command, with every library's notes at their defaults."""
+    command = shutil.which("alloc-compile", path=str(Path(sys.executable).parent))
+    assert command is not None, "alloc-compile is not installed"
     output = tmp_path_factory.mktemp("alone") / "out.onnx"
     arguments = [str(checkpoint("mixtral")), "--budget", "0.75", "--tokens", "256"]
     done = subprocess.run(
-        [sys.executable, "-c", SHELL, *arguments, "-o", str(output)],
+        [command, *arguments, "-o", str(output)],
         capture_output=True,
         text=True,
         check=True,

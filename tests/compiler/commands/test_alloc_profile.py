@@ -11,8 +11,6 @@ from click.testing import CliRunner, Result
 from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.commands.alloc_profile import profile_command
 
-SHELL = "from alloc_moe.compiler.commands.alloc_compile import compile_command; compile_command()"
-
 
 def compiled(model: str, output: Path, *options: str | Path) -> Result:
     arguments = [model, "--budget", "0.5", "--tokens", "256", "-o", str(output)]

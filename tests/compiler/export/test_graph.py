@@ -247,18 +247,22 @@ def test_another_window_or_sink_is_found_out(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [("float16", ir.DataType.FLOAT16), ("bfloat16", ir.DataType.BFLOAT16)],
+    ("family", "dtype", "expected"),
+    [
+        ("olmoe", "float16", ir.DataType.FLOAT16),
+        ("mixtral", "bfloat16", ir.DataType.BFLOAT16),
+    ],
 )
 def test_half_precision_graphs_have_the_type_asked_for(
     moe_model: Models,
     plan_for: Callable[..., AllocationPlan],
     token_ids: NDArray[np.int64],
     tmp_path: Path,
+    family: str,
     dtype: Any,
     expected: ir.DataType,
 ) -> None:
-    moe = moe_model("mixtral")
+    moe = moe_model(family)
     graph = export_model(moe, dtype=dtype)
     types = {str(value.name): value.dtype for value in (*graph.graph.inputs, *graph.graph.outputs)}
     cache = {name: found for name, found in types.items() if "present" in name or "past" in name}
@@ -268,6 +272,6 @@ def test_half_precision_graphs_have_the_type_asked_for(
     assert {tensor.dtype for tensor in large} == {expected}
     if dtype == "float16":  # which onnxruntime's CPU provider computes by way of float32
         for device in ("cpu", "cuda"):
-            plan = plan_for(moe, [1, 2])
+            plan = plan_for(moe, uneven(moe))
             result = verified(graph, moe, plan, token_ids, tmp_path, device=device, dtype=dtype)
             assert 0 < result.kl < 1e-4

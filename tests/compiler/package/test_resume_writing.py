@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -62,7 +62,10 @@ Path(log).write_text(" ".join(made))
 
 @pytest.fixture
 def run_compile(
-    exported: Callable[[str], ir.Model], checkpoint: Callable[[str], Path], tmp_path: Path
+    exported: Callable[[str], ir.Model],
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    warm: Any,
 ) -> Callable[[str, Path], tuple[int, list[str]]]:
     """Return a function from a moment to die at and an output to what a compile came to.
 
@@ -73,11 +76,9 @@ def run_compile(
 
     def run(moment: str, output: Path) -> tuple[int, list[str]]:
         log.write_text("")
-        arguments = [moment, graph, checkpoint("olmoe"), output, log]
-        command = [sys.executable, "-c", COMPILE, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, check=False)
+        done = warm.run(COMPILE, moment, graph, checkpoint("olmoe"), output, log)
         expected = {"never": 0, "interrupted": None}.get(moment, -signal.SIGKILL)
-        assert expected in (done.returncode, None), done.stderr.decode()
+        assert expected in (done.returncode, None), done.stderr
         return done.returncode, log.read_text().split()
 
     return run

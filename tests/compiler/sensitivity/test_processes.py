@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,31 +52,27 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "_TOKENS_PER_BATCH", 64)
 
 
-def run(size: int, *arguments: str, die: int | None = None) -> list[subprocess.Popen[str]]:
-    """Run alloc-profile in processes that work together, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(size):
-        settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        settings |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
-        settings |= {} if die is None else {"DIE": str(die)}
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROCESS, *arguments],
-            env=os.environ | settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-    return started
+@pytest.fixture
+def run(warm: Any) -> Callable[..., list[Any]]:
+    """Return what runs alloc-profile in processes that work together, as torchrun starts them."""
+
+    def start(size: int, *arguments: str, die: int | None = None) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        common |= {} if die is None else {"DIE": str(die)}
+        return [
+            warm.start(PROCESS, *arguments, environment={**common, "RANK": str(rank)})
+            for rank in range(size)
+        ]
+
+    return start
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def finish(processes: list[Any]) -> list[tuple[int, str, str]]:
     """Return exit code, stdout and stderr of each."""
-    said = [process.communicate(timeout=120) for process in processes]
-    return [(process.returncode, *each) for process, each in zip(processes, said, strict=True)]
+    return [process.finish() for process in processes]
 
 
 def compare(folder: Path, actual: str, expected: str) -> None:
@@ -104,7 +99,10 @@ def compare(folder: Path, actual: str, expected: str) -> None:
     ids=["offloaded", "all in place", "kl"],
 )
 def test_two_processes_measure_what_one_does(
-    checkpoint: Callable[[str], Path], tmp_path: Path, options: list[str]
+    checkpoint: Callable[[str], Path],
+    run: Callable[..., list[Any]],
+    tmp_path: Path,
+    options: list[str],
 ) -> None:
     arguments = [str(checkpoint("olmoe")), "--tokens", "640", *options]
     both = run(2, *arguments, "-o", str(tmp_path / "two.json"))
@@ -121,7 +119,11 @@ def test_two_processes_measure_what_one_does(
 @pytest.mark.slow
 @pytest.mark.parametrize(("offload", "die"), [("never", 2), ("always", 4)])
 def test_a_process_that_dies_fails_the_run_which_then_goes_on_from_what_was_saved(
-    checkpoint: Callable[[str], Path], tmp_path: Path, offload: str, die: int
+    checkpoint: Callable[[str], Path],
+    run: Callable[..., list[Any]],
+    tmp_path: Path,
+    offload: str,
+    die: int,
 ) -> None:
     arguments = [str(checkpoint("olmoe")), "--tokens", "640", "--offload", offload]
     together = run(2, *arguments, "-o", str(tmp_path / "two.json"), die=die)

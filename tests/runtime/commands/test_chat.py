@@ -174,7 +174,7 @@ def test_a_talk_at_a_terminal(chat_bundle: Path, model: TextModel) -> None:
 
     def until(pattern: str) -> None:
         nonlocal shown
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not re.search(pattern, shown) and time.monotonic() < end:
             shown += os.read(controller, 4096).decode()
         assert re.search(pattern, shown), shown
@@ -186,7 +186,7 @@ def test_a_talk_at_a_terminal(chat_bundle: Path, model: TextModel) -> None:
     until("Experts executed per token")
     until("Plan: .*\n> ")
     os.write(controller, b"\x04")
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert process.stdout is not None
     assert process.stdout.read().decode(errors="replace") == answer(model, "Zoë") + "\n"
     process.stdout.close()

@@ -56,7 +56,7 @@ def address(process: subprocess.Popen[str]) -> tuple[str, int]:
 
 
 def status(where: tuple[str, int], headers: dict[str, str] | None = None) -> int:
-    connection = http.client.HTTPConnection(*where, timeout=30)
+    connection = http.client.HTTPConnection(*where, timeout=120)
     sent = {"content-type": "application/json", **(headers or {})}
     connection.request("POST", "/v1/completions", json.dumps(BODY), sent)
     answer = connection.getresponse()
@@ -75,7 +75,7 @@ def test_it_serves_this_machine_alone_until_it_is_stopped(
     assert status((host, port)) == 200
     assert status((host, port), {"host": "evil.example"}) == 400
     process.send_signal(end)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
     assert errors.endswith("Stopped.\n")
     assert "Traceback" not in errors
@@ -98,7 +98,7 @@ def test_an_open_address_without_a_key_is_warned_of(
     where = address(process)
     assert status(("127.0.0.1", where[1]), {"host": "my.example"}) == 200
     process.terminate()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert "Warning: No key is asked for (ALLOC_MOE_API_KEY), so all who reach 0.0.0.0" in errors
 
 
@@ -163,6 +163,6 @@ def test_answers_are_written_one_at_a_time_where_tokens_compete(
     where = address(process)
     assert status(where) == 200
     process.terminate()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert "Answers are written one at a time: in this artifact, tokens compete." in errors
     assert "The model has no chat template, so it only continues texts." in errors

@@ -11,9 +11,11 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="session")
-def compiled_for_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def compiled_for_cuda(
+    tmp_path_factory: pytest.TempPathFactory, captured_once: None
+) -> Callable[..., Path]:
     """Return a function from a bundled model's name to its artifact for CUDA at half its budget."""
-    api = pytest.importorskip("alloc_moe.compiler.api")
+    from alloc_moe.compiler import api
 
     def compiled(name: str, dtype: str, redistribute: str) -> Path:
         path = tmp_path_factory.mktemp(name) / "out.onnx"
@@ -25,6 +27,7 @@ def compiled_for_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
             dtype=dtype,
             redistribute=redistribute,
             correct="none",
+            tokens=512,
         )
         return path
 

@@ -38,7 +38,7 @@ class Running:
 
     def wait_for(self, name: str, value: int) -> None:
         """Wait until a metric has a value."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while self.metric(name) != value and time.monotonic() < end:
             time.sleep(0.01)
         assert self.metric(name) == value
@@ -58,7 +58,7 @@ def _running(model: TextModel, *, key: str | None = None, **limits: Any) -> Iter
         yield Running(server, listener.getsockname()[1])
     finally:
         web.should_exit = True
-        thread.join(timeout=30)
+        thread.join(timeout=120)
         listener.close()
     assert not thread.is_alive()
 
@@ -112,7 +112,7 @@ def _ask(
     port: int, path: str, body: Any, *, headers: dict[str, str] | None = None
 ) -> tuple[int, Any, http.client.HTTPMessage]:
     """Post a body, as JSON unless it is bytes; return status, JSON and headers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"content-type": "application/json"} if headers is None else headers
     connection.request("POST", path, data, sent)

@@ -31,7 +31,7 @@ def hang_up(server: Any, body: dict[str, Any], *, when: str) -> None:
         "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         f"content-length: {len(content)}\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
         connection.sendall(head.encode() + content)
         server.wait_for(when, 1)
 
@@ -165,7 +165,7 @@ def test_a_bug_ends_all_requests_and_shows_in_health(
     server = serve(slow)
     assert ask(server.port, "/v1/completions", BASE)[0] == 500
     assert ask(server.port, "/v1/completions", BASE)[0] == 503
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     connection.request("GET", "/health")
     assert connection.getresponse().status == 503
     connection.close()
@@ -175,7 +175,7 @@ def test_metrics_are_what_happened(ask: Any, model: TextModel, serve: Callable[.
     server = serve(model)
     ask(server.port, "/v1/completions", {**BASE, "max_tokens": 4, "temperature": 0})
     ask(server.port, "/v1/completions", {})
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
     connection.close()

@@ -88,7 +88,7 @@ def test_what_is_not_json_is_not_read(ask: Any, served: Any) -> None:
 
 
 def test_names_that_lead_here_by_a_trick_are_refused(served: Any) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
     connection.request("GET", "/v1/models", headers={"host": "evil.example"})
     assert connection.getresponse().status == 400
     connection.close()
@@ -96,7 +96,7 @@ def test_names_that_lead_here_by_a_trick_are_refused(served: Any) -> None:
 
 def test_other_routes_and_methods_are_refused(ask: Any, served: Any) -> None:
     assert ask(served.port, "/v1/embeddings", {})[0] == 404
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
     connection.request("GET", "/v1/completions")
     answer = connection.getresponse()
     assert answer.status == 405
@@ -126,7 +126,7 @@ def test_a_key_is_asked_for(ask: Any, model: TextModel, serve: Callable[..., Any
     assert ask(server.port, "/v1/completions", BASE)[0] == 401
     with pytest.raises(openai.AuthenticationError, match="The key is missing or wrong"):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="no").models.list()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     for path, status in (("/health", 200), ("/", 200), ("/metrics", 401), ("/v1/models", 401)):
         connection.request("GET", path)
         answer = connection.getresponse()

@@ -64,10 +64,10 @@ def test_a_wrong_size_is_named_before_anything_is_built(
         checkpoint_module, "build_skeleton_or_refuse", lambda *_, **__: pytest.fail("built")
     )
     configure(copy, **entries)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(str(copy))
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
