@@ -118,8 +118,8 @@ def held_budget(session: Session, budget: str | float | None = None) -> HeldBudg
         )
     if session.pads_right or session.device != "cpu":
         raise GenerationError(
-            f"{graph} is for a GPU, where experts aren't counted token by token, so its budget "
-            "can't be held. Compile it with --device cpu, or don't hold the budget."
+            f"{graph} can't hold a budget on a GPU, where experts aren't counted token by token. "
+            "Compile it with --device cpu and run it with --ep cpu, or don't hold the budget."
         )
     if not session.counts_activations:
         raise GenerationError(
