@@ -30,6 +30,7 @@ from alloc_moe.runtime.text.hold import WINDOW, HeldBudget, executed_by_token, h
 
 TOKENS, POSITIONS = 512, 4
 TEXTS = Path(__file__).parent / "texts"
+KINDS = ("like it", "verse", "French", "code", "random tokens")
 WAYS = ("static", "own", "held", "decoded")
 
 
@@ -52,20 +53,17 @@ class Run:
 
 def texts(model: TextModel, like: Path) -> dict[str, list[int]]:
     """Return the token ids of every text; ``like`` is one like the calibration text."""
-    written = {
-        "like it": like.read_text("utf-8")[:100_000],
-        "verse": (TEXTS / "verse.txt").read_text("utf-8"),
-        "French": (TEXTS / "french.txt").read_text("utf-8"),
-        "code": inspect.getsource(argparse.ArgumentParser),
-    }
-    ids = {
-        name: model.tokenizer.encode(text, add_special_tokens=False).ids
-        for name, text in written.items()
-    }
+    written = (
+        like.read_text("utf-8")[:100_000],
+        (TEXTS / "verse.txt").read_text("utf-8"),
+        (TEXTS / "french.txt").read_text("utf-8"),
+        inspect.getsource(argparse.ArgumentParser),
+    )
+    ids = [model.tokenizer.encode(text, add_special_tokens=False).ids for text in written]
     assert model.session.vocabulary is not None
     random = np.random.default_rng(0)
-    ids["random tokens"] = random.integers(0, model.session.vocabulary, POSITIONS * TOKENS).tolist()
-    return ids
+    ids.append(random.integers(0, model.session.vocabulary, POSITIONS * TOKENS).tolist())
+    return dict(zip(KINDS, ids, strict=True))
 
 
 def windows(ids: Sequence[int]) -> list[Sequence[int]]:
