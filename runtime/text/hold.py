@@ -22,12 +22,12 @@ from alloc_moe.runtime.execution.calls import Output, Session, check_prices
 from alloc_moe.runtime.execution.rows import gather_rows
 
 WINDOW = 256
-"""Tokens over which a budget holds: enough that single tokens, whose experts differ by a quarter,
-average out to 2 %, and few enough that a chat's answer is held."""
-CHUNK = 32
+"""Tokens over which a budget holds: enough that single tokens, whose experts differ by a fifth,
+average out to less than 2 %, and few enough that an answer in a chat is held."""
+CHUNK = 24
 """Tokens of a prompt per call, but for the first two calls, which share as many. What they run too
 much must be made up for within a window; with fewer tokens the experts' products get slow."""
-_REPAY = 48  # tokens over which what ran too much is made up for
+_REPAY = 36  # tokens over which what ran too much is made up for
 _MEMORY = 128  # tokens over which a text's distance from the dial is averaged
 _TRUST = 32  # tokens that the calibration text counts for before the first
 _MOST_TURN = 1.5  # times or a part of the budget: as far as the dial is followed
@@ -38,10 +38,10 @@ _LEAST_PRICE = 1e-3  # of the dial's first; where a price is zero it has no loga
 class Hold:
     """The price of an activation for one sequence, such that a mean of activations holds.
 
-    What ran more than the mean since the beginning is a debt. Its repayment is spread over
-    the tokens to come; as the debt stays small, the mean over any window stays near the budget.
-    Where the text runs more or fewer experts than the dial says at a price, the dial is moved: by
-    the quotient of the prices at which it has what ran, and what it said.
+    What ran beyond the budget since the beginning is a debt, which the tokens to come pay back. As
+    it stays small, the mean over any window stays near the budget. Where the text runs more or
+    fewer experts than the dial says at a price, the dial is moved: by the quotient of the prices at
+    which it has what it said, and what ran.
 
     Args:
         curve: The dial.
@@ -57,6 +57,7 @@ class Hold:
         self._debt = 0.0
         self._weight = float(_TRUST)  # of the two sums below, in tokens
         self._ran = self._said = _TRUST * budget
+        self._lowest = _LEAST_PRICE * min((p.price for p in curve.points if p.price), default=0.0)
 
     @property
     def mean(self) -> float:
@@ -72,7 +73,7 @@ class Hold:
         """
         self.tokens += tokens
         self.executed += executed
-        if not tokens or self.budget >= self._curve.original:
+        if not (tokens and self._lowest and self.budget < self._curve.original):
             return
         kept = math.exp(-tokens / _MEMORY)
         self._weight = self._weight * kept + tokens
@@ -85,10 +86,9 @@ class Hold:
 
     def _priced(self, activations: float) -> float:
         """The dial's price near the budget, above zero."""
-        first = next(point.price for point in self._curve.points if point.price)
         least = max(self._curve.least, self.budget / _MOST_TURN)
         most = min(self._curve.original, self.budget * _MOST_TURN)
-        return max(self._curve.price(min(max(activations, least), most)), _LEAST_PRICE * first)
+        return max(self._curve.price(min(max(activations, least), most)), self._lowest)
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,6 @@ def test_held_requests_get_the_tokens_that_they_get_alone(
         on_output=outputs.append,
     )
     assert alone == together[0][0]
-    assert len(outputs) == 3 + 23
+    assert len(outputs) == 4 + 23
     with pytest.raises(GenerationError, match=r"4 sequences can't .* with --price-per sequence"):
         generate(scalar, prompts, max_new_tokens=2, holds=[held.begin() for _ in prompts])
