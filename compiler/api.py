@@ -18,6 +18,7 @@ from alloc_moe.compiler.choices import (
     check_mixed_bits,
     check_names,
     check_plan,
+    check_price_per,
     chosen_rounding,
     finite,
     whole,
@@ -36,6 +37,7 @@ from alloc_moe.compiler.records import (
     Metric,
     OffloadMode,
     PlanOptions,
+    PricePer,
     ProfileOptions,
     Redistribution,
     Rounding,
@@ -74,6 +76,7 @@ def compile(
     mixed_bits: bool = False,
     cache: CacheType = "float32",
     device: Device = "cpu",
+    price_per: PricePer = "call",
     offload: OffloadMode = "auto",
     trust_remote_code: bool = False,
     force: bool = False,
@@ -112,6 +115,8 @@ def compile(
         mixed_bits: Choose 4 or 8 bits for each layer's experts together with their number.
         cache: Type of keys and values between calls.
         device: Where the artifact will run.
+        price_per: Whether a call has one price, or each of its sequences may have one, so that
+            several can hold their budgets together.
         offload: Whether decoder layers are read from disk when they run.
         trust_remote_code: Run Python code of the checkpoint.
         force: Replace an existing output.
@@ -157,6 +162,7 @@ def compile(
             cache,
             device,
             chosen_rounding(rounding, dtype, mixed_bits=mixed_bits),
+            price_per,
         ),
         offload=offload,
         trust_remote_code=trust_remote_code,
@@ -169,6 +175,7 @@ def compile(
             f"doesn't measure. Use {' or '.join(SIZED)}, or another --redistribute."
         )
     check_plan(options.plan)
+    check_price_per(options.target, options.plan)
     if cache == "int8" and (device == "cuda" or dtype in ("float16", "bfloat16")):
         raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")
     return compile_model(options, console or Console(quiet=True))

@@ -24,8 +24,10 @@ from alloc_moe.compiler.records import (
     Metric,
     OffloadMode,
     PlanOptions,
+    PricePer,
     Redistribution,
     Rounding,
+    TargetOptions,
     Weights,
 )
 
@@ -105,6 +107,7 @@ def check_names(options: CompileOptions, sensitivity: str, offload: str) -> None
         ("--rounding", target.rounding, get_args(Rounding)),
         ("--cache", target.cache, get_args(CacheType)),
         ("--device", target.device, get_args(Device)),
+        ("--price-per", target.price_per, get_args(PricePer)),
         ("--offload", offload, get_args(OffloadMode)),
     ):
         check_choice(name, value, choices)
@@ -132,6 +135,21 @@ def check_plan(plan: PlanOptions) -> None:
         )
     if plan.refine and policy in ("top-p", "ratio"):
         raise OptionsError(f"--redistribute {policy} leaves nothing to refine.")
+
+
+def check_price_per(target: TargetOptions, plan: PlanOptions) -> None:
+    """Raise OptionsError if an artifact can't have a price of each sequence that is asked for."""
+    if target.price_per == "call":
+        return
+    if plan.redistribution != "price" or plan.cap is not None:
+        raise OptionsError(
+            f"--price-per {target.price_per} needs a price to set: --redistribute price, no --cap."
+        )
+    if target.device != "cpu":
+        raise OptionsError(
+            f"--price-per {target.price_per} is for --device cpu; kernels of {target.device} take "
+            "one price per call."
+        )
 
 
 def chosen_rounding(rounding: Rounding | None, dtype: str, *, mixed_bits: bool = False) -> Rounding:

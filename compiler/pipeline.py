@@ -279,6 +279,7 @@ def _build(
         corrections=corrections,
         quantization=moe.quantization,
         cache_scales=scales,
+        price_per=target.price_per,
     )
     if SHARED_CACHE_KEY not in model.metadata_props and target.device == "cpu":
         console.note("The cache is copied at every step: attention stays the standard operator")

@@ -38,6 +38,7 @@ DType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 CacheType = Literal["float32", "int8"]
 Rounding = Literal["nearest", "gptq"]
 Device = Literal["cpu", "cuda"]
+PricePer = Literal["call", "sequence"]
 OffloadMode = Literal["auto", "never", "always"]
 
 SIZED: tuple[Metric, ...] = ("fisher", "output")
@@ -90,6 +91,7 @@ class TargetOptions:
     cache: CacheType = "float32"
     device: Device = "cpu"
     rounding: Rounding = "nearest"
+    price_per: PricePer = "call"
 
 
 @dataclass(frozen=True)

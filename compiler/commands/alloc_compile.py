@@ -125,6 +125,14 @@ if TYPE_CHECKING:
     help="Where the artifact will run: decides how dropped experts are skipped.",
 )
 @click.option(
+    "--price-per",
+    type=click.Choice(["call", "sequence"]),
+    default="call",
+    show_default=True,
+    help="Whether a call of the artifact has one price of an activation, or each of its sequences "
+    "may have its own, so that several hold their budgets together (--hold).",
+)
+@click.option(
     "--mixed-bits",
     is_flag=True,
     help="Choose 4 or 8 bits for each layer's experts together with their number. The budget is "

@@ -19,6 +19,7 @@ from alloc_moe.runtime.commands.options import (
     common_options,
     ep_option,
     examples,
+    hold_option,
     threads_option,
 )
 from alloc_moe.runtime.console import Console
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     help="Models: run under this plan (allocation.json, or an artifact) in PyTorch.",
 )
 @budget_option
+@hold_option
 @ep_option
 @threads_option
 @click.option("--tokenizer", type=click.Path(), help="tokenizer.json, if it isn't found.")
@@ -80,6 +82,7 @@ def eval_command(
     decode: bool,
     plan_file: Path | None,
     budget: str | None,
+    hold: bool,
     ep: Provider,
     threads: int | None,
     tokenizer: str | None,
@@ -93,7 +96,7 @@ def eval_command(
     from alloc_moe.runtime.execution.finite import check_finite
 
     _open(text_file).close()  # what can't be opened is told before a model is loaded
-    settings = _Settings(window, stride, tokens, decode, budget)
+    settings = _Settings(window, stride, tokens, decode, budget, hold)
     if _is_artifact(Path(target)):
         if plan_file is not None:
             raise click.UsageError("--plan is for original models; an artifact has its own plan.")
@@ -101,16 +104,17 @@ def eval_command(
             console, target, text_file, settings, ep=ep, threads=threads, tokenizer=tokenizer
         )
     else:
-        if decode:
-            raise click.UsageError("--decode is for artifacts.")
+        if decode or hold:
+            raise click.UsageError(f"{'--decode' if decode else '--hold'} is for artifacts.")
         if budget is not None and plan_file is None:
             raise click.UsageError("--budget is for artifacts, and for models with a --plan.")
         evaluation, plan = _evaluate_model(
             console, target, text_file, settings, plan_file, trust_remote_code=trust_remote_code
         )
     check_finite(evaluation.loss, f"{target} computed losses")
-    data = {**_data(target, evaluation, plan), "budget": budget, "price": settings.price(plan)}
-    console.result(_summary(evaluation, plan, budget), data)
+    price = None if hold else settings.price(plan)
+    data = {**_data(target, evaluation, plan), "budget": budget, "price": price, "hold": hold}
+    console.result(_summary(evaluation, plan, settings), data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +124,7 @@ class _Settings:
     tokens: int | None
     decode: bool
     budget: str | None
+    hold: bool
 
     def price(self, plan: AllocationPlan) -> float | None:
         """The price at which to run under a plan; None is the plan's own."""
@@ -179,9 +184,11 @@ def _evaluate_artifact(
 ) -> tuple[Evaluation, AllocationPlan]:
     from alloc_moe.runtime.execution.session import open_session
     from alloc_moe.runtime.measure.evaluate import evaluate_artifact
+    from alloc_moe.runtime.text.hold import held_budget
     from alloc_moe.runtime.text.tokenizer import load_tokenizer
 
     session = open_session(target, ep=ep, threads=threads, count_activations=True)
+    hold = held_budget(session, settings.budget).begin() if settings.hold else None
     found = load_tokenizer(session.files, tokenizer)
 
     def encode(text: str) -> Encoded:
@@ -196,7 +203,8 @@ def _evaluate_artifact(
             window=settings.window,
             stride=settings.stride,
             decode=settings.decode,
-            price=settings.price(session.plan),
+            price=None if hold else settings.price(session.plan),
+            hold=hold,
             on_scored=progress.advance,
         )
     return evaluation, session.plan
@@ -253,8 +261,10 @@ def _evaluate_model(
     return dataclasses.replace(evaluation, activations=tuple(activations.executed)), plan
 
 
-def _summary(evaluation: Evaluation, plan: AllocationPlan, budget: str | None) -> str:
+def _summary(evaluation: Evaluation, plan: AllocationPlan, settings: _Settings) -> str:
+    budget = settings.budget
     planned = f"plan: {plan.budget.activations:.6g}" if budget is None else f"budget: {budget}"
+    planned += ", held" if settings.hold else ""
     ks = " ".join(f"{layer.k:<6.4g}" for layer in plan.layers).rstrip()
     executed = evaluation.activations_per_token or ()
     return (

@@ -27,7 +27,7 @@ from alloc_moe.runtime.artifact.plan import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from alloc_moe.compiler.records import Correction, Quantization
+    from alloc_moe.compiler.records import Correction, PricePer, Quantization
     from alloc_moe.passes.attention.quantize_cache import CacheScales
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
@@ -40,10 +40,12 @@ def specialize(
     corrections: Sequence[Correction | None] = (),
     quantization: Quantization | None = None,
     cache_scales: CacheScales = MappingProxyType({}),
+    price_per: PricePer = "call",
 ) -> ir.Model:
     """Return a copy of a normalised graph with a plan compiled in; weights stay lazy and shared.
 
-    With `cache_scales` its cache is int8.
+    With `cache_scales` its cache is int8. With `price_per` of "sequence" the dial, if the plan has
+    one, takes a price of each.
 
     Raises:
         UnsupportedModelError: There are scales, but its attention takes no int8 cache.
@@ -59,6 +61,7 @@ def specialize(
         overlap=plan.overlap or 0.0,
         cap=plan.cap,
         dial=plan.takes_price,
+        price_per_sequence=plan.takes_price and price_per == "sequence",
     )
     changed = {
         layer: ExpertCorrection(correction.scale, correction.bias)

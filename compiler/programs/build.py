@@ -38,6 +38,7 @@ def check_program(target: TargetOptions, output: Path) -> None:
         (target.cache != "float32", f"--cache {target.cache}"),
         (target.device != "cpu", f"--device {target.device}"),
         (target.mixed_bits, "--mixed-bits"),
+        (target.price_per != "call", f"--price-per {target.price_per}"),
     ):
         if wrong:
             raise OptionsError(

@@ -159,7 +159,9 @@ class _SegmentSession:
         presents = {slot.present for slot in slots}
         self._session = session
         self._inputs = [value.name for value in session.get_inputs() if not is_past(value.name)]
-        self._optional = [value.name for value in session.get_overridable_initializers()]
+        self._optional = {
+            value.name: len(value.shape) for value in session.get_overridable_initializers()
+        }
         self._outputs = [name for name in outputs if name not in presents]
         self._slots = [slot for slot in slots if slot.present in outputs]
         # Of these it asks the shape only.
@@ -168,7 +170,9 @@ class _SegmentSession:
     def run(self, run: ArtifactRun, crossing: Sequence[_Arrays]) -> Iterator[_Arrays]:
         """Yield what the segment makes in each call, from what earlier ones made, by name."""
         cache = Cache(self._slots, batch=len(run.calls[0][0]))
-        price = {} if run.price is None else {PRICE_INPUT: np.array(run.price, np.float32)}
+        dimensions = self._optional.get(PRICE_INPUT, 0)
+        given = np.array(run.price, np.float32, ndmin=dimensions)
+        price = {} if run.price is None else {PRICE_INPUT: given}
         for (ids, mask), values in zip(run.calls, crossing, strict=True):
             new = mask[:, -ids.shape[1] :]
             cache.reserve(cache.length + ids.shape[1])

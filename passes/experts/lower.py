@@ -28,7 +28,12 @@ from alloc_moe.passes.experts.building import (
 )
 from alloc_moe.passes.experts.lower_cuda import lower_for_cuda
 from alloc_moe.passes.experts.policies import POLICIES, SCORES, STATIC_POLICIES, TOP_K
-from alloc_moe.passes.experts.policies.scored import cap_call, keep_scored, score_overlapping
+from alloc_moe.passes.experts.policies.scored import (
+    cap_call,
+    keep_scored,
+    keep_scored_by_row,
+    score_overlapping,
+)
 from alloc_moe.passes.experts.policies.static import cap_call_static
 from alloc_moe.passes.experts.quantize import expert_format
 
@@ -44,7 +49,8 @@ class Allocation:
     `SCORES`. For the latter, scores of ``thresholds[l]`` or more are kept, and ``cap`` limits calls
     to that multiple of k. ``sizes[l]`` are those of the experts, for ``price``, whose threshold is
     the same in all layers; ``overlap`` is how far what two of them add points the same way. With
-    ``dial`` the price is an input of the graph that may be left out.
+    ``dial`` the price is an input of the graph that may be left out: a scalar, or with
+    ``price_per_sequence`` one of each sequence [batch], or of all [1].
     """
 
     experts_per_token: Sequence[float]
@@ -55,6 +61,7 @@ class Allocation:
     overlap: float = 0.0
     cap: float | None = None
     dial: bool = False
+    price_per_sequence: bool = False
 
 
 class LowerExpertsPass(ir.passes.InPlacePass):
@@ -124,7 +131,8 @@ class LowerExpertsPass(ir.passes.InPlacePass):
         else:
             (scores,) = builder.call(SCORES[allocation.redistribution], [ranked, ids, sizes])
         threshold = self._threshold(builder, layer)
-        (keep,) = builder.call(keep_scored, [scores, real, threshold], others=[trained - 1])
+        compare = keep_scored_by_row if allocation.price_per_sequence else keep_scored
+        (keep,) = builder.call(compare, [scores, real, threshold], others=[trained - 1])
         quota = trained - 1.0
         if allocation.cap is not None:
             quota = min(trained, allocation.cap * allocation.experts_per_token[layer]) - 1
@@ -140,7 +148,11 @@ class LowerExpertsPass(ir.passes.InPlacePass):
             return builder.constant(f"threshold.{layer}", threshold)
         if PRICE_INPUT in builder.model.graph.initializers:
             return builder.model.graph.initializers[PRICE_INPUT]
-        price = builder.constant(PRICE_INPUT.partition(".")[2], threshold)
+        several = self._allocation.price_per_sequence
+        given = [threshold] if several else threshold
+        price = builder.constant(PRICE_INPUT.partition(".")[2], given)
+        if several:
+            price.shape = ir.Shape(["prices"])
         if self._allocation.dial:
             # An initializer that is an input too: a value to be left out or overridden.
             builder.model.graph.inputs.append(price)

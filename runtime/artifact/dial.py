@@ -9,7 +9,7 @@ import itertools
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
@@ -19,11 +19,72 @@ from alloc_moe.runtime.artifact.plan import AllocationPlan, DialPoint
 from alloc_moe.runtime.errors import GenerationError
 
 
+@dataclass(frozen=True)
+class DialCurve:
+    """Mean activations per token on the calibration text, and the price that gives them.
+
+    ``points`` are those of the dial by falling activations and rising prices, from the full model
+    at price 0 on. Between them the logarithm of the price is linear in the activations.
+    """
+
+    points: tuple[DialPoint, ...]
+
+    @classmethod
+    def of(cls, plan: AllocationPlan) -> DialCurve:
+        """Return that of a plan.
+
+        Raises:
+            GenerationError: The plan has no dial.
+        """
+        if not plan.takes_price or not plan.dial:
+            raise GenerationError(
+                "The artifact's budget is compiled in: its plan has no dial. "
+                "Compile it with --redistribute price and no cap, or leave the budget out."
+            )
+        return cls(tuple(_points(plan)))
+
+    @property
+    def original(self) -> int:
+        """The activations of the full model."""
+        return int(self.points[0].activations)
+
+    @property
+    def least(self) -> float:
+        """The fewest activations on the dial."""
+        return self.points[-1].activations
+
+    def price(self, activations: float) -> float:
+        """Return the price that gives activations from `least` to `original`."""
+        for above, below in itertools.pairwise(self.points):
+            if activations == above.activations:
+                return above.price
+            if activations > below.activations:
+                share = (above.activations - activations) / (above.activations - below.activations)
+                if above.price == 0:  # it has no logarithm
+                    return share * below.price
+                # By logarithms: of a price that is almost zero the quotient would overflow.
+                logarithm = (1 - share) * math.log(above.price) + share * math.log(below.price)
+                return min(max(math.exp(logarithm), above.price), below.price)
+        return self.points[-1].price
+
+    def activations(self, price: float) -> float:
+        """Return the activations that a price gives, `least` for all beyond the dial."""
+        for above, below in itertools.pairwise(self.points):
+            if price >= below.price:
+                continue
+            if above.price == 0:
+                share = price / below.price
+            else:
+                span = math.log(below.price) - math.log(above.price)
+                share = (math.log(price) - math.log(above.price)) / span
+            return above.activations + share * (below.activations - above.activations)
+        return self.least
+
+
 def price_of(plan: AllocationPlan, budget: str | float) -> float:
     """Return the price at which a plan's artifact executes a budget in the mean.
 
-    Between the points of the plan's dial the logarithm of the price is linear in the activations,
-    so that a higher budget never has a higher price.
+    A higher budget never has a higher price, see `DialCurve`.
 
     Args:
         plan: A plan with a dial.
@@ -34,13 +95,13 @@ def price_of(plan: AllocationPlan, budget: str | float) -> float:
     Raises:
         GenerationError: The plan has no dial, or the budget is none, or outside of it.
     """
-    if not plan.takes_price or not plan.dial:
-        raise GenerationError(
-            "The artifact's budget is compiled in: its plan has no dial. "
-            "Compile it with --redistribute price and no cap, or leave the budget out."
-        )
-    points = _points(plan)
-    least, original = points[-1].activations, plan.budget.original
+    curve = DialCurve.of(plan)
+    return curve.price(activations_of(curve, budget))
+
+
+def activations_of(curve: DialCurve, budget: str | float) -> int:
+    """Return the activations per token that a budget is; errors are those of `price_of`."""
+    least, original = curve.least, curve.original
     legal = (
         f"Give a fraction from {_fraction_up(least, original)} to 1.0, or a whole number of "
         f"activations from {math.ceil(least)} to {original} (the full model)."
@@ -52,7 +113,7 @@ def price_of(plan: AllocationPlan, budget: str | float) -> float:
             f"The budget {budget} is {activations} of {original} activations per token, {side} "
             f"the artifact's dial. {legal}"
         )
-    return _interpolate(points, activations)
+    return activations
 
 
 def _points(plan: AllocationPlan) -> list[DialPoint]:
@@ -90,20 +151,6 @@ def _activations(budget: str | float, original: int, legal: str) -> int:
     if not 0 < number <= 1:
         raise GenerationError(f"The budget {budget} is no fraction in (0, 1]. {legal}")
     return math.floor(number * original)
-
-
-def _interpolate(points: Sequence[DialPoint], activations: float) -> float:
-    for above, below in itertools.pairwise(points):
-        if activations == above.activations:
-            return above.price
-        if activations > below.activations:
-            share = (above.activations - activations) / (above.activations - below.activations)
-            if above.price == 0:  # it has no logarithm
-                return share * below.price
-            # By logarithms: of a price that is almost zero the quotient would overflow.
-            price = math.exp((1 - share) * math.log(above.price) + share * math.log(below.price))
-            return min(max(price, above.price), below.price)
-    return points[-1].price
 
 
 def _fraction_up(activations: float, original: int) -> float:

@@ -60,6 +60,12 @@ if TYPE_CHECKING:
     type=BudgetText(),
     help="Measure the one ARTIFACT, which has a dial, at this budget too. Repeatable.",
 )
+@click.option(
+    "--hold",
+    is_flag=True,
+    help="Measure the one ARTIFACT with each of its budgets held too, see alloc-run. Experts that "
+    "run are then counted for all.",
+)
 @ep_option
 @threads_option
 @session_option
@@ -73,6 +79,7 @@ def bench_command(
     runs: int,
     seed: int,
     budgets: tuple[str, ...],
+    hold: bool,
     ep: Provider,
     threads: int | None,
     session_entries: dict[str, str],
@@ -87,9 +94,11 @@ def bench_command(
     from alloc_moe.runtime.commands.tables import speed_table
     from alloc_moe.runtime.execution.session import open_session
     from alloc_moe.runtime.measure.bench import Workload, benchmark, machine
+    from alloc_moe.runtime.text.hold import HeldBudget, held_budget
 
-    if budgets and len(artifacts) > 1:
-        raise click.UsageError("--budget is for one artifact; give that alone.")
+    if (budgets or hold) and len(artifacts) > 1:
+        option = "--budget" if budgets else "--hold"
+        raise click.UsageError(f"{option} is for one artifact; give that alone.")
     workload = Workload(prompt_tokens, past, new_tokens, runs, seed)
     sessions = []
     with console.progress("Loading", len(artifacts), unit="artifacts") as progress:
@@ -98,15 +107,20 @@ def bench_command(
                 artifact,
                 ep=ep,
                 threads=threads,
+                count_activations=hold,
                 stop_spinning=True,
                 more_options=session_entries,
             )
             sessions.append(session)
             ep = sessions[0].device  # all on the same, and the reason for it told once
             progress.advance()
-    prices = [None] * len(sessions) + [price_of(sessions[0].plan, budget) for budget in budgets]
-    sessions += [sessions[0]] * len(budgets)
+    prices: list[float | HeldBudget | None] = [None] * len(sessions)
+    prices += [price_of(sessions[0].plan, budget) for budget in budgets]
     names = [*artifacts, *(f"{artifacts[0]} at {budget}" for budget in budgets)]
+    if hold:
+        prices += [held_budget(sessions[0], budget) for budget in (None, *budgets)]
+        names += [f"{name}, held" for name in names]
+    sessions += [sessions[0]] * (len(names) - len(sessions))
     with console.progress("Measuring", len(sessions) * (runs + 1), unit="runs") as progress:
         measurements = benchmark(sessions, workload, prices=prices, on_run=progress.advance)
     setting = {
@@ -120,7 +134,12 @@ def bench_command(
         **setting,
         "workload": dataclasses.asdict(workload),
         "artifacts": [
-            {"artifact": name, "price": price, **_speeds(measurement, measurements[0])}
+            {
+                "artifact": name,
+                "price": None if isinstance(price, HeldBudget) else price,
+                "held": price.activations if isinstance(price, HeldBudget) else None,
+                **_speeds(measurement, measurements[0]),
+            }
             for name, price, measurement in zip(names, prices, measurements, strict=True)
         ],
     }

@@ -17,6 +17,7 @@ from alloc_moe.runtime.commands.options import (
     common_options,
     ep_option,
     examples,
+    hold_option,
     session_option,
     threads_option,
     tokenizer_option,
@@ -107,6 +108,7 @@ def _optional_text(_context: object, _option: object, text: str | None) -> str |
 )
 @click.option("--seed", type=seed_type, default=0, show_default=True, help="Seed of the draws.")
 @budget_option
+@hold_option
 @ep_option
 @threads_option
 @session_option
@@ -128,6 +130,7 @@ def run_command(
     stop_strings: tuple[str, ...],
     seed: int,
     budget: str | None,
+    hold: bool,
     ep: Provider,
     threads: int | None,
     session_entries: dict[str, str],
@@ -166,11 +169,11 @@ def run_command(
         ep=ep,
         threads=threads,
         # On a GPU counting would leave our kernels out.
-        count_activations=chat and not tries_cuda(ep),
+        count_activations=hold or (chat and not tries_cuda(ep)),
         more_options=session_entries,
     )
     clock = _Clock(load=time.perf_counter() - start)
-    settings: dict[str, Any] = {"sampling": sampling, "stop_strings": stop_strings}
+    settings: dict[str, Any] = {"sampling": sampling, "stop_strings": stop_strings, "hold": hold}
     if chat:
         talk = Chat(
             model,
@@ -196,6 +199,8 @@ def run_command(
     printed = "" if alone else "\n\n".join(_labelled(completions))
     console.result(printed, _run_data(artifact, completions, clock))
     console.note(clock.report(completions))
+    if hold:
+        console.note(_held(completions))
 
 
 class _Clock:
@@ -241,6 +246,12 @@ def _labelled(completions: list[Completion]) -> list[str]:
         f"[{number}/{count}] {completion.prompt}{completion.text}"
         for number, completion in enumerate(completions, 1)
     ]
+
+
+def _held(completions: list[Completion]) -> str:
+    """Return one line on the experts that ran for each prompt and its continuation."""
+    means = [f"{completion.experts_per_token:.4g}" for completion in completions]
+    return f"Experts executed per token: {', '.join(means)}."
 
 
 def _run_data(artifact: str, completions: list[Completion], clock: _Clock) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from alloc_moe.runtime.commands.options import (
     common_options,
     ep_option,
     examples,
+    hold_option,
     session_option,
     threads_option,
     tokenizer_option,
@@ -93,6 +94,7 @@ _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
     show_default=True,
     help="Seconds that requests have to end when the server is stopped.",
 )
+@hold_option
 @chat_template_option
 @ep_option
 @threads_option
@@ -111,6 +113,7 @@ def serve_command(
     max_new_tokens: int,
     timeout: float,
     grace: int,
+    hold: bool,
     chat_template: str | None,
     ep: Provider,
     threads: int | None,
@@ -133,6 +136,7 @@ def serve_command(
     from alloc_moe.runtime.execution.providers import tries_cuda
     from alloc_moe.runtime.serving.app import application
     from alloc_moe.runtime.serving.server import Limits, Server
+    from alloc_moe.runtime.text.hold import held_budget
     from alloc_moe.runtime.text.model import load
 
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
@@ -148,11 +152,24 @@ def serve_command(
             ep=ep,
             threads=threads,
             # On a GPU counting would leave our kernels out.
-            count_activations=not tries_cuda(ep),
+            count_activations=hold or not tries_cuda(ep),
             more_options=session_entries,
         )
+        if hold:
+            held_budget(model.session)  # what can't be is said before anybody asks
+            if not model.session.takes_prices:
+                console.note(
+                    "Each answer is written by calls of its own: compiled with --price-per "
+                    "sequence, the artifact could hold the budgets of several in one."
+                )
         limits = Limits(rows=max_batch, waiting=queue, new_tokens=max_new_tokens, seconds=timeout)
-        server = Server(model, name=name or _name(model.session.files), limits=limits, key=api_key)
+        server = Server(
+            model,
+            name=name or _name(model.session.files),
+            limits=limits,
+            key=api_key,
+            hold=hold,
+        )
         app = application(server, hosts=[*_LOCAL_NAMES, host] if local else None)
         if model.chat_template is None:
             console.note("The model has no chat template, so it only continues texts.")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from alloc_moe.runtime.artifact.dial import price_of
 from alloc_moe.runtime.console import Console, say
 from alloc_moe.runtime.errors import GenerationError
+from alloc_moe.runtime.text.hold import held_budget
 
 if TYPE_CHECKING:
     from alloc_moe.runtime.execution.calls import Output
@@ -66,7 +67,9 @@ class Chat:
         }
         # What can't be is said before anything is asked.
         self._model.chat_prompt([*self._start, {"role": "user", "content": "?"}])
-        if self._budget is not None:
+        if self._settings.get("hold"):
+            held_budget(self._model.session, self._budget)
+        elif self._budget is not None:
             price_of(self._model.session.plan, self._budget)
         self._console.note("Talk with the model; /help says what else you can do.")
         for line in lines:

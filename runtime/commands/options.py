@@ -50,6 +50,12 @@ budget_option = click.option(
     help="Activations per token, for artifacts compiled with --redistribute price: a fraction of "
     "the full model's with a decimal point, or a whole number. Default: as compiled.",
 )
+hold_option = click.option(
+    "--hold",
+    is_flag=True,
+    help="Hold the budget on any text: the price is steered so that the mean over 256 tokens stays "
+    "near it. For artifacts with a price, on the CPU.",
+)
 tokenizer_option = click.option(
     "--tokenizer", type=click.Path(), help="tokenizer.json, or its folder, if it isn't found."
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
@@ -12,14 +15,15 @@ from alloc_moe.runtime.execution.finite import is_number, is_whole
 from alloc_moe.runtime.execution.inputs import new_mask, token_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     from alloc_moe.runtime.artifact.files import ArtifactFiles
     from alloc_moe.runtime.artifact.plan import AllocationPlan
     from alloc_moe.runtime.execution.slots import CacheSlot
+
+
+Price = float | tuple[float, ...] | None
+"""Of an activation: one of a call, one per sequence, or the one compiled in."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class Session(Protocol):
         """Whether calls may have a price."""
 
     @property
+    def takes_prices(self) -> bool:
+        """Whether each sequence of a call may have a price of its own."""
+
+    @property
     def device(self) -> Literal["cpu", "cuda"]:
         """Where it runs."""
 
@@ -90,7 +98,7 @@ class Session(Protocol):
         *,
         attention_mask: ArrayLike | None = None,
         cache: Cache | None = None,
-        price: float | None = None,
+        price: float | Sequence[float] | None = None,
         logits_to_keep: int | None = None,
     ) -> Output:
         """Run one call: a whole prompt, a piece of it, or one token per sequence."""
@@ -101,24 +109,25 @@ def begin_call(
     input_ids: ArrayLike,
     attention_mask: ArrayLike | None,
     cache: Cache | None,
-    price: float | None,
+    price: float | Sequence[float] | None,
     logits_to_keep: int | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Cache, int | None]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Cache, Price, int | None]:
     """Check a call, and return what it needs.
 
     Returns:
-        Its token ids, the mask of its own columns, its cache with room for them, and of how many
-        positions at the end it gives logits, None for all.
+        Its token ids, the mask of its own columns, its cache with room for them, its price or those
+        of its sequences if they differ, and of how many positions at the end it gives logits, None
+        for all.
 
     Raises:
         GenerationError: What was given doesn't belong together.
     """
-    check_price(session, price)
     if logits_to_keep is not None and not is_whole(logits_to_keep, 1):
         raise GenerationError(f"{logits_to_keep} logits can't be kept. Give 1 or more.")
     keep = None if logits_to_keep is None else int(logits_to_keep)  # of numpy's, -1 is 255
     ids = token_ids(input_ids, session.vocabulary)
     batch, sequence = ids.shape
+    checked = checked_price(session, price, batch)
     if cache is None:
         cache = session.empty_cache(batch)
     elif not isinstance(cache, Cache) or not cache.is_of(session.slots):
@@ -128,7 +137,7 @@ def begin_call(
     new = new_mask(attention_mask, ids, cache, session.context_length)
     cache.states.check(new, cache.real_tokens, path=session.files.graph)
     cache.reserve(cache.length + sequence)
-    return ids, new, cache, keep
+    return ids, new, cache, checked, keep
 
 
 def check_room(batch: int, capacity: int) -> None:
@@ -140,14 +149,43 @@ def check_room(batch: int, capacity: int) -> None:
         )
 
 
-def check_price(session: Session, price: float | None) -> None:
-    """Raise GenerationError if the artifact can't be run at this price."""
+def checked_price(
+    session: Session,
+    price: Any,  # whatever a caller gives
+    batch: int,
+) -> Price:
+    """Return a call's price, or those of its sequences if they differ.
+
+    Raises:
+        GenerationError: The artifact can't be run so.
+    """
     if price is None:
-        return
+        return None
     if not session.has_dial:
         raise GenerationError(
             f"{session.files.graph} has its budget compiled in, so it can't be run at another. "
             "Compile it with --redistribute price and no cap, or leave the budget out."
         )
-    if not is_number(price) or not 0 <= price < math.inf:
-        raise GenerationError(f"The price of an activation is {price}. Give 0 or more.")
+    several = isinstance(price, Sequence | np.ndarray) and np.ndim(price) == 1
+    prices = tuple(price) if several else (price,)
+    if several and len(prices) != batch:
+        raise GenerationError(
+            f"There are {len(prices)} prices for {batch} sequences. Give one for all, or one each."
+        )
+    for each in prices:
+        if not is_number(each) or not 0 <= each < math.inf:
+            raise GenerationError(f"The price of an activation is {each}. Give 0 or more.")
+    if len(set(prices)) == 1:
+        return float(prices[0])
+    check_prices(session, batch)
+    return tuple(map(float, prices))
+
+
+def check_prices(session: Session, batch: int) -> None:
+    """Raise GenerationError if so many sequences of a call can't have prices of their own."""
+    if batch > 1 and not session.takes_prices:
+        raise GenerationError(
+            f"{session.files.graph} takes one price per call, so {batch} sequences can't have "
+            "prices of their own. Run one at a time, or compile an .onnx file for the CPU with "
+            "--price-per sequence."
+        )

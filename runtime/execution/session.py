@@ -23,7 +23,7 @@ from alloc_moe.runtime.artifact.plan import (
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache
-from alloc_moe.runtime.execution.calls import Output, Session, begin_call, check_room
+from alloc_moe.runtime.execution.calls import Output, Price, Session, begin_call, check_room
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
 from alloc_moe.runtime.execution.providers import (
@@ -75,8 +75,9 @@ class ArtifactSession:
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         self._session = session
         self._run_options = quiet_run()
-        optional = {value.name for value in session.get_overridable_initializers()}
+        optional = {value.name: value for value in session.get_overridable_initializers()}
         self.has_dial = PRICE_INPUT in optional
+        self.takes_prices = self.has_dial and len(optional[PRICE_INPUT].shape) == 1
         self._keeps_logits = LOGITS_TO_KEEP_INPUT in optional
         self._inputs = frozenset(inputs)
         self._counted = counted_values(files) if counting else ()
@@ -123,7 +124,7 @@ class ArtifactSession:
         *,
         attention_mask: ArrayLike | None = None,
         cache: Cache | None = None,
-        price: float | None = None,
+        price: float | Sequence[float] | None = None,
         logits_to_keep: int | None = None,
     ) -> Output:
         """Run one call: a whole prompt, a piece of it, or one token per sequence.
@@ -137,21 +138,26 @@ class ArtifactSession:
             cache: From `empty_cache`, or the one of the call before; an empty one by default. The
                 call appends to it.
             price: For artifacts with a dial: of an activation, in place of the one compiled in. See
-                `alloc_moe.runtime.artifact.dial.price_of`.
+                `alloc_moe.runtime.artifact.dial.price_of`. One for all sequences, or one each
+                [batch], which artifacts compiled with ``--price-per sequence`` take.
             logits_to_keep: Return logits of so many positions at the end; by default of all.
 
         Raises:
-            GenerationError: There is a price, but no dial; ids, mask and cache don't belong
-                together; the context is too short; or tokens that compete for experts would have to
-                be run apart.
+            GenerationError: There is a price, but no dial, or there are several, which the artifact
+                doesn't take; ids, mask and cache don't belong together; the context is too short;
+                or tokens that compete for experts would have to be run apart.
             ArtifactError: onnxruntime can't run the graph.
         """
         call = begin_call(self, input_ids, attention_mask, cache, price, logits_to_keep)
-        ids, new, cache, keep = call
+        ids, new, cache, checked, keep = call
         batch, sequence = ids.shape
-        optional = (price, keep)
-        if self._kernels is not None and self._kernels.takes(ids, new, keep):
-            logits = self._kernels.run(ids, new, cache, price)
+        optional = (checked, keep)
+        if (
+            self._kernels is not None
+            and not isinstance(checked, tuple)
+            and self._kernels.takes(ids, new, keep)
+        ):
+            logits = self._kernels.run(ids, new, cache, checked)
             cache.append(new)
             return Output(logits, cache, None)
         if cache.length and self.device == "cuda" and self.pads_right:
@@ -166,7 +172,7 @@ class ArtifactSession:
         ids: NDArray[np.int64],
         new: NDArray[np.int64],
         cache: Cache,
-        optional: tuple[float | None, int | None],
+        optional: tuple[Price, int | None],
     ) -> Output:
         price, keep = optional
         right = pad_right(ids, new, cache) if self.pads_right else None
@@ -207,7 +213,7 @@ class ArtifactSession:
         ids: NDArray[np.int64],
         new: NDArray[np.int64],
         cache: Cache,
-        optional: tuple[float | None, int | None],
+        optional: tuple[Price, int | None],
     ) -> Output:
         """Continue several sequences by several tokens each, one sequence after the other.
 
@@ -222,7 +228,9 @@ class ArtifactSession:
                 "sequence per call."
             )
         parts = {
-            row: self._run(ids[row : row + 1], new[row : row + 1], cache.row(row), optional)
+            row: self._run(
+                ids[row : row + 1], new[row : row + 1], cache.row(row), _of_row(optional, row)
+            )
             for row in range(len(ids))
             if new[row].any() or not self.pads_right
         }
@@ -235,18 +243,20 @@ class ArtifactSession:
         rows = tuple(np.concatenate(each) for each in counted) if self._counted else None
         return Output(logits, cache, rows)
 
-    def _binding(
-        self, cache: Cache, optional: tuple[float | None, int | None]
-    ) -> onnxruntime.IOBinding:
+    def _binding(self, cache: Cache, optional: tuple[Price, int | None]) -> onnxruntime.IOBinding:
         """Return the cache's binding; what stays from call to call is bound once."""
         if cache.binding is not None and cache.bound_inputs == optional:
             return cache.binding
-        binding = self._session.io_binding()
         price, keep = optional
-        # bind_cpu_input takes required inputs only.
+        if cache.binding is not None and price is not None:
+            before, kept = cache.bound_inputs
+            if before is not None and kept == keep:
+                self._bind_price(cache.binding, price)
+                cache.bound_inputs = optional
+                return cache.binding
+        binding = self._session.io_binding()
         if price is not None:
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(price, np.float32))
-            binding.bind_ortvalue_input(PRICE_INPUT, value)
+            self._bind_price(binding, price)
         if keep is not None and self._keeps_logits:
             value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([keep], np.int64))
             binding.bind_ortvalue_input(LOGITS_TO_KEEP_INPUT, value)
@@ -256,6 +266,12 @@ class ArtifactSession:
             cache.bind(binding)
         cache.binding, cache.bound_inputs = binding, optional
         return binding
+
+    def _bind_price(self, binding: onnxruntime.IOBinding, price: float | tuple[float, ...]) -> None:
+        array = np.array(price, np.float32, ndmin=int(self.takes_prices))
+        # bind_cpu_input takes required inputs only.
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        binding.bind_ortvalue_input(PRICE_INPUT, value)
 
 
 def open_session(
@@ -301,6 +317,12 @@ def open_session(
         kernels = own_kernels(files, data, options)
     session = create_session(model, options, ep=ep, name=files.graph)
     return ArtifactSession(session, files, counting=count_activations, kernels=kernels)
+
+
+def _of_row(optional: tuple[Price, int | None], row: int) -> tuple[Price, int | None]:
+    """Return what a call is given besides its tokens, for one of its sequences."""
+    price, keep = optional
+    return (price[row] if isinstance(price, tuple) else price), keep
 
 
 def _split(

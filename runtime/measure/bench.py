@@ -19,6 +19,7 @@ from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.execution.finite import check_finite
+from alloc_moe.runtime.text.hold import HeldBudget, executed_by_token, prefill
 
 _UNKNOWN_VOCABULARY = 256  # ids that any model has
 
@@ -70,7 +71,7 @@ def benchmark(
     sessions: Sequence[Session],
     workload: Workload,
     *,
-    prices: Sequence[float | None] | None = None,
+    prices: Sequence[float | HeldBudget | None] | None = None,
     on_run: Callable[[], None] | None = None,
 ) -> list[Measurement]:
     """Return the speeds of artifacts, measured in turns: A B, A B, ...
@@ -81,7 +82,8 @@ def benchmark(
     Args:
         sessions: What to measure; one may stand there several times, at different prices.
         workload: What each does.
-        prices: The price of an activation for each, for artifacts with a dial; None is their own.
+        prices: The price of an activation for each, for artifacts with a dial, or the budget that
+            each run of it holds; None is their own price.
         on_run: Called after every run.
 
     Raises:
@@ -117,27 +119,47 @@ def machine() -> str:
 
 
 def _filled(
-    session: Session, workload: Workload, past: NDArray[np.int64], price: float | None
+    session: Session,
+    workload: Workload,
+    past: NDArray[np.int64],
+    price: float | HeldBudget | None,
 ) -> Cache:
     """Return a cache that holds the past and has room for the new tokens."""
     cache = session.empty_cache(1, capacity=workload.past + workload.new_tokens)
     if workload.past:
-        session.run(past, cache=cache, price=price, logits_to_keep=1)
+        given = price.begin().price if isinstance(price, HeldBudget) else price
+        session.run(past, cache=cache, price=given, logits_to_keep=1)
     return cache
 
 
-def _prefill(session: Session, prompt: NDArray[np.int64], price: float | None) -> float:
+def _prefill(
+    session: Session, prompt: NDArray[np.int64], price: float | HeldBudget | None
+) -> float:
     start = time.perf_counter()
-    output = session.run(prompt, price=price, logits_to_keep=1)
+    if isinstance(price, HeldBudget):
+        output = prefill(session, prompt[0].tolist(), price.begin(), capacity=prompt.shape[1])
+    else:
+        output = session.run(prompt, price=price, logits_to_keep=1)
     seconds = time.perf_counter() - start
     check_finite(output.logits.max(), f"{session.files.graph} computed logits")
     return seconds
 
 
-def _decode(session: Session, new: NDArray[np.int64], cache: Cache, price: float | None) -> float:
+def _decode(
+    session: Session,
+    new: NDArray[np.int64],
+    cache: Cache,
+    price: float | HeldBudget | None,
+) -> float:
     start = time.perf_counter()
+    hold = price.begin() if isinstance(price, HeldBudget) else None
+    given = None if isinstance(price, HeldBudget) else price
     for column in range(new.shape[1]):
-        session.run(new[:, column : column + 1], cache=cache, price=price, logits_to_keep=1)
+        given = given if hold is None else hold.price
+        token = new[:, column : column + 1]
+        output = session.run(token, cache=cache, price=given, logits_to_keep=1)
+        if hold is not None:
+            hold.observe(1, int(executed_by_token(output)[0]))
     return time.perf_counter() - start
 
 

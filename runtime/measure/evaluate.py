@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.calls import Output, Session
+from alloc_moe.runtime.text.hold import Hold, executed_by_token, parts
 
 LogitsFunction = Callable[[NDArray[np.int64]], NDArray[np.floating]]
 """Token ids [1, sequence] -> logits [1, sequence, vocabulary]."""
@@ -106,6 +107,7 @@ def evaluate_artifact(
     stride: int | None = None,
     decode: bool = False,
     price: float | None = None,
+    hold: Hold | None = None,
     on_scored: Callable[[int], None] | None = None,
     on_output: Callable[[Output], None] | None = None,
 ) -> Evaluation:
@@ -119,6 +121,8 @@ def evaluate_artifact(
         decode: Feed each window token by token through the cache, as generation does, instead of in
             one call. Tokens then compete for experts with none but themselves.
         price: Of an activation, for artifacts with a dial; see `price_of` in `artifact.dial`.
+        hold: In its place what sets the price, from `HeldBudget.begin` in `text.hold`. It goes on
+            from window to window, and has each fed piece by piece as prompts are.
         on_scored: Called after each window with the number of tokens it scored.
         on_output: Called with what each call gave.
 
@@ -134,16 +138,18 @@ def evaluate_artifact(
     counts = np.zeros(len(session.plan.layers), np.int64)
 
     def logits_of(tokens: NDArray[np.int64]) -> NDArray[np.floating]:
-        steps = np.split(tokens, tokens.shape[1], axis=1) if decode else [tokens]
-        logits, cache = [], session.empty_cache(1, capacity=tokens.shape[1])
-        for step in steps:
-            output = session.run(step, cache=cache, price=price)
+        width = tokens.shape[1]
+        logits, cache = [], session.empty_cache(1, capacity=width)
+        for step in np.split(tokens, _cuts(width, decode=decode, held=hold is not None), axis=1):
+            output = session.run(step, cache=cache, price=price if hold is None else hold.price)
+            if hold is not None:
+                hold.observe(step.shape[1], int(executed_by_token(output).sum()))
             logits.append(output.logits)
             if on_output is not None:
                 on_output(output)
             if output.activations is not None:
                 counts[:] += output.activations
-        return np.concatenate(logits, axis=1) if decode else logits[0]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
 
     result = evaluate(
         logits_of,
@@ -155,6 +161,13 @@ def evaluate_artifact(
     if not session.counts_activations:
         return result
     return dataclasses.replace(result, activations=tuple(counts.tolist()))
+
+
+def _cuts(width: int, *, decode: bool, held: bool) -> Sequence[int]:
+    """Return the columns of a window that calls begin at, but for the first."""
+    if decode:
+        return range(1, width)
+    return [part.start for part in parts(width)[1:]] if held else ()
 
 
 def default_window(context_length: int | None) -> int:

@@ -5,7 +5,7 @@ Nothing here knows of requests, threads or the web.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, Session
 from alloc_moe.runtime.execution.rows import gather_rows, replace_row
+from alloc_moe.runtime.text.hold import Hold, executed_by_token, prefill
 from alloc_moe.runtime.text.sampling import Sampling, sample
 
 _LEAST_CAPACITY = 64
@@ -25,13 +26,15 @@ class Row:
     """One sequence: what it was asked, how it goes on, and what it has so far.
 
     ``stream`` is which of the sampling's streams of random numbers it draws from: the place that
-    its prompt has among those of a call to `generate`. ``executed`` [MoE layers] are the experts
+    its prompt has among those of a call to `generate`. ``hold``, if there is one, sets the price in
+    place of ``price``. ``executed`` [MoE layers] are the experts
     that were executed for its ``computed`` tokens, all zero unless the session counts them.
     """
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     price: float | None = None
+    hold: Hold | None = None
     stream: int = 0
     ids: list[int] = field(default_factory=list)
     computed: int = 0
@@ -60,8 +63,19 @@ class Row:
         return int(token)
 
 
+def batch_of(session: Session, row: Row) -> Hashable:
+    """Return what tells the batch of a sequence from others: those of one price share one.
+
+    Sequences that hold their budgets share another where a call may have several prices; elsewhere
+    each has its own.
+    """
+    if row.hold is None:
+        return row.price
+    return "held" if session.takes_prices else row
+
+
 class Batch:
-    """Sequences of one price, each of which goes on by a token in every step.
+    """Sequences that share calls, see `batch_of`, each of which goes on by a token in every step.
 
     A place whose sequence has left is kept for the next one, so that one who joins costs a copy of
     its own columns only. All are copied together when there is no such place, when it is longer
@@ -84,12 +98,16 @@ class Batch:
         Raises:
             AllocMoeError: The model can't be run.
         """
-        cache = self._session.empty_cache(1, capacity=len(row.prompt_ids))
-        output = self._session.run(
-            [row.prompt_ids], cache=cache, price=self._price, logits_to_keep=1
-        )
-        row.take(output.logits[0, -1], len(row.prompt_ids), output.activations or ())
-        return output.cache
+        ids = row.prompt_ids
+        outputs: list[Output] = []
+        if row.hold is not None:
+            prefill(self._session, ids, row.hold, capacity=len(ids), on_output=outputs.append)
+        else:
+            cache = self._session.empty_cache(1, capacity=len(ids))
+            outputs = [self._session.run([ids], cache=cache, price=self._price, logits_to_keep=1)]
+        counts = map(sum, zip(*(output.activations or () for output in outputs), strict=True))
+        row.take(outputs[-1].logits[0, -1], len(ids), counts)
+        return outputs[-1].cache
 
     def join(self, row: Row, cache: Cache) -> None:
         """Have a sequence go on with the others from the next step on."""
@@ -122,13 +140,22 @@ class Batch:
             tokens,
             attention_mask=np.concatenate([self._cache.mask, active], axis=1),
             cache=self._cache,
-            price=self._price,
+            price=self._prices(),
             logits_to_keep=1,
         )
         self._cache = output.cache
         for place, row in enumerate(self._places):
             if row is not None:
+                if row.hold is not None:
+                    row.hold.observe(1, int(executed_by_token(output)[place]))
                 row.take(output.logits[place, -1], 1, _counts_of(output, place))
+
+    def _prices(self) -> float | list[float] | None:
+        """Return the price of the next call, or those of its places."""
+        holds = [None if row is None else row.hold for row in self._places]
+        if not any(holds):
+            return self._price
+        return [0.0 if hold is None else hold.price for hold in holds]
 
     def _gather(self, new: Sequence[tuple[Row, tuple[Cache, int]]] = ()) -> None:
         """Copy all sequences to a cache without free places or columns."""

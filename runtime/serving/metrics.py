@@ -11,6 +11,7 @@ _HELP = {
     "prompt_tokens_total": ("counter", "Tokens of prompts that were computed."),
     "generated_tokens_total": ("counter", "Tokens that were chosen."),
     "executed_experts_total": ("counter", "Experts executed, summed over tokens and layers."),
+    "counted_tokens_total": ("counter", "Tokens that they were executed for: over them, the mean."),
     "steps_total": ("counter", "Calls of the model that gave each sequence of a batch a token."),
     "step_rows_total": ("counter", "Sequences in those calls: over steps, the mean batch."),
     "cancelled_total": ("counter", "Sequences whose client hung up, or whose time was up."),

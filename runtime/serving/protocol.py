@@ -31,6 +31,7 @@ from alloc_moe.runtime.serving.batch import Row
 from alloc_moe.runtime.serving.scheduler import Choice
 from alloc_moe.runtime.text.answers import MOST_STOP_STRINGS, Answer, checked_stop_strings
 from alloc_moe.runtime.text.generation import check_prompts
+from alloc_moe.runtime.text.hold import held_budget
 from alloc_moe.runtime.text.model import TextModel
 from alloc_moe.runtime.text.sampling import Sampling
 
@@ -80,6 +81,7 @@ _COMMON: dict[str, Shape] = {
     ),
     "n": optional(whole(1, MOST_CHOICES)),
     "budget": optional(either(number(0, 1e9), string(64))),
+    "hold": optional(boolean),
     "experts": optional(boolean),
     # These say nothing of the answer.
     **dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier"), anything),
@@ -116,7 +118,8 @@ _CHAT = record(
 class Asked:
     """A request that can be answered.
 
-    ``experts`` is whether each piece says how many experts ran for it.
+    ``experts`` is whether each piece says how many experts ran for it, ``hold`` whether the budget
+    is held.
     """
 
     choices: tuple[Choice, ...]
@@ -125,10 +128,13 @@ class Asked:
     usage: bool
     experts: bool
     budget: str | float | None
+    hold: bool
     seed: int
 
 
-def completion_asked(body: bytes, model: TextModel, name: str, *, most_new: int) -> Asked:
+def completion_asked(
+    body: bytes, model: TextModel, name: str, *, most_new: int, hold: bool = False
+) -> Asked:
     """Return what a body for ``/v1/completions`` asks for.
 
     Args:
@@ -136,6 +142,7 @@ def completion_asked(body: bytes, model: TextModel, name: str, *, most_new: int)
         model: That is to answer.
         name: The model's.
         most_new: The most new tokens for each choice.
+        hold: Whether budgets are held where the request doesn't say.
 
     Raises:
         RequestError: It can't be answered.
@@ -149,10 +156,12 @@ def completion_asked(body: bytes, model: TextModel, name: str, *, most_new: int)
     except GenerationError as error:
         raise RequestError(str(error)) from error
     wanted = fields.get("max_tokens") or _COMPLETION_TOKENS
-    return _asked(fields, model, ids, wanted, most_new=most_new)
+    return _asked(fields, model, ids, wanted, most_new=most_new, hold=hold)
 
 
-def chat_asked(body: bytes, model: TextModel, name: str, *, most_new: int) -> Asked:
+def chat_asked(
+    body: bytes, model: TextModel, name: str, *, most_new: int, hold: bool = False
+) -> Asked:
     """Return what a body for ``/v1/chat/completions`` asks for; see `completion_asked`."""
     fields = _parsed(body, _CHAT, name)
     if model.chat_template is None:
@@ -172,7 +181,7 @@ def chat_asked(body: bytes, model: TextModel, name: str, *, most_new: int) -> As
     if wanted is None:  # as much as there is room for
         limit = model.session.context_length
         wanted = most_new if limit is None else max(1, min(most_new, limit - len(ids)))
-    return _asked(fields, model, [ids], wanted, most_new=most_new)
+    return _asked(fields, model, [ids], wanted, most_new=most_new, hold=hold)
 
 
 def _parsed(body: bytes, shape: Shape, name: str) -> dict[str, Any]:
@@ -196,6 +205,7 @@ def _asked(
     new_tokens: int,
     *,
     most_new: int,
+    hold: bool,
 ) -> Asked:
     """Return what is to be computed for some prompts, each answered ``n`` times."""
     if new_tokens > most_new:
@@ -208,15 +218,25 @@ def _asked(
         )
     seed = fields.get("seed")
     seed = secrets.randbelow(_DRAWN_SEEDS) if seed is None else seed
+    wanted = fields.get("hold")
+    hold = hold if wanted is None else wanted
+    budget = fields.get("budget")
     try:
         check_prompts(model.session, prompts, max_new_tokens=new_tokens)
-        price = _price(model, fields.get("budget"))
+        held = held_budget(model.session, budget) if hold else None
+        price = None if hold else _price(model, budget)
         sampling, stops = _sampling(fields, seed), checked_stop_strings(fields.get("stop"))
     except GenerationError as error:
         raise RequestError(str(error)) from error
     choices = tuple(
         Choice(
-            Row(tuple(ids), sampling, price=price, stream=place * count + again),
+            Row(
+                tuple(ids),
+                sampling,
+                price=price,
+                hold=None if held is None else held.begin(),
+                stream=place * count + again,
+            ),
             Answer(model.tokenizer, ids, eos_ids=model.eos_ids, stop_strings=stops),
             new_tokens,
         )
@@ -229,7 +249,8 @@ def _asked(
         stream=bool(fields.get("stream")),
         usage=bool((fields.get("stream_options") or {}).get("include_usage")),
         experts=bool(fields.get("experts")),
-        budget=fields.get("budget"),
+        budget=budget,
+        hold=hold,
         seed=seed,
     )
 

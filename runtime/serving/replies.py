@@ -102,6 +102,7 @@ class Writer:
         counted = [row.executed for row in rows if row.executed is not None]
         report: Reply = {
             "budget": self._asked.budget,
+            "hold": self._asked.hold,
             "activations": self._plan.budget.original,
             "seed": self._asked.seed,
         }

@@ -6,14 +6,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.execution.rows import moves_rows
-from alloc_moe.runtime.serving.batch import Batch, Row
+from alloc_moe.runtime.serving.batch import Batch, Row, batch_of
 from alloc_moe.runtime.serving.metrics import Metrics
 from alloc_moe.runtime.text.answers import Answer, Stopped
 
@@ -100,7 +100,7 @@ class Scheduler:
         self.most_waiting = most_waiting
         self._waiting: deque[tuple[Request, Choice]] = deque()
         self._running: dict[Row, tuple[Request, Choice]] = {}
-        self._batches: dict[float | None, Batch] = {}
+        self._batches: dict[Hashable, Batch] = {}
         self._changed = threading.Condition()
         self._is_open = True
         metrics.watch(
@@ -184,7 +184,7 @@ class Scheduler:
             if (request, choice) in self._waiting:
                 self._waiting.remove((request, choice))
         if self._running.pop(choice.row, None) is not None:
-            self._batches[choice.row.price].leave(choice.row)
+            self._batches[batch_of(self._session, choice.row)].leave(choice.row)
 
     def _admit(self) -> None:
         """Compute the prompts of those who wait, as long as there is room."""
@@ -203,7 +203,8 @@ class Scheduler:
     def _start(self, request: Request, choice: Choice) -> None:
         """Compute a prompt, and have its row go on with others if it does."""
         row = choice.row
-        batch = self._batches.setdefault(row.price, Batch(self._session, row.price))
+        key = batch_of(self._session, row)
+        batch = self._batches.setdefault(key, Batch(self._session, row.price))
         try:
             cache = batch.prefill(row)
             self._metrics.add("prompt_tokens_total", len(row.prompt_ids))
@@ -216,16 +217,16 @@ class Scheduler:
 
     def _step(self) -> None:
         """Have every batch go on by one token."""
-        for price, batch in list(self._batches.items()):
+        for key, batch in list(self._batches.items()):
             rows = batch.rows
             if not rows:
-                del self._batches[price]
+                del self._batches[key]
                 continue
             try:
                 batch.step()
             except (AllocMoeError, MemoryError) as error:
                 logger.warning("A step of %d sequences has failed: %s", len(rows), error)
-                del self._batches[price]  # with its cache, which may be half written
+                del self._batches[key]  # with its cache, which may be half written
                 for row in rows:
                     request, _ = self._running.pop(row)
                     self._fail(request, "error")
@@ -253,6 +254,7 @@ class Scheduler:
             stopped = answer.stopped or "length"
             if row.executed is not None:
                 self._metrics.add("executed_experts_total", int(row.executed.sum()))
+                self._metrics.add("counted_tokens_total", row.computed)
         place = request.choices.index(choice)
         request.tell(
             Piece(place, text, None if experts is None else tuple(experts.tolist()), stopped)

@@ -54,14 +54,23 @@ class Limits:
 
 
 class Server:
-    """A model and those who ask it; `app.application` is that for uvicorn."""
+    """A model and those who ask it; `app.application` is that for uvicorn.
+
+    With ``hold`` budgets are held unless a request says otherwise.
+    """
 
     def __init__(
-        self, model: TextModel, *, name: str, limits: Limits | None = None, key: str | None = None
+        self,
+        model: TextModel,
+        *,
+        name: str,
+        limits: Limits | None = None,
+        key: str | None = None,
+        hold: bool = False,
     ) -> None:
         self.model, self.name, self.limits = model, name, limits or Limits()
         self.metrics = Metrics()
-        self._key = key
+        self._key, self._hold = key, hold
         self._created = int(time.time())
         self._page, self._policy = _page()
         self.scheduler = Scheduler(
@@ -127,7 +136,12 @@ class Server:
         body = await _body(request)
         # Long texts take a while to be cut into tokens: others are served meanwhile.
         asked: Asked = await run_in_threadpool(
-            read, body, self.model, self.name, most_new=self.limits.new_tokens
+            read,
+            body,
+            self.model,
+            self.name,
+            most_new=self.limits.new_tokens,
+            hold=self._hold,
         )
         events: Events = asyncio.Queue()
         loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, Session
 from alloc_moe.runtime.execution.finite import is_whole
 from alloc_moe.runtime.execution.inputs import prompt_ids
+from alloc_moe.runtime.text.hold import Hold, executed_by_token, prefill_apart
 from alloc_moe.runtime.text.sampling import Sampling, sample
 
 _PAD = 0  # any token: the attention mask keeps it out
@@ -33,6 +34,7 @@ def generate(
     sampling: Sampling = GREEDY,
     eos_ids: Collection[int] | None = None,
     price: float | None = None,
+    holds: Sequence[Hold] | None = None,
     on_token: Callable[[int, int], object] | None = None,
     on_output: Callable[[Output], None] | None = None,
 ) -> list[list[int]]:
@@ -51,6 +53,7 @@ def generate(
         sampling=sampling,
         eos_ids=eos_ids,
         price=price,
+        holds=holds,
         stops=lambda row: row in stopped,
         on_output=on_output,
     )
@@ -71,6 +74,7 @@ def generate_steps(
     sampling: Sampling = GREEDY,
     eos_ids: Collection[int] | None = None,
     price: float | None = None,
+    holds: Sequence[Hold] | None = None,
     stops: Callable[[int], bool] | None = None,
     on_output: Callable[[Output], None] | None = None,
 ) -> Iterator[list[int | None]]:
@@ -88,11 +92,14 @@ def generate_steps(
         sampling: How tokens are chosen; greedy by default.
         eos_ids: Tokens that end a row; by default those that the model's configuration names.
         price: Of an activation, for artifacts with a dial; see `price_of` in `artifact.dial`.
+        holds: In its place what sets the price of each prompt, from `HeldBudget.begin`. Prompts are
+            then computed one by one, so that no row depends on the others.
         stops: Asked after every step as ``stops(row)`` whether a row ends for another reason.
         on_output: Called with what every call of the session gave.
 
     Raises:
-        GenerationError: A prompt is empty, too long, or has ids that the model doesn't know.
+        GenerationError: A prompt is empty, too long, or has ids that the model doesn't know; or
+            sequences can't have prices of their own.
     """
     prompts = prompt_ids(prompts)
     check_prompts(session, prompts, max_new_tokens=max_new_tokens)
@@ -101,14 +108,22 @@ def generate_steps(
         return
     ends = session.files.eos_ids() if eos_ids is None else eos_ids
     columns = max(len(prompt) for prompt in prompts) + max_new_tokens
-    room = session.empty_cache(len(prompts), capacity=columns)
+    room = None if holds else session.empty_cache(len(prompts), capacity=columns)
 
     def step(
         tokens: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache | None
     ) -> tuple[NDArray[np.floating], Cache]:
+        if cache is None and holds:
+            return prefill_apart(session, prompts, holds, capacity=columns, on_output=on_output)
         output = session.run(
-            tokens, attention_mask=mask, cache=cache or room, price=price, logits_to_keep=1
+            tokens,
+            attention_mask=mask,
+            cache=cache or room,
+            price=[hold.price for hold in holds] if holds else price,
+            logits_to_keep=1,
         )
+        if holds:
+            _observe(holds, output, mask[:, -1])
         if on_output is not None:
             on_output(output)
         return output.logits, output.cache
@@ -120,6 +135,12 @@ def generate_steps(
         sampling=sampling,
         is_last=lambda row, token: token in ends or (stops is not None and stops(row)),
     )
+
+
+def _observe(holds: Sequence[Hold], output: Output, real: NDArray[np.int64]) -> None:
+    """Tell each row's hold which experts ran for its one token, unless that is padding."""
+    for hold, executed, new in zip(holds, executed_by_token(output), real, strict=True):
+        hold.observe(int(new), int(executed * new))
 
 
 def decode(

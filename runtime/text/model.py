@@ -19,6 +19,7 @@ from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.text.answers import Answer, Stopped, checked_stop_strings
 from alloc_moe.runtime.text.chat import ChatTemplate, Message, checked_messages, load_chat_template
 from alloc_moe.runtime.text.generation import GREEDY, generate
+from alloc_moe.runtime.text.hold import held_budget
 from alloc_moe.runtime.text.sampling import Sampling
 from alloc_moe.runtime.text.tokenizer import encode, load_tokenizer
 
@@ -30,7 +31,8 @@ class Completion:
     """What a model wrote after a prompt.
 
     ``ids`` include the tokens that ended the text, if ``stopped`` is "eos" or "stop_string";
-    ``text`` leaves them out.
+    ``text`` leaves them out. ``experts_per_token`` is the mean that ran for prompt and text, if the
+    budget was held.
     """
 
     prompt: str
@@ -38,6 +40,7 @@ class Completion:
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
     stopped: Stopped
+    experts_per_token: float | None = None
 
 
 class TextModel:
@@ -93,6 +96,7 @@ class TextModel:
         sampling: Sampling = GREEDY,
         stop_strings: str | Sequence[str] | None = None,
         budget: str | float | None = None,
+        hold: bool = False,
         on_token: Callable[[int, str], None] | None = None,
         on_output: Callable[[Output], None] | None = None,
     ) -> list[Completion]:
@@ -109,6 +113,10 @@ class TextModel:
             stop_strings: Texts that end a completion. They are no part of it.
             budget: For artifacts with a dial: activations per token in the mean, a fraction of the
                 full model's (0.4 or "0.4") or a whole number; by default what was compiled in.
+            hold: Hold the budget on any text: for each prompt by itself the price is steered so
+                that the mean over `WINDOW` tokens (in `text.hold`) stays near it. The model must
+                have been loaded with ``count_activations=True``; for several prompts the artifact
+                must have been compiled with ``--price-per sequence``.
             on_token: Called as ``on_token(row, piece)`` for every token as soon as it is known,
                 with the text that it adds: none for the token that ends the text, or within a
                 character, or while it may begin a stop string. What is left then comes in a last
@@ -116,11 +124,16 @@ class TextModel:
             on_output: Called with what every call of the model gave.
 
         Raises:
-            GenerationError: A prompt is empty or too long, the budget is not on the dial, or the
-                model can't chat.
+            GenerationError: A prompt is empty or too long, the budget is not on the dial or can't
+                be held, or the model can't chat.
         """
         texts, prompt_ids = self._encoded(prompts, messages)
-        price = None if budget is None else price_of(self.session.plan, budget)
+        holds, price = None, None
+        if hold:
+            held = held_budget(self.session, budget)
+            holds = [held.begin() for _ in prompt_ids]
+        elif budget is not None:
+            price = price_of(self.session.plan, budget)
         stops = checked_stop_strings(stop_strings)
         answers = [
             Answer(self.tokenizer, ids, eos_ids=self.eos_ids, stop_strings=stops)
@@ -144,6 +157,7 @@ class TextModel:
             sampling=sampling,
             eos_ids=self.eos_ids,
             price=price,
+            holds=holds,
             on_token=push,
             on_output=on_output,
         )
@@ -157,6 +171,7 @@ class TextModel:
                 prompt_ids=tuple(prompt_ids[row]),
                 ids=tuple(rows[row]),
                 stopped=answers[row].stopped or "length",
+                experts_per_token=holds[row].mean if holds else None,
             )
             for row, text in enumerate(texts)
         ]

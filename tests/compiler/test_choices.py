@@ -127,3 +127,23 @@ def test_a_rounding_that_can_not_be_is_rejected(
 ) -> None:
     with pytest.raises(OptionsError, match=message):
         compile("nothing", output=tmp_path / "out.onnx", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"redistribute": "threshold"}, "needs a price to set: --redistribute price, no --cap"),
+        ({"cap": 2.0}, "needs a price to set: --redistribute price, no --cap"),
+        ({"device": "cuda"}, "is for --device cpu; kernels of cuda take one price per call"),
+        ({"output": "out.pt"}, "--price-per sequence is for ONNX artifacts; out.pt is one of"),
+        ({"price_per": "token"}, "--price-per can't be 'token'"),
+    ],
+    ids=str,
+)
+def test_a_price_per_sequence_that_can_not_be_is_rejected(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    output = tmp_path / options.get("output", "out.onnx")
+    given = {"price_per": "sequence", **options, "output": output}
+    with pytest.raises(OptionsError, match=message):
+        compile("nothing", **given)

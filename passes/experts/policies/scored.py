@@ -78,6 +78,24 @@ def keep_scored(
 
 
 @script(OPSET, default_opset=op)
+def keep_scored_by_row(
+    scores: FLOAT[...], real: BOOL[...], thresholds: FLOAT[...], others: Sequence[int]
+) -> BOOL[...]:
+    """Keep what `keep_scored` does, each sequence by a threshold of its own.
+
+    ``thresholds`` are [B], or [1] for all. What candidates must reach is the same in all layers, so
+    onnxruntime computes it once.
+    """
+    rows = op.Reshape(thresholds, op.Constant(value_ints=[-1, 1]))
+    flat = op.Constant(value_ints=[-1, 1])
+    by_token = op.Reshape(op.Expand(rows, op.Shape(real)), flat)
+    first = op.Expand(op.Constant(value_float=-math.inf), op.Shape(by_token))
+    row = op.Concat(first, op.Expand(by_token, op.Constant(value_ints=others)), axis=1)
+    bar = op.Where(op.Reshape(real, flat), row, op.Constant(value_float=math.inf))
+    return op.GreaterOrEqual(scores, bar)
+
+
+@script(OPSET, default_opset=op)
 def cap_call(scores: FLOAT[...], keep: BOOL[...], real: BOOL[...], quota: DOUBLE[...]) -> BOOL[...]:
     """Drop the lowest scores of a call that keeps too many.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ class TorchSession:
 
     device: Literal["cpu"] = "cpu"
     pads_right = False
+    takes_prices = False
 
     def __init__(
         self, run: Run, files: ArtifactFiles, interface: Interface, *, counting: bool
@@ -63,7 +64,7 @@ class TorchSession:
         *,
         attention_mask: ArrayLike | None = None,
         cache: Cache | None = None,
-        price: float | None = None,
+        price: float | Sequence[float] | None = None,
         logits_to_keep: int | None = None,
     ) -> Output:
         """Run one call; arguments are those of `ArtifactSession.run`.
@@ -75,14 +76,14 @@ class TorchSession:
         import torch
 
         call = begin_call(self, input_ids, attention_mask, cache, price, logits_to_keep)
-        ids, new, cache, keep = call
+        ids, new, cache, checked, keep = call
         tokens = cache.token_inputs(ids, new)
         names = ("input_ids", "attention_mask", "position_ids")
         arguments = [torch.from_numpy(tokens[name]) for name in names]
         past = [torch.utils.dlpack.from_dlpack(value) for value in cache.values]
         try:
             with torch.inference_mode():
-                logits, present, counts = self._run(*arguments, past, price, keep or 0)
+                logits, present, counts = self._run(*arguments, past, checked, keep or 0)
         except RuntimeError as error:
             reason = str(error).strip().rpartition("\n")[2]
             raise ArtifactError(

@@ -27,6 +27,7 @@ from alloc_moe.compiler.planning.latency import LayerLatency
 from alloc_moe.compiler.planning.shapes import ExpertShape
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import PLAN_KEY
+from alloc_moe.runtime.commands.alloc_run import run_command
 from alloc_moe.runtime.errors import AllocMoeError
 
 
@@ -222,6 +223,25 @@ def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         AllocMoeError, match=r"needs torch, onnx, which .* Install alloc-moe\[compile\]"
     ):
         need_compile_extra()
+
+
+def test_several_texts_hold_their_budgets_together(model: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.onnx"
+    outcome = compiled(model, output, "--price-per", "sequence")
+    assert outcome.exit_code == 0, outcome.stderr
+    texts = ["The committee of the House " * 2, "Few experts are enough", "x"]
+    options = ["--ep", "cpu", "--hold", "--json", "-q", "--max-new-tokens", "40"]
+
+    def completions(*prompts: str) -> list[dict[str, Any]]:
+        said = [part for prompt in prompts for part in ("--prompt", prompt)]
+        run = CliRunner().invoke(run_command, [str(output), *options, *said])
+        assert run.exit_code == 0, run.stderr
+        found: list[dict[str, Any]] = json.loads(run.stdout)["completions"]
+        return found
+
+    together = completions(*texts)
+    assert together == [completions(text)[0] for text in texts]
+    assert len({completion["experts_per_token"] for completion in together}) == 3
 
 
 @pytest.mark.parametrize(("cost", "unit"), [("bytes", "bytes"), ("latency", "ms")])

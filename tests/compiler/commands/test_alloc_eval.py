@@ -82,6 +82,22 @@ def test_options_of_the_other_kind_of_target_are_wrong_usage(
     outcome = evaluated(model, "--text", text, "--decode")
     assert outcome.exit_code == 2
     assert "--decode is for artifacts" in outcome.stderr
+    assert "--hold is for artifacts" in evaluated(model, "--text", text, "--hold").stderr
+
+
+def test_a_held_budget_is_evaluated(compiled: Callable[..., Path], text: Path) -> None:
+    artifact = compiled(correct="none")
+    options = (artifact, "--text", text, "--ep", "cpu", "--window", "64", "-q")
+    plain, held = (
+        json.loads(evaluated(*options, *more, "--json").stdout) for more in ([], ["--hold"])
+    )
+    planned = plain["plan"]["budget"]["activations"]
+    off, kept = (abs(sum(d["activations_per_token"]) / planned - 1) for d in (plain, held))
+    assert kept < 0.02 < off
+    assert (plain["hold"], held["hold"], held["price"]) == (False, True, None)
+    assert held["tokens_run"] == plain["tokens_run"]
+    said = evaluated(*options, "--hold", "--budget", "7").stdout
+    assert "of 12 (budget: 7, held)" in said
 
 
 def test_a_plan_of_another_model_is_refused(

@@ -18,6 +18,7 @@ from alloc_moe.compiler.records import Compiled
 from alloc_moe.compiler.verify import parity
 from alloc_moe.runtime.artifact.checking import check_all
 from alloc_moe.runtime.artifact.files import find_artifact
+from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.execution.session import open_session
 
 Compile = Callable[..., Compiled]
@@ -40,9 +41,13 @@ def test_a_dialled_and_corrected_script_is_verified_and_runs(
     assert own is not None
     assert full == tuple(40 * layer.k_original for layer in compiled.plan.layers)
     assert sum(own) < sum(full)
-    model = runtime.load(path)
+    model = runtime.load(path, count_activations=True)
     text = model.generate(["The committee"], max_new_tokens=4, budget=1.0)[0]
     assert len(text.ids) == 4
+    [held] = model.generate(["The committee " * 4], max_new_tokens=40, budget=9, hold=True)
+    assert held.experts_per_token == pytest.approx(9, rel=0.05)
+    with pytest.raises(AllocMoeError, match=r"2 sequences can't .* compile an \.onnx file"):
+        model.generate(["a", "b"], max_new_tokens=4, budget=9, hold=True)
 
 
 def test_bfloat16_is_verified_on_the_cpu(compile_to: Compile, tmp_path: Path) -> None:

@@ -216,6 +216,31 @@ def test_a_price_of_zero_runs_every_candidate(session: Session, pairs: bool) -> 
             assert (probs > DROPPED / 2).sum() == 4 * REAL.sum()
 
 
+def test_a_dial_per_sequence_equals_graphs_of_every_price(session: Session) -> None:
+    dial = lowered(scored("price", [0.2, 0.2], dial=True, price_per_sequence=True), pairs=False)
+    onnx.checker.check_model(ir.to_proto(dial))
+    loaded = session(dial)
+    (overridable,) = loaded.get_overridable_initializers()
+    assert (overridable.name, overridable.shape) == (PRICE_INPUT, ["prices"])
+    inputs = feeds(REAL)
+    prices = [0.35, 0.0, 0.1]
+    whole = {
+        price: session(lowered(scored("price", [price, price]), pairs=False)).run(None, inputs)
+        for price in (*prices, 0.2)
+    }
+    for expected, actual in zip(whole[0.2], loaded.run(None, inputs), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    for given in (prices, [0.1]):
+        found = loaded.run(None, {**inputs, PRICE_INPUT: np.array(given, np.float32)})
+        for row, price in enumerate(given * (3 // len(given))):
+            tokens = slice(6 * row, 6 * row + 6)
+            output, *probs = whole[price]
+            # The operator adds up in an order that depends on what other tokens run.
+            np.testing.assert_allclose(found[0][tokens], output[tokens], rtol=1e-6)
+            for expected, actual in zip(probs, found[1:], strict=True):
+                np.testing.assert_array_equal(actual[tokens], expected[tokens])
+
+
 @pytest.mark.parametrize("pairs", [False, True], ids=["mask", "pairs"])
 def test_one_graph_with_a_dial_equals_graphs_of_every_price(session: Session, pairs: bool) -> None:
     inputs = feeds(REAL)

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alloc_moe.runtime.artifact.dial import price_of
+from alloc_moe.runtime.artifact.dial import DialCurve, price_of
 from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget, DialPoint
 from alloc_moe.runtime.commands.alloc_bench import bench_command
 from alloc_moe.runtime.commands.alloc_inspect import inspect_command
@@ -60,6 +60,16 @@ def test_budgets_have_prices(budget: str | float, price: float) -> None:
 
 def test_points_of_the_table_are_exact() -> None:
     assert [price_of(PLAN, n) for n in (36, 20, 10)] == [0.01, 0.04, 0.16]
+
+
+@given(activations=st.floats(10, 40))
+def test_prices_lead_back_to_their_activations(activations: float) -> None:
+    curve = DialCurve.of(PLAN)
+    assert curve.activations(curve.price(activations)) == pytest.approx(activations, rel=1e-9)
+
+
+def test_beyond_the_dial_the_fewest_run() -> None:
+    assert DialCurve.of(PLAN).activations(3.0) == 10
 
 
 @pytest.mark.parametrize(

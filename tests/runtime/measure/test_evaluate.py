@@ -21,6 +21,7 @@ from alloc_moe.runtime.measure.evaluate import (
     token_losses,
     windows,
 )
+from alloc_moe.runtime.text.hold import held_budget
 
 TEXT = list(b"It is a truth universally acknowledged, that a single man in possession ...")
 
@@ -104,6 +105,18 @@ def test_decoding_token_by_token_gives_the_same_loss_without_redistribution(toy:
     by_token = evaluate_artifact(session, TEXT, window=20, stride=10, decode=True)
     assert by_token.loss == pytest.approx(at_once.loss, abs=1e-5)
     assert by_token.activations == at_once.activations
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_held_price_that_stays_changes_nothing(dial_bundle: Path, decode: bool) -> None:
+    session = open_session(dial_bundle, ep="cpu", count_activations=True)
+    hold = held_budget(session, 1.0).begin()  # all experts: there is nothing to steer
+    held = evaluate_artifact(session, TEXT, window=40, stride=20, decode=decode, hold=hold)
+    plain = evaluate_artifact(session, TEXT, window=40, stride=20, price=0.0)
+    assert held.loss == pytest.approx(plain.loss, abs=1e-5)
+    assert held.activations == plain.activations
+    assert hold.tokens == held.tokens_run
+    assert hold.executed == sum(held.activations or ())
 
 
 def test_the_default_window_is_the_context_up_to_512(bundle: Path, sizes: SimpleNamespace) -> None:

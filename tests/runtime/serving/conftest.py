@@ -45,8 +45,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def _running(model: TextModel, *, key: str | None = None, **limits: Any) -> Iterator[Running]:
-    server = Server(model, name="toy", limits=Limits(**limits), key=key)
+def _running(
+    model: TextModel, *, key: str | None = None, hold: bool = False, **limits: Any
+) -> Iterator[Running]:
+    server = Server(model, name="toy", limits=Limits(**limits), key=key, hold=hold)
     config = uvicorn.Config(
         application(server, hosts=["127.0.0.1"]), log_config=None, timeout_graceful_shutdown=5
     )
