@@ -33,6 +33,7 @@ from alloc_moe.compiler.records import (
     CostKind,
     Device,
     DType,
+    Form,
     Metric,
     OffloadMode,
     PlanOptions,
@@ -74,6 +75,7 @@ def compile(
     mixed_bits: bool = False,
     cache: CacheType = "float32",
     device: Device = "cpu",
+    target: Form | None = None,
     offload: OffloadMode = "auto",
     trust_remote_code: bool = False,
     force: bool = False,
@@ -112,6 +114,8 @@ def compile(
         mixed_bits: Choose 4 or 8 bits for each layer's experts together with their number.
         cache: Type of keys and values between calls.
         device: Where the artifact will run.
+        target: What is written, if the output's name leaves it open: ``checkpoint`` is a folder
+            for transformers.
         offload: Whether decoder layers are read from disk when they run.
         trust_remote_code: Run Python code of the checkpoint.
         force: Replace an existing output.
@@ -157,6 +161,7 @@ def compile(
             cache,
             device,
             chosen_rounding(rounding, dtype, mixed_bits=mixed_bits),
+            target,
         ),
         offload=offload,
         trust_remote_code=trust_remote_code,

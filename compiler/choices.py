@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -21,11 +22,13 @@ from alloc_moe.compiler.records import (
     CostKind,
     Device,
     DType,
+    Form,
     Metric,
     OffloadMode,
     PlanOptions,
     Redistribution,
     Rounding,
+    TargetOptions,
     Weights,
 )
 
@@ -105,6 +108,7 @@ def check_names(options: CompileOptions, sensitivity: str, offload: str) -> None
         ("--rounding", target.rounding, get_args(Rounding)),
         ("--cache", target.cache, get_args(CacheType)),
         ("--device", target.device, get_args(Device)),
+        ("--target", target.form, (None, *get_args(Form))),
         ("--offload", offload, get_args(OffloadMode)),
     ):
         check_choice(name, value, choices)
@@ -114,10 +118,28 @@ def check_choice(option: str, value: object, choices: tuple[object, ...]) -> Non
     """Raise OptionsError unless an option's value is one of its choices."""
     if value in choices:
         return
-    names = [str(choice) for choice in choices]
+    names = [str(choice) for choice in choices if choice is not None]
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(names)}."
     raise OptionsError(f"{option} can't be {value!r}. {hint}")
+
+
+def check_onnx_only(target: TargetOptions, dtypes: Sequence[str], otherwise: str) -> None:
+    """Raise OptionsError for what there is in ONNX artifacts only.
+
+    Args:
+        target: What was asked for.
+        dtypes: What else weights can be.
+        otherwise: What is written instead and what to do, as the end of the message.
+    """
+    for wrong, what in (
+        (target.dtype not in dtypes, f"--dtype {target.dtype}"),
+        (target.cache != "float32", f"--cache {target.cache}"),
+        (target.device != "cpu", f"--device {target.device}"),
+        (target.mixed_bits, "--mixed-bits"),
+    ):
+        if wrong:
+            raise OptionsError(f"{what} is for ONNX artifacts; {otherwise}")
 
 
 def check_plan(plan: PlanOptions) -> None:

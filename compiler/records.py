@@ -38,6 +38,7 @@ DType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 CacheType = Literal["float32", "int8"]
 Rounding = Literal["nearest", "gptq"]
 Device = Literal["cpu", "cuda"]
+Form = Literal["onnx", "torchscript", "export", "checkpoint"]
 OffloadMode = Literal["auto", "never", "always"]
 
 SIZED: tuple[Metric, ...] = ("fisher", "output")
@@ -82,7 +83,10 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """What the artifact is made of, and where it will run."""
+    """What the artifact is made of, and where it will run.
+
+    ``form`` is what kind of files it is; None is what the output's name says.
+    """
 
     dtype: DType = "float32"
     block: int = 128
@@ -90,6 +94,7 @@ class TargetOptions:
     cache: CacheType = "float32"
     device: Device = "cpu"
     rounding: Rounding = "nearest"
+    form: Form | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,12 @@ from alloc_moe.compiler.package.folder import (
     switch_folder,
 )
 from alloc_moe.compiler.package.pair import BACK, BRIDGE, SWITCH, restore_pair, switch_pair
-from alloc_moe.compiler.package.paths import Output, data_path, staging_path
+from alloc_moe.compiler.package.paths import (
+    Output,
+    belongs_to_shard,
+    data_path,
+    staging_path,
+)
 from alloc_moe.compiler.package.weights import drop_journals, resumable_files
 from alloc_moe.compiler.workspace.files import explained, sync
 from alloc_moe.compiler.workspace.folders import (
@@ -193,7 +198,7 @@ def _clear(found: OpenFolder, output: Output) -> list[str]:
             continue
         if name == FILES and not found.is_file(name):
             shutil.rmtree(found.path / FILES)  # made by us, and never given to the user
-        elif name in ours and found.is_file(name):
+        elif (name in ours or belongs_to_shard(name)) and found.is_file(name):
             found.unlink(name)
         else:
             strangers.append(name)
