@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.errors import ArtifactError
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, Session
 from alloc_moe.runtime.execution.rows import gather_rows, replace_row
@@ -106,8 +107,11 @@ class Batch:
         if not self.rows:
             self._places, self._cache = [], None
 
-    def step(self) -> None:
+    def step(self) -> dict[Row, ArtifactError]:
         """Choose the next token of every sequence.
+
+        Returns:
+            Those whose logits are no numbers, which are in it no more, and what to say of them.
 
         Raises:
             AllocMoeError: The model can't be run.
@@ -126,9 +130,19 @@ class Batch:
             logits_to_keep=1,
         )
         self._cache = output.cache
+        failed = {}
         for place, row in enumerate(self._places):
-            if row is not None:
+            if row is None:
+                continue
+            try:
                 row.take(output.logits[place, -1], 1, _counts_of(output, place))
+            except ArtifactError as error:
+                failed[row] = error
+        for row in failed:
+            self.leave(row)
+        if failed and self.rows:
+            self._gather()  # what is no number would reach the next who has its place
+        return failed
 
     def _gather(self, new: Sequence[tuple[Row, tuple[Cache, int]]] = ()) -> None:
         """Copy all sequences to a cache without free places or columns."""

@@ -129,6 +129,11 @@ class Server:
         asked: Asked = await run_in_threadpool(
             read, body, self.model, self.name, most_new=self.limits.new_tokens
         )
+        if len(asked.choices) > self.scheduler.most:
+            raise RequestError(
+                f"{len(asked.choices)} answers were asked for at once; this server has room for "
+                f"{self.scheduler.most}. Ask several times."
+            )
         events: Events = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
