@@ -20,7 +20,7 @@ from alloc_moe.runtime.text.answers import Answer, Stopped
 
 logger = logging.getLogger(__name__)
 
-_UNABLE = (AllocMoeError, MemoryError, *ORT_ERRORS)
+_UNABLE: tuple[type[Exception], ...] = (AllocMoeError, MemoryError, *ORT_ERRORS)
 """What a call of the model, or making room for one, may end in: that for want of memory too."""
 
 Failure = Literal["timeout", "error", "closing"]
