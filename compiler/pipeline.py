@@ -82,7 +82,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     """
     output = package.parse_output(options.output, force=options.force, form=options.target.form)
     if output.is_checkpoint:
-        check_checkpoint(options.target)
+        check_checkpoint(options)
     elif output.is_program:
         check_program(options.target, output.path)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from alloc_moe.compiler.checkpoints.shards import index_of, write_shards
 from alloc_moe.compiler.checkpoints.tensors import write_tensors
 from alloc_moe.compiler.choices import check_onnx_only
 from alloc_moe.compiler.correction.folding import ADDED_BIAS, changed_weights
+from alloc_moe.compiler.errors import OptionsError
 from alloc_moe.compiler.model.files.weight_files import INDEX
 from alloc_moe.compiler.model.layer_progress import layers_progress
 from alloc_moe.compiler.model.loading import load_model
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import (
         CompileOptions,
         Planned,
-        TargetOptions,
         Verification,
     )
     from alloc_moe.runtime.artifact.plan import AllocationPlan
@@ -48,10 +48,15 @@ SHIFTS_FILE = "alloc_plan.safetensors"
 """Of corrections what the model has no weights for: ``EXPERTS_MODULE.shift`` [experts, hidden]."""
 
 
-def check_checkpoint(target: TargetOptions) -> None:
+def check_checkpoint(options: CompileOptions) -> None:
     """Raise OptionsError for what there is in ONNX artifacts only: before anything is loaded."""
+    if options.trust_remote_code:
+        raise OptionsError(
+            "--target checkpoint writes no code, without which a model that needs "
+            "--trust-remote-code can't be loaded. Leave out one of the two."
+        )
     check_onnx_only(
-        target,
+        options.target,
         DTYPES,
         f"a checkpoint has {', '.join(DTYPES)}, which other programs round by themselves. Leave it "
         "out, or leave out --target checkpoint.",
@@ -86,10 +91,11 @@ def build_checkpoint(
         VerificationError: Loaded again, it doesn't compute what the model does under the plan.
     """
     plan, corrections, dtype = planned.plan, planned.corrections, options.target.dtype
+    shifts = _shifts(moe, corrections)
     folder = staged / package.FILES
     shards = write_shards(staged, moe, corrections, getattr(torch, dtype), console)
     package.write_model_files(folder, moe, _config(moe, dtype))
-    with explained("The checkpoint", folder):
+    with explained("The checkpoint", output.path):
         for name in shards:
             link_or_copy(staged / name, folder / name)  # those there are for the next compile
         if len(shards) > 1:
@@ -98,7 +104,6 @@ def build_checkpoint(
         verification = verify_checkpoint(
             load_model(
                 str(folder),
-                trust_remote_code=options.trust_remote_code,
                 offload="never" if moe.offloading is None else "always",
             ),
             moe,
@@ -106,11 +111,11 @@ def build_checkpoint(
             token_ids,
             dtype=dtype,
             corrections=corrections,
-            left=_left(moe, corrections),
+            left=_left(moe, shifts),
         )
     plan = dataclasses.replace(plan, verify=verification.to_plan())
-    with explained("The plan", folder):
-        _write_plan(folder, moe, plan, corrections, dtype)
+    with explained("The checkpoint", output.path):
+        _write_plan(folder, moe, plan, shifts, dtype)
         for name in shards:
             (staged / name).unlink()
     return plan, verification
@@ -135,9 +140,8 @@ def _shifts(moe: MoeModel, corrections: Sequence[Correction | None]) -> dict[str
     }
 
 
-def _left(moe: MoeModel, corrections: Sequence[Correction | None]) -> list[Correction | None]:
-    """Return the corrections that are still to be made where a checkpoint has run."""
-    shifts = _shifts(moe, corrections)
+def _left(moe: MoeModel, shifts: Mapping[str, np.ndarray]) -> list[Correction | None]:
+    """Return the corrections that are still to be made where the weights have the rest."""
     found = [shifts.get(layer.experts_name) for layer in moe.layers]
     return [
         None if shift is None else Correction(np.ones(shift.shape[1], np.float32), shift)
@@ -149,10 +153,9 @@ def _write_plan(
     folder: Path,
     moe: MoeModel,
     plan: AllocationPlan,
-    corrections: Sequence[Correction | None],
+    shifts: Mapping[str, np.ndarray],
     dtype: str,
 ) -> None:
-    shifts = _shifts(moe, corrections)
     data = json.loads(plan.to_json())
     for entry, layer in zip(data["layers"], moe.layers, strict=True):
         entry["experts_module"] = layer.experts_name

@@ -85,7 +85,7 @@ def parse_output(text: str, *, force: bool, form: Form | None = None) -> Output:
     restore(output)
     if bundle and path.exists() and not written_here(path):
         raise OutputError(
-            f"{path} is not a folder that alloc-compile wrote, so it is not replaced. "
+            f"{path} is not a bundle that alloc-compile wrote, so it is not replaced. "
             "Choose another output."
         )
     if not bundle:

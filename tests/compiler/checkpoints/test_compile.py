@@ -184,6 +184,11 @@ def test_what_only_onnx_has_is_refused_before_the_model_is_loaded(
         write(model="nowhere", **options)
 
 
+def test_code_of_a_model_is_not_written(write: Compile) -> None:
+    with pytest.raises(OptionsError, match="--target checkpoint writes no code, without which"):
+        write(model="nowhere", trust_remote_code=True)
+
+
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
