@@ -116,8 +116,6 @@ def build_checkpoint(
     plan = dataclasses.replace(plan, verify=verification.to_plan())
     with explained("The checkpoint", output.path):
         _write_plan(folder, moe, plan, shifts, dtype)
-        for name in shards:
-            (staged / name).unlink()
     return plan, verification
 
 

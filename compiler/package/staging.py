@@ -104,7 +104,7 @@ def publish(staged: Path, output: Output) -> None:
     """
     with explained("The artifact", output.path):
         drop_journals(staged)  # no part of an artifact
-        files = _published(staged)
+        files = _published(staged, output)
         for file in (path for top in files for path in (top, *top.rglob("*"))):
             sync(file)
         sync(staged)
@@ -119,9 +119,12 @@ def publish(staged: Path, output: Output) -> None:
             raise
 
 
-def _published(staged: Path) -> list[Path]:
+def _published(staged: Path, output: Output) -> list[Path]:
+    """Return what is finished, and nothing that a compile of another kind left to go on from."""
     others = staged / FILES
-    found = [*staged.iterdir(), *(others.iterdir() if others.is_dir() else ())]
+    found = [*others.iterdir()] if others.is_dir() else []
+    if not output.is_checkpoint:
+        found += [path for path in staged.iterdir() if not belongs_to_shard(path.name)]
     return sorted(path for path in found if path.name not in _NOT_PUBLISHED)
 
 

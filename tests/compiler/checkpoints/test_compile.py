@@ -140,6 +140,30 @@ def test_weights_that_were_written_are_used_after_an_interruption(
     assert not left.exists()
 
 
+@pytest.mark.parametrize("target", ["checkpoint", None])
+def test_what_an_interrupted_compile_left_is_in_no_other(
+    write: Compile,
+    compile_to: Compile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str | None,
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "SHARD_BYTES", 1)
+        patch.setattr("alloc_moe.compiler.checkpoints.build.verify_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(**PLAIN)
+    assert [*(tmp_path / ".out.partial").glob("model-00001-*")]
+    folder = compile_to(tmp_path / "out", **PLAIN, target=target).path
+    weights = {path.name for path in folder.iterdir() if path.name.startswith("model")}
+    bundle = {"model.onnx", "model.onnx.data"}
+    assert weights == (bundle if target is None else {"model.safetensors"})
+    assert not (tmp_path / ".out.partial").exists()
+
+
 def test_what_is_no_artifact_says_so(write: Compile) -> None:
     folder = write(**PLAIN).path
     outcome = CliRunner().invoke(inspect_command, [str(folder)])
