@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _NEAR_TIE = 5e-6
 _ATTEMPTS = 8
 
+_InForce = Callable[[], "AbstractContextManager[Activations]"]
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -101,9 +103,6 @@ def run_again(
     if moe.offloading is None:
         return [_reference(moe, batch, run, {}) for batch, run in pairs]
     return _by_layers(moe, pairs, {})
-
-
-_InForce = Callable[[], "AbstractContextManager[Activations]"]
 
 
 def _in_force(

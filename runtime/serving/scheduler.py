@@ -219,7 +219,8 @@ class Scheduler:
                 batch.join(row, cache)
                 self._running[row] = (request, choice)
         except _UNABLE as error:
-            logger.warning("A prompt of %d tokens has failed: %s", len(row.prompt_ids), error)
+            told = ("A prompt of %d tokens has failed: %s", len(row.prompt_ids), error)
+            logger.warning(*told, exc_info=not isinstance(error, AllocMoeError))
             self._fail(request, "error")
 
     def _step(self) -> None:
@@ -232,7 +233,8 @@ class Scheduler:
             try:
                 failed = batch.step()
             except _UNABLE as error:
-                logger.warning("A step of %d sequences has failed: %s", len(rows), error)
+                told = ("A step of %d sequences has failed: %s", len(rows), error)
+                logger.warning(*told, exc_info=not isinstance(error, AllocMoeError))
                 del self._batches[price]  # with its cache, which may be half written
                 for row in rows:
                     request, _ = self._running.pop(row)
