@@ -34,6 +34,7 @@ from alloc_moe.compiler.records import (
     CostKind,
     Device,
     DType,
+    Form,
     Metric,
     OffloadMode,
     PlanOptions,
@@ -77,6 +78,7 @@ def compile(
     cache: CacheType = "float32",
     device: Device = "cpu",
     price_per: PricePer = "call",
+    target: Form | None = None,
     offload: OffloadMode = "auto",
     trust_remote_code: bool = False,
     force: bool = False,
@@ -117,6 +119,8 @@ def compile(
         device: Where the artifact will run.
         price_per: Whether a call has one price, or each of its sequences may have one, so that
             several can hold their budgets together.
+        target: What is written, if the output's name leaves it open: ``checkpoint`` is a folder
+            for transformers.
         offload: Whether decoder layers are read from disk when they run.
         trust_remote_code: Run Python code of the checkpoint.
         force: Replace an existing output.
@@ -163,6 +167,7 @@ def compile(
             device,
             chosen_rounding(rounding, dtype, mixed_bits=mixed_bits),
             price_per,
+            target,
         ),
         offload=offload,
         trust_remote_code=trust_remote_code,

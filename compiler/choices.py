@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -21,6 +22,7 @@ from alloc_moe.compiler.records import (
     CostKind,
     Device,
     DType,
+    Form,
     Metric,
     OffloadMode,
     PlanOptions,
@@ -108,6 +110,7 @@ def check_names(options: CompileOptions, sensitivity: str, offload: str) -> None
         ("--cache", target.cache, get_args(CacheType)),
         ("--device", target.device, get_args(Device)),
         ("--price-per", target.price_per, get_args(PricePer)),
+        ("--target", target.form, (None, *get_args(Form))),
         ("--offload", offload, get_args(OffloadMode)),
     ):
         check_choice(name, value, choices)
@@ -117,10 +120,29 @@ def check_choice(option: str, value: object, choices: tuple[object, ...]) -> Non
     """Raise OptionsError unless an option's value is one of its choices."""
     if value in choices:
         return
-    names = [str(choice) for choice in choices]
+    names = [str(choice) for choice in choices if choice is not None]
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(names)}."
     raise OptionsError(f"{option} can't be {value!r}. {hint}")
+
+
+def check_onnx_only(target: TargetOptions, dtypes: Sequence[str], otherwise: str) -> None:
+    """Raise OptionsError for what there is in ONNX artifacts only.
+
+    Args:
+        target: What was asked for.
+        dtypes: What else weights can be.
+        otherwise: What is written instead and what to do, as the end of the message.
+    """
+    for wrong, what in (
+        (target.dtype not in dtypes, f"--dtype {target.dtype}"),
+        (target.cache != "float32", f"--cache {target.cache}"),
+        (target.device != "cpu", f"--device {target.device}"),
+        (target.mixed_bits, "--mixed-bits"),
+        (target.price_per != "call", f"--price-per {target.price_per}"),
+    ):
+        if wrong:
+            raise OptionsError(f"{what} is for ONNX artifacts; {otherwise}")
 
 
 def check_plan(plan: PlanOptions) -> None:

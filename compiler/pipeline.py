@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.calibration.windows import calibrate
+from alloc_moe.compiler.checkpoints.build import build_checkpoint, check_checkpoint
 from alloc_moe.compiler.export.normalize import export_model, generation_metadata
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.checks.targets import check_target
@@ -79,8 +80,10 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     Raises:
         AllocMoeError: Anything that the user can act on; no output file was touched then.
     """
-    output = package.parse_output(options.output, force=options.force)
-    if output.is_program:
+    output = package.parse_output(options.output, force=options.force, form=options.target.form)
+    if output.is_checkpoint:
+        check_checkpoint(options)
+    elif output.is_program:
         check_program(options.target, output.path)
     else:
         check_verifiable(options.target.dtype)
@@ -91,7 +94,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         offload=options.offload,
         results=output.results_path,
     )
-    check_target(moe.config, options.target, program=output.is_program)
+    if not output.is_checkpoint:
+        check_target(moe.config, options.target, program=output.is_program)
     # Torch copies a program's weights from the file that they are written to.
     package.check_space(output, needed_space(moe, options) * (2 if output.is_program else 1))
     target = options.target
@@ -127,6 +131,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     )
     with package.staging(output, note=console.note) as staged:
         make = _build_program if output.is_program else _build
+        if output.is_checkpoint:
+            make = build_checkpoint
         plan, verification = make(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
     moe.results.delete()

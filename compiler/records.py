@@ -39,6 +39,7 @@ CacheType = Literal["float32", "int8"]
 Rounding = Literal["nearest", "gptq"]
 Device = Literal["cpu", "cuda"]
 PricePer = Literal["call", "sequence"]
+Form = Literal["onnx", "torchscript", "export", "checkpoint"]
 OffloadMode = Literal["auto", "never", "always"]
 
 SIZED: tuple[Metric, ...] = ("fisher", "output")
@@ -83,7 +84,10 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """What the artifact is made of, and where it will run."""
+    """What the artifact is made of, and where it will run.
+
+    ``form`` is what kind of files it is; None is what the output's name says.
+    """
 
     dtype: DType = "float32"
     block: int = 128
@@ -92,6 +96,7 @@ class TargetOptions:
     device: Device = "cpu"
     rounding: Rounding = "nearest"
     price_per: PricePer = "call"
+    form: Form | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ ROOMS = {
     "compiler": (
         *("errors", "records", "choices", "workspace", "model", "calibration", "reference"),
         *("rounding", "correction", "sensitivity", "planning", "export", "verify", "package"),
-        *("programs", "sweep", "pipeline", "api", "evaluation", "commands"),
+        *("programs", "checkpoints", "sweep", "pipeline", "api", "evaluation", "commands"),
     ),
     "passes": (
         *("base", "blockwise", "linear", "norm", "attention", "experts", "interface", "step"),

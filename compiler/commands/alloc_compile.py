@@ -133,6 +133,12 @@ if TYPE_CHECKING:
     "may have its own, so that several hold their budgets together (--hold).",
 )
 @click.option(
+    "--target",
+    type=click.Choice(["onnx", "torchscript", "export", "checkpoint"]),
+    help="What is written. Default: what the output's name says. checkpoint writes into DIR/ a "
+    "folder for transformers: weights with the corrections folded in, and the plan beside them.",
+)
+@click.option(
     "--mixed-bits",
     is_flag=True,
     help="Choose 4 or 8 bits for each layer's experts together with their number. The budget is "

@@ -34,6 +34,7 @@ from alloc_moe.compiler.model.quiet import LIBRARY_ERRORS, first_line, quiet
 from alloc_moe.compiler.model.reader import CheckpointReader, differently_tied
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.model.skeleton import build_skeleton
+from alloc_moe.runtime.artifact.files import checkpoint_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +81,7 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
         UnsupportedModelError: No MoE model, or one that can't be compiled.
     """
     folder = resolve_folder(source)
+    _check_untouched(folder)
     settings = read_json_object(folder / CONFIG)
     weights = open_weights(folder, settings)
     check_sizes(settings)
@@ -110,6 +112,17 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
             leftover_notes(folder, reader, skeleton, _name_of(stack, skeleton), len(stack))
         ),
     )
+
+
+def _check_untouched(folder: Path) -> None:
+    """Refuse what was corrected for a budget already: it is none of the model's weights."""
+    plan = checkpoint_plan(folder)
+    if plan is not None and set(plan.correction.get("layers", ())) - {"none"}:
+        raise CheckpointError(
+            f"{folder} was written by --target checkpoint: its experts are corrected for "
+            f"{plan.budget.activations:.6g} of {plan.budget.original} activations. Give the "
+            f"original model, {plan.source}."
+        )
 
 
 def _name_of(module: torch.nn.Module, model: PreTrainedModel) -> str:

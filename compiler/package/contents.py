@@ -15,6 +15,8 @@ from alloc_moe.compiler.workspace.files import explained
 from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE, SHARED_CACHE_KEY
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
@@ -35,14 +37,24 @@ def write_bundle_files(folder: Path, moe: MoeModel, graph: ir.Model, plan: Alloc
         OutputError: They can't be written.
     """
     genai = genai_config(moe, graph)
+    write_model_files(folder, moe, moe.config)
     with explained("The bundle's files", folder):
+        (folder / PLAN_FILE).write_text(plan.to_json() + "\n", "utf-8")
+        (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", "utf-8")
+
+
+def write_model_files(folder: Path, moe: MoeModel, config: PreTrainedConfig) -> None:
+    """Write configurations and tokenizer as transformers reads them.
+
+    Raises:
+        OutputError: They can't be written.
+    """
+    with explained("The model's files", folder):
         folder.mkdir(exist_ok=True)
-        moe.config.save_pretrained(folder)
+        config.save_pretrained(folder)
         moe.model.generation_config.save_pretrained(folder)
         with _os_errors():
             moe.checkpoint.tokenizer.save_pretrained(folder)
-        (folder / PLAN_FILE).write_text(plan.to_json() + "\n", "utf-8")
-        (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", "utf-8")
 
 
 @contextlib.contextmanager

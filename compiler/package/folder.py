@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from alloc_moe.compiler.package.paths import Output, data_path
 from alloc_moe.compiler.workspace.files import save_text, sync
 from alloc_moe.compiler.workspace.moves import exchange, link
-from alloc_moe.runtime.artifact.plan import MODEL_FILE, PLAN_FILE
+from alloc_moe.runtime.artifact.plan import CHECKPOINT_PLAN_FILE, MODEL_FILE, PLAN_FILE
 
 MANIFEST = ".alloc-moe-files.json"
 """Names and sizes of what a compile wrote into a bundle."""
@@ -74,8 +74,9 @@ def restore_folder(staged: Path, output: Output) -> None:
 
 
 def written_here(path: Path) -> bool:
-    """Whether a folder is a bundle that a compile wrote, or empty, so that it may be replaced."""
-    return path.is_dir() and ((path / PLAN_FILE).is_file() or not any(path.iterdir()))
+    """Whether a compile wrote a folder, or it is empty, so that it may be replaced."""
+    plans = (path / PLAN_FILE, path / CHECKPOINT_PLAN_FILE)
+    return path.is_dir() and (any(map(Path.is_file, plans)) or not any(path.iterdir()))
 
 
 def _replace_in_two(staged: Path, finished: Path, target: Path) -> None:

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from alloc_moe.compiler.errors import OutputError
-from alloc_moe.compiler.package.contents import genai_config, write_bundle_files
+from alloc_moe.compiler.package.contents import (
+    genai_config,
+    write_bundle_files,
+    write_model_files,
+)
 from alloc_moe.compiler.package.folder import written_here
 from alloc_moe.compiler.package.pair import check_pair
 from alloc_moe.compiler.package.paths import Output, data_path
@@ -26,8 +30,11 @@ from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT, add_metadata
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.records import Form
     from alloc_moe.runtime.artifact.plan import AllocationPlan
     from alloc_moe.runtime.console import Console
+
+_ENDS = {"onnx": ".onnx", "torchscript": SCRIPT, "export": EXPORT}
 
 __all__ = [
     "FILES",
@@ -43,18 +50,21 @@ __all__ = [
     "stamp_program",
     "write_bundle_files",
     "write_graph",
+    "write_model_files",
 ]
 
 
-def parse_output(text: str, *, force: bool) -> Output:
+def parse_output(text: str, *, force: bool, form: Form | None = None) -> Output:
     """Return where `-o text` means: ``DIR/`` or an existing folder a bundle, else a file.
 
-    A file's end says what it is: .onnx; .pt, TorchScript; .pt2, torch.export.
+    A file's end says what it is: .onnx; .pt, TorchScript; .pt2, torch.export. A folder is a bundle
+    unless `form` says that it is a checkpoint.
 
     What a compile left there that was killed while it replaced an artifact is undone first.
 
     Raises:
-        OutputError: It exists and `force` is not given, or nothing can be written there.
+        OutputError: It exists and `force` is not given, nothing can be written there, or it is
+            none of that form.
     """
     path = Path(text)
     if path.name in ("", ".."):  # a folder named by its place, such as `.`
@@ -65,12 +75,13 @@ def parse_output(text: str, *, force: bool) -> Output:
             f"The output {text!r} is neither a file that ends in .onnx (or {SCRIPT}, {EXPORT}) "
             f"nor a folder. Write {path.with_suffix('.onnx')}, or {text}/ for a bundle."
         )
+    _check_form(text, path, form, bundle=bundle)
     parent = path.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"The folder {parent} for the output doesn't exist. Create it first.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"The folder {parent} can't be written to. Choose another output.")
-    output = Output(path, bundle)
+    output = Output(path, bundle, is_checkpoint=form == "checkpoint")
     restore(output)
     if bundle and path.exists() and not written_here(path):
         raise OutputError(
@@ -83,6 +94,20 @@ def parse_output(text: str, *, force: bool) -> Output:
     if taken and not force:
         raise OutputError(f"{taken[0]} exists. Give --force to replace it, or another output.")
     return output
+
+
+def _check_form(text: str, path: Path, form: Form | None, *, bundle: bool) -> None:
+    """Raise OutputError unless the path is one of the form that was asked for."""
+    end = _ENDS.get(form or "", path.suffix)
+    if form == "checkpoint" and not bundle:
+        then = f"a folder, not the file {path.name}. Write {path.with_suffix('')}/"
+    elif bundle and form in _ENDS and form != "onnx":
+        then = f"one file, tokenizer included, not a folder. Write {path / 'model'}{end}"
+    elif not bundle and path.suffix != end:
+        then = f"a file that ends in {end}, not {path.name}. Write {path.with_suffix(end)}"
+    else:
+        return
+    raise OutputError(f"--target {form} writes {then}, or leave out --target.")
 
 
 def check_space(output: Output, needed: int) -> None:

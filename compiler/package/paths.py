@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,20 @@ from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.runtime.artifact.plan import MODEL_FILE
 from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT
 
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_MADE_BESIDE = re.compile(r"\.?(?P<file>.+?)(\.journal)?(\.partial)?")
+
 
 @dataclass(frozen=True)
 class Output:
-    """Where an artifact goes: `path` is a folder if `bundle`, else a file."""
+    """Where an artifact goes: `path` is a folder if `bundle`, else a file.
+
+    With `is_checkpoint` the folder is one in the Hugging Face layout.
+    """
 
     path: Path
     bundle: bool
+    is_checkpoint: bool = False
 
     @property
     def graph_name(self) -> str:
@@ -42,6 +50,17 @@ class Output:
     def results_path(self) -> Path:
         """Where a compile keeps what its passes found, until there is the artifact."""
         return results_path(self.path)
+
+
+def shard_name(index: int, count: int) -> str:
+    """Return what the Hugging Face layout calls a file of weights, counted from 0."""
+    return f"model-{index + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+
+
+def belongs_to_shard(name: str) -> bool:
+    """Whether a file of that name holds a checkpoint's weights, or is made while they are."""
+    made = _MADE_BESIDE.fullmatch(name)
+    return made is not None and _SHARD.fullmatch(made["file"]) is not None
 
 
 def data_path(graph: Path) -> Path:

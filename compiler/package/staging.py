@@ -19,7 +19,12 @@ from alloc_moe.compiler.package.folder import (
     switch_folder,
 )
 from alloc_moe.compiler.package.pair import BACK, BRIDGE, SWITCH, restore_pair, switch_pair
-from alloc_moe.compiler.package.paths import Output, data_path, staging_path
+from alloc_moe.compiler.package.paths import (
+    Output,
+    belongs_to_shard,
+    data_path,
+    staging_path,
+)
 from alloc_moe.compiler.package.weights import drop_journals, resumable_files
 from alloc_moe.compiler.workspace.files import explained, sync
 from alloc_moe.compiler.workspace.folders import (
@@ -99,7 +104,7 @@ def publish(staged: Path, output: Output) -> None:
     """
     with explained("The artifact", output.path):
         drop_journals(staged)  # no part of an artifact
-        files = _published(staged)
+        files = _published(staged, output)
         for file in (path for top in files for path in (top, *top.rglob("*"))):
             sync(file)
         sync(staged)
@@ -114,9 +119,12 @@ def publish(staged: Path, output: Output) -> None:
             raise
 
 
-def _published(staged: Path) -> list[Path]:
+def _published(staged: Path, output: Output) -> list[Path]:
+    """Return what is finished, and nothing that a compile of another kind left to go on from."""
     others = staged / FILES
-    found = [*staged.iterdir(), *(others.iterdir() if others.is_dir() else ())]
+    found = [*others.iterdir()] if others.is_dir() else []
+    if not output.is_checkpoint:
+        found += [path for path in staged.iterdir() if not belongs_to_shard(path.name)]
     return sorted(path for path in found if path.name not in _NOT_PUBLISHED)
 
 
@@ -193,7 +201,7 @@ def _clear(found: OpenFolder, output: Output) -> list[str]:
             continue
         if name == FILES and not found.is_file(name):
             shutil.rmtree(found.path / FILES)  # made by us, and never given to the user
-        elif name in ours and found.is_file(name):
+        elif (name in ours or belongs_to_shard(name)) and found.is_file(name):
             found.unlink(name)
         else:
             strangers.append(name)

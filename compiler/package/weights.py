@@ -45,8 +45,8 @@ def weights_key(graph: ir.Model, moe: MoeModel, inputs: Sequence[object]) -> str
     """Return a digest of all that the bytes of a graph's weights depend on.
 
     That is the graph with every shape, type and offset and the plan in its metadata, weights that
-    are in memory by their values, and for those that are made when they are written the checkpoint,
-    how it is quantised, this package's code and `inputs`.
+    are in memory by their values, and for those that are made when they are written what
+    `source_key` says.
 
     Args:
         graph: As it will be saved.
@@ -56,14 +56,20 @@ def weights_key(graph: ir.Model, moe: MoeModel, inputs: Sequence[object]) -> str
     with _placed(graph, Path("weights")) as weights:
         proto = ir.to_proto(graph).SerializeToString(deterministic=True)
     values = [tensor.tobytes() for tensor, _ in weights if not isinstance(tensor, ir.LazyTensor)]
+    return source_key(moe, [proto, values, *inputs])
+
+
+def source_key(moe: MoeModel, inputs: Sequence[object]) -> str:
+    """Return a digest of all that weights depend on which are made of a model.
+
+    That is its checkpoint, how it is quantised, this package's code and `inputs`.
+    """
     files = moe.checkpoint.reader.weights.files
     shards = [
         (files.name(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files.paths
     ]
     numpy = importlib.metadata.version("numpy")
-    return digest_of(
-        [proto, values, shards, moe.fingerprint, moe.quantization, numpy, _code(), list(inputs)]
-    )
+    return digest_of([shards, moe.fingerprint, moe.quantization, numpy, _code(), list(inputs)])
 
 
 def _code() -> str:
@@ -101,6 +107,32 @@ def drop_journals(folder: Path) -> None:
     """Let no later compile go on from what is in `folder`."""
     for journal in folder.glob(f"*{_JOURNAL}"):
         journal.unlink()
+
+
+def save_whole(data: Path, key: str, save: Callable[[Path], None]) -> None:
+    """Let a file of weights be written at once, unless a compile with this key has done so.
+
+    Args:
+        data: The file.
+        key: A digest of all that its bytes depend on.
+        save: Writes it. Raises OSError if it can't.
+
+    Raises:
+        OutputError: The disk is full or fails.
+    """
+    if written_bytes(data, key):
+        return
+    with _explained(data, key):
+        _journal(data).unlink(missing_ok=True)
+        sync(data.parent)
+        save(data)
+        sync(data)
+        _note(data, key, data.stat().st_size)
+
+
+def _note(data: Path, key: str, size: int) -> None:
+    journal = json.dumps({"key": key, "bytes": size})
+    save_text(journal, _journal(data), what="How far the weights are written")
 
 
 def _journal(data: Path) -> Path:
@@ -203,8 +235,7 @@ class _Writer:
         if self._key is None or self.end == self._committed:
             return
         os.fsync(self._out.fileno())
-        journal = json.dumps({"key": self._key, "bytes": self.end})
-        save_text(journal, _journal(self._data), what="How far the weights are written")
+        _note(self._data, self._key, self.end)
         self._committed, self._last_commit = self.end, time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.errors import OptionsError
+from alloc_moe.compiler.choices import check_onnx_only
 from alloc_moe.compiler.model.quiet import first_line, quiet
 from alloc_moe.compiler.package.paths import data_path
 from alloc_moe.compiler.package.weights import drop_journals
@@ -33,18 +33,12 @@ DTYPES = ("float32", "bfloat16")
 
 def check_program(target: TargetOptions, output: Path) -> None:
     """Raise OptionsError for what there is in ONNX artifacts only: before anything is loaded."""
-    for wrong, what in (
-        (target.dtype not in DTYPES, f"--dtype {target.dtype}"),
-        (target.cache != "float32", f"--cache {target.cache}"),
-        (target.device != "cpu", f"--device {target.device}"),
-        (target.mixed_bits, "--mixed-bits"),
-        (target.price_per != "call", f"--price-per {target.price_per}"),
-    ):
-        if wrong:
-            raise OptionsError(
-                f"{what} is for ONNX artifacts; {output.name} is one of torch, which has "
-                f"{' and '.join(DTYPES)} on the CPU. Write {output.with_suffix('.onnx').name}."
-            )
+    check_onnx_only(
+        target,
+        DTYPES,
+        f"{output.name} is one of torch, which has {' and '.join(DTYPES)} on the CPU. Write "
+        f"{output.with_suffix('.onnx').name}.",
+    )
 
 
 def build(

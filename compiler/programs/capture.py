@@ -11,13 +11,13 @@ import torch
 from torch.fx.experimental import _config as shape_settings
 from transformers.exporters.utils import apply_patches
 
+from alloc_moe.compiler.correction.folding import ADDED_BIAS
 from alloc_moe.compiler.export.graph import sample_inputs, whole_cache
 from alloc_moe.compiler.export.sinks import sinks_as_columns
 from alloc_moe.compiler.model.architectures import Gate, find_gate
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.skeleton import build_skeleton, experts_function
 from alloc_moe.compiler.programs.experts import (
-    ADDED_BIAS,
     TracedCall,
     grouped_product,
     run_planned,

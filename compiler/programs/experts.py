@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from alloc_moe.compiler.correction.folding import ADDED_BIAS
 from alloc_moe.compiler.model.architectures import Gate
 from alloc_moe.compiler.reference.policies import (
     POLICIES,
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
     from alloc_moe.compiler.records import Redistribution, Weights
     from alloc_moe.runtime.artifact.plan import AllocationPlan
-
-ADDED_BIAS = "alloc_moe_down_bias"
-"""The bias [experts, hidden] that a correction adds to experts that have none."""
 
 
 @functools.cache

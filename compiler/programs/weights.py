@@ -16,10 +16,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from alloc_moe.compiler.correction.folding import Change, changed_weights
 from alloc_moe.compiler.export.graph import read_numpy
 from alloc_moe.compiler.package.output import write_graph
 from alloc_moe.compiler.package.paths import data_path
-from alloc_moe.compiler.programs.experts import ADDED_BIAS
 from alloc_moe.passes.base import add_initializer, lazy_tensor
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def mapped_weights(
     """
     empty = ir.Graph([], [], nodes=[], opset_imports={"": 23}, name="weights")
     model = ir.Model(empty, ir_version=10)
-    shared = _lazy_weights(captured, moe.checkpoint, _changes(moe, corrections))
+    shared = _lazy_weights(captured, moe.checkpoint, changed_weights(moe, corrections))
     for tensor in shared.values():
         add_initializer(model, tensor)
     write_graph(model, path, moe, list(corrections), console)
@@ -64,7 +64,7 @@ def mapped_weights(
 def _lazy_weights(
     captured: Captured,
     checkpoint: Checkpoint,
-    changes: Mapping[str, Callable[[np.ndarray | None], np.ndarray]],
+    changes: Mapping[str, Change],
 ) -> dict[str, ir.LazyTensor]:
     """Return the weights that the checkpoint or a correction has, shared ones once."""
     lazy = {}
@@ -85,7 +85,7 @@ def _lazy_weights(
 
 def _changed(
     read: Callable[[], np.ndarray] | None,
-    change: Callable[[np.ndarray | None], np.ndarray] | None,
+    change: Change | None,
     dtype: np.dtype,
 ) -> np.ndarray:
     weights = None if read is None else read()
@@ -93,28 +93,6 @@ def _changed(
         assert weights is not None
         return weights
     return change(None if weights is None else weights.astype(np.float32)).astype(dtype)
-
-
-def _changes(
-    moe: MoeModel, corrections: Sequence[Correction | None]
-) -> dict[str, Callable[[np.ndarray | None], np.ndarray]]:
-    """Return what corrections make of parameters, by name; None is one that the model lacks."""
-    changes: dict[str, Callable[[np.ndarray | None], np.ndarray]] = {}
-    for layer, correction in zip(moe.layers, corrections, strict=False):
-        if correction is None:
-            continue
-        transposed = moe.model.get_submodule(layer.experts_name).is_transposed
-        rows = correction.scale if transposed else correction.scale[:, None]
-        prefix = f"{layer.experts_name}."
-        changes[f"{prefix}down_proj"] = functools.partial(_scaled, rows, None)
-        bias = functools.partial(_scaled, correction.scale, correction.bias)
-        changes |= {f"{prefix}down_proj_bias": bias, f"{prefix}{ADDED_BIAS}": bias}
-    return changes
-
-
-def _scaled(scale: np.ndarray, added: np.ndarray | None, weights: np.ndarray | None) -> np.ndarray:
-    scaled = 0 if weights is None else weights * scale
-    return np.asarray(scaled if added is None else scaled + added)
 
 
 def _mapped(tensor: ir.TensorProtocol | None, data: Path, own: torch.Tensor) -> torch.Tensor:

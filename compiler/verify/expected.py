@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 # Router weights closer than this may be ranked differently by two correct float32 computations.
 _NEAR_TIE = 5e-6
 _ATTEMPTS = 8
+
+_InForce = Callable[[], "AbstractContextManager[Activations]"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,48 @@ def clear_references(
     last = text.size - BATCH_TOKENS
     starts = [attempt * BATCH_TOKENS % (last + 1) for attempt in range(_ATTEMPTS)]
     batches = [PromptBatch.of(text[start : start + BATCH_TOKENS]) for start in starts]
-    plans = [
+    plans = _in_force(moe, plan, prices, corrections)
+    if moe.offloading is None:
+        return [
+            _clearest(_reference(moe, batch, run, cache_scales) for batch in batches)
+            for run in plans
+        ]
+    pairs = [(batch, run) for run in plans for batch in batches]
+    found = iter(_by_layers(moe, pairs, cache_scales))
+    return [_clearest(list(itertools.islice(found, len(batches)))) for _ in plans]
+
+
+def run_again(
+    moe: MoeModel,
+    plan: AllocationPlan,
+    references: Sequence[Reference],
+    prices: Sequence[float | None],
+    corrections: Sequence[Correction | None] | None,
+) -> list[Reference]:
+    """Return what another model gives for the batches of references, at the price of each.
+
+    Args:
+        moe: The model.
+        plan: What it runs under.
+        references: Whose batches.
+        prices: One per reference; None is the plan's own.
+        corrections: What its experts are changed by, per MoE layer.
+    """
+    plans = _in_force(moe, plan, prices, corrections)
+    pairs = [(given.batch, run) for given, run in zip(references, plans, strict=True)]
+    if moe.offloading is None:
+        return [_reference(moe, batch, run, {}) for batch, run in pairs]
+    return _by_layers(moe, pairs, {})
+
+
+def _in_force(
+    moe: MoeModel,
+    plan: AllocationPlan,
+    prices: Sequence[float | None],
+    corrections: Sequence[Correction | None] | None,
+) -> list[_InForce]:
+    """Return what puts the plan in force, at each price."""
+    return [
         functools.partial(
             allocated,
             moe.model,
@@ -80,25 +124,19 @@ def clear_references(
         )
         for price in prices
     ]
-    if moe.offloading is None:
-        return [
-            _clearest(_reference(moe, batch, run, cache_scales) for batch in batches)
-            for run in plans
-        ]
-    # All at once: reading the layers takes longer than running them.
-    runs = [[CachedRun(batch.inputs(), run, cache_scales) for batch in batches] for run in plans]
-    run_by_layers(moe, [run for row in runs for run in row])
+
+
+def _by_layers(
+    moe: MoeModel, pairs: Sequence[tuple[PromptBatch, _InForce]], cache_scales: CacheScales
+) -> list[Reference]:
+    """Run batches all at once: reading the layers takes longer than running them."""
+    runs = [CachedRun(batch.inputs(), run, cache_scales) for batch, run in pairs]
+    run_by_layers(moe, runs)
     return [
-        _clearest(
-            Reference(
-                batch,
-                batch.real([logits.numpy() for logits in run.logits]),
-                run.executed,
-                run.margin,
-            )
-            for batch, run in zip(batches, row, strict=True)
+        Reference(
+            batch, batch.real([logits.numpy() for logits in run.logits]), run.executed, run.margin
         )
-        for row in runs
+        for (batch, _), run in zip(pairs, runs, strict=True)
     ]
 
 
@@ -118,7 +156,7 @@ def _clearest(references: Iterable[Reference]) -> Reference:
 def _reference(
     moe: MoeModel,
     batch: PromptBatch,
-    plan: Callable[[], AbstractContextManager[Activations]],
+    plan: _InForce,
     cache_scales: CacheScales,
 ) -> Reference:
     logits = []

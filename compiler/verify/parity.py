@@ -24,7 +24,7 @@ from alloc_moe.compiler.verify.artifact_run import (
     run_whole,
 )
 from alloc_moe.compiler.verify.exact import exact_copy
-from alloc_moe.compiler.verify.expected import Reference, clear_references
+from alloc_moe.compiler.verify.expected import Reference, clear_references, run_again
 from alloc_moe.runtime.execution.providers import cuda_obstacle
 from alloc_moe.runtime.execution.torch_programs.session import open_program
 
@@ -102,6 +102,45 @@ def verify_artifact(
     exactly = activations == "float32" and not cache_scales
     limit = MAX_ROUNDED_LOGIT_ERROR if cache_scales else MAX_LOGIT_ERROR
     _check_logits(result, dtype, limit if activations == "float32" else math.inf)
+    for reference, _, counted in runs:
+        _check_counts(reference, counted, plan, exact=exactly)
+    return result
+
+
+def verify_checkpoint(
+    written: MoeModel,
+    moe: MoeModel,
+    plan: AllocationPlan,
+    token_ids: NDArray[np.int64],
+    *,
+    dtype: str,
+    corrections: Sequence[Correction | None],
+    left: Sequence[Correction | None],
+) -> Verification:
+    """Run a checkpoint that was written in PyTorch, and compare every logit as `verify_artifact`.
+
+    Args:
+        written: The checkpoint, loaded as any other.
+        moe: The model it was made of.
+        plan: What both run under.
+        token_ids: Text to take the prompts from [windows, tokens].
+        dtype: Of the weights that were written.
+        corrections: What the model's experts were changed by, per MoE layer.
+        left: What of that is not in the weights.
+
+    Raises:
+        VerificationError: The logits differ by more than `verify_artifact` allows, or other
+            activations are executed.
+    """
+    prices = _prices(plan)
+    references = clear_references(moe, plan, token_ids, prices, corrections)
+    found = run_again(written, plan, references, prices, left)
+    runs = [
+        (own, other.logits, other.executed) for own, other in zip(references, found, strict=True)
+    ]
+    result = _compare_runs(runs)
+    exactly = dtype == "float32"
+    _check_logits(result, dtype, MAX_LOGIT_ERROR if exactly else math.inf)
     for reference, _, counted in runs:
         _check_counts(reference, counted, plan, exact=exactly)
     return result

@@ -10,6 +10,7 @@ from typing import Any
 from alloc_moe.runtime.artifact.digest import DataDigest, difference, read_digests
 from alloc_moe.runtime.artifact.onnx_file import OnnxFile, read_onnx_file
 from alloc_moe.runtime.artifact.plan import (
+    CHECKPOINT_PLAN_FILE,
     GENERATION_KEY,
     MODEL_FILE,
     PLAN_FILE,
@@ -220,6 +221,21 @@ def read_settings(path: Path, shape: Shape) -> dict[str, Any]:
     return found
 
 
+def checkpoint_plan(path: str | Path) -> AllocationPlan | None:
+    """Return the plan beside a checkpoint for transformers; None if the path is no such folder.
+
+    Raises:
+        ArtifactError: The plan can't be read.
+    """
+    file = Path(path) / CHECKPOINT_PLAN_FILE
+    if not file.is_file():
+        return None
+    try:
+        return AllocationPlan.from_json(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file} can't be read: {error.strerror}.") from error
+
+
 def find_artifact(path: str | Path) -> ArtifactFiles:
     """Return the artifact at a path: a file, or a bundle folder with a model.onnx in it.
 
@@ -232,6 +248,12 @@ def find_artifact(path: str | Path) -> ArtifactFiles:
     if graph.is_dir():
         graph = graph / MODEL_FILE
         if not graph.is_file():
+            if (Path(path) / CHECKPOINT_PLAN_FILE).is_file():
+                raise ArtifactError(
+                    f"The folder {path} is a checkpoint for transformers, under the plan in "
+                    f"{CHECKPOINT_PLAN_FILE}; examples/checkpoints/planned.py runs it. For an "
+                    "artifact compile the original model without --target checkpoint."
+                )
             raise ArtifactError(
                 f"The folder {path} has no {MODEL_FILE}, so it is no bundle. "
                 "Give a bundle folder or an .onnx file that alloc-compile wrote."

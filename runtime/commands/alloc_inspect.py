@@ -25,10 +25,16 @@ from alloc_moe.runtime.console import Console
 def inspect_command(console: Console, artifact: str, check: bool) -> None:
     """Show what was decided when ARTIFACT was compiled; its weights aren't needed for that."""
     from alloc_moe.runtime.artifact.checking import check_all
-    from alloc_moe.runtime.artifact.files import find_artifact
+    from alloc_moe.runtime.artifact.files import checkpoint_plan, find_artifact
     from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
     from alloc_moe.runtime.commands.tables import plan_table
 
+    plan = None if check else checkpoint_plan(artifact)
+    if plan is not None:
+        console.result(
+            plan_table(plan, name=artifact), {"artifact": artifact, **json.loads(plan.to_json())}
+        )
+        return
     files = find_artifact(artifact)
     if check:
         checked = check_all(files)

@@ -84,13 +84,27 @@ class _Counting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a call on."""
+        started = False
+
+        def count(status: int) -> None:
+            nonlocal started
+            started = True
+            self._metrics.add("requests_total", label=f'status="{status}"')
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.add("requests_total", label=f'status="{message["status"]}"')
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counted if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not started:
+                count(500)  # `_bug` answers, outside of all middleware
+            raise
 
 
 async def _refused(_: HttpRequest, error: Exception) -> Response:

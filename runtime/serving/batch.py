@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.errors import ArtifactError
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Output, Session
 from alloc_moe.runtime.execution.rows import gather_rows, replace_row
@@ -124,8 +125,11 @@ class Batch:
         if not self.rows:
             self._places, self._cache = [], None
 
-    def step(self) -> None:
+    def step(self) -> dict[Row, ArtifactError]:
         """Choose the next token of every sequence.
+
+        Returns:
+            Those whose logits are no numbers, which are in it no more, and what to say of them.
 
         Raises:
             AllocMoeError: The model can't be run.
@@ -144,11 +148,21 @@ class Batch:
             logits_to_keep=1,
         )
         self._cache = output.cache
+        failed = {}
         for place, row in enumerate(self._places):
-            if row is not None:
-                if row.hold is not None:
-                    row.hold.observe(1, int(executed_by_token(output)[place]))
+            if row is None:
+                continue
+            if row.hold is not None:
+                row.hold.observe(1, int(executed_by_token(output)[place]))
+            try:
                 row.take(output.logits[place, -1], 1, _counts_of(output, place))
+            except ArtifactError as error:
+                failed[row] = error
+        for row in failed:
+            self.leave(row)
+        if failed and self.rows:
+            self._gather()  # what is no number would reach the next who has its place
+        return failed
 
     def _prices(self) -> float | list[float] | None:
         """Return the price of the next call, or those of its places."""

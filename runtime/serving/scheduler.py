@@ -12,12 +12,16 @@ from typing import Literal
 
 from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.execution.calls import Session
+from alloc_moe.runtime.execution.providers import ORT_ERRORS
 from alloc_moe.runtime.execution.rows import moves_rows
 from alloc_moe.runtime.serving.batch import Batch, Row, batch_of
 from alloc_moe.runtime.serving.metrics import Metrics
 from alloc_moe.runtime.text.answers import Answer, Stopped
 
 logger = logging.getLogger(__name__)
+
+_UNABLE: tuple[type[Exception], ...] = (AllocMoeError, MemoryError, *ORT_ERRORS)
+"""What a call of the model, or making room for one, may end in: that for want of memory too."""
 
 Failure = Literal["timeout", "error", "closing"]
 MESSAGES: dict[Failure, str] = {
@@ -110,6 +114,11 @@ class Scheduler:
         self._thread.start()
 
     @property
+    def most(self) -> int:
+        """How many sequences there can be at all, in the queue and out of it."""
+        return self.most_rows + self.most_waiting
+
+    @property
     def is_open(self) -> bool:
         """Whether requests are taken."""
         return self._is_open
@@ -125,11 +134,10 @@ class Scheduler:
             if not self._is_open:
                 raise ClosingError(MESSAGES["closing"])
             there = len(self._waiting) + len(self._running)
-            most = self.most_rows + self.most_waiting
-            if there + len(request.choices) > most:
+            if there + len(request.choices) > self.most:
                 raise OverloadedError(
                     f"The server is busy: {there} answers are being written or wait, of at most "
-                    f"{most}, and {len(request.choices)} were asked for. Try again later."
+                    f"{self.most}, and {len(request.choices)} were asked for. Try again later."
                 )
             self._waiting.extend((request, choice) for choice in request.choices)
             self._changed.notify()
@@ -211,8 +219,9 @@ class Scheduler:
             if self._told(request, choice):
                 batch.join(row, cache)
                 self._running[row] = (request, choice)
-        except (AllocMoeError, MemoryError) as error:
-            logger.warning("A prompt of %d tokens has failed: %s", len(row.prompt_ids), error)
+        except _UNABLE as error:
+            told = ("A prompt of %d tokens has failed: %s", len(row.prompt_ids), error)
+            logger.warning(*told, exc_info=not isinstance(error, AllocMoeError))
             self._fail(request, "error")
 
     def _step(self) -> None:
@@ -223,9 +232,10 @@ class Scheduler:
                 del self._batches[key]
                 continue
             try:
-                batch.step()
-            except (AllocMoeError, MemoryError) as error:
-                logger.warning("A step of %d sequences has failed: %s", len(rows), error)
+                failed = batch.step()
+            except _UNABLE as error:
+                told = ("A step of %d sequences has failed: %s", len(rows), error)
+                logger.warning(*told, exc_info=not isinstance(error, AllocMoeError))
                 del self._batches[key]  # with its cache, which may be half written
                 for row in rows:
                     request, _ = self._running.pop(row)
@@ -233,7 +243,11 @@ class Scheduler:
                 continue
             self._metrics.add("steps_total")
             self._metrics.add("step_rows_total", len(rows))
-            for row in rows:
+            for row, problem in failed.items():
+                logger.warning("A sequence has failed: %s", problem)
+                request, _ = self._running.pop(row)
+                self._fail(request, "error")
+            for row in batch.rows:
                 request, choice = self._running[row]
                 if request.cancelled:
                     continue

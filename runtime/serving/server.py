@@ -143,6 +143,11 @@ class Server:
             most_new=self.limits.new_tokens,
             hold=self._hold,
         )
+        if len(asked.choices) > self.scheduler.most:
+            raise RequestError(
+                f"{len(asked.choices)} answers were asked for at once; this server has room for "
+                f"{self.scheduler.most}. Ask several times."
+            )
         events: Events = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

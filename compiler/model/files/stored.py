@@ -42,7 +42,8 @@ _WHOLE = {
 }
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _E8M0 = ("F8_E8M0", "U8")
-_TYPES = {**_FLOATS, **_WHOLE, **_FLOAT8}
+TYPES = {**_FLOATS, **_WHOLE, **_FLOAT8}
+"""What safetensors files call types that torch has."""
 # Of activations and caches, in checkpoints with static scales: weights don't depend on them.
 _ACTIVATION_SCALES = (".activation_scale", ".input_scale", ".k_scale", ".v_scale", ".q_scale")
 
@@ -149,7 +150,7 @@ class StoredWeights:
                 f"Tensor {key} in {tensor.path} can't be read (it has {size} of {nbytes} bytes). "
                 "The file may be truncated: download it again."
             )
-        dtype = torch.uint8 if tensor.dtype == "F8_E8M0" else _TYPES.get(tensor.dtype)
+        dtype = torch.uint8 if tensor.dtype == "F8_E8M0" else TYPES.get(tensor.dtype)
         if dtype is None:
             raise CheckpointError(f"Tensor {key} has the type {tensor.dtype}, which isn't read.")
         return data.view(dtype).reshape(tensor.shape)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from alloc_moe.compiler.correction.folding import ADDED_BIAS
 from alloc_moe.compiler.model.architectures import find_gate
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.programs.experts import ADDED_BIAS, run_grouped
+from alloc_moe.compiler.programs.experts import run_grouped
 from alloc_moe.compiler.reference.experts import run_kept
 
 TOKENS = 23

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from alloc_moe.runtime.errors import ArtifactError
 from alloc_moe.runtime.serving import batch
 from alloc_moe.runtime.text.model import TextModel, load
+from alloc_moe.runtime.text.sampling import Sampling
 
 openai = pytest.importorskip("openai")
 
@@ -153,6 +156,79 @@ def test_a_batch_that_memory_does_not_suffice_for_fails_alone(
         assert all(each.result() for each in asked)
     server.wait_for("running", 0)
     assert ask(server.port, "/v1/completions", {**BASE, "max_tokens": 2})[0] == 200
+
+
+def test_what_onnxruntime_lacks_memory_for_fails_alone(
+    ask: Any, slow: TextModel, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise ort_errors.RuntimeException("Failed to allocate memory for requested buffer")
+
+    server = serve(slow)
+    with monkeypatch.context() as patch:
+        patch.setattr(slow.session, "empty_cache", no_memory)
+        assert ask(server.port, "/v1/completions", BASE)[0] == 500
+    assert ask(server.port, "/v1/completions", BASE)[0] == 200
+
+
+def test_a_row_that_is_no_number_fails_alone(
+    ask: Any, slow: TextModel, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = slow.session.run
+
+    def spoiling(ids: Any, **options: Any) -> Any:
+        output = run(ids, **options)
+        if len(ids) == 3:
+            output.logits[1] = np.nan
+        return output
+
+    monkeypatch.setattr(slow.session, "run", spoiling)
+    server = serve(slow, rows=3)
+    body = {**BASE, "max_tokens": 40}
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        found = [
+            each[0]
+            for each in pool.map(lambda _: ask(server.port, "/v1/completions", body), range(3))
+        ]
+    assert sorted(found) == [200, 200, 500]
+    assert server.server.scheduler.is_open
+
+
+def test_what_is_no_number_reaches_nobody_else(model: TextModel) -> None:
+    rows = [batch.Row((5, 6, 7, 8), Sampling()) for _ in range(3)]
+    rows.append(batch.Row((9,), Sampling()))
+    together, alone = (batch.Batch(model.session, None) for _ in range(2))
+    for row in rows[:2]:
+        together.join(row, together.prefill(row))
+    cache = together._cache
+    assert cache is not None
+    for values in cache.arrays():
+        values[1] = np.nan
+    assert list(together.step()) == [rows[1]]
+    for row, there in ((rows[3], together), (rows[2], alone)):
+        there.join(row, there.prefill(row))
+    for _ in range(3):
+        assert together.step() == alone.step() == {}
+    assert rows[0].ids[:4] == rows[2].ids
+
+
+def test_more_answers_than_there_is_ever_room_for_are_refused(
+    ask: Any, model: TextModel, serve: Callable[..., Any]
+) -> None:
+    server = serve(model, rows=1, waiting=1)
+    status, answer, _ = ask(server.port, "/v1/completions", {**BASE, "n": 3})
+    assert status == 400
+    assert "3 answers were asked for at once; this server has room for 2" in str(answer)
+    assert ask(server.port, "/v1/completions", {**BASE, "n": 2})[0] == 200
+
+
+def test_what_a_bug_ends_is_counted_too(
+    ask: Any, model: TextModel, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(model)
+    monkeypatch.setattr(server.server.scheduler, "submit", lambda _: 1 / 0)
+    assert ask(server.port, "/v1/completions", BASE)[0] == 500
+    assert 'alloc_moe_requests_total{status="500"} 1' in server.server.metrics.text()
 
 
 def test_a_bug_ends_all_requests_and_shows_in_health(

@@ -1,0 +1,145 @@
+"""A checkpoint under its plan in plain transformers, beside the ONNX artifact of the same plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from alloc_moe.compiler import compile
+from alloc_moe.runtime.execution.session import open_session
+
+BUNDLED = ("tiny-moe", "tiny-qwen3-moe")
+IDS = np.random.default_rng(7).integers(2, 250, (3, 11))
+MASK = np.ones((3, 11), np.int64)
+MASK[0, :4] = MASK[1, :1] = 0
+NEXT = np.random.default_rng(8).integers(2, 250, (4, 3, 1))
+
+
+@pytest.fixture
+def model_of(checkpoint: Callable[[str], Path], examples: Path) -> Callable[[str], Path]:
+    """Return a function from a bundled model's or a family's name to its folder."""
+    return lambda name: examples / name if name in BUNDLED else checkpoint(name)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """Return a function that compiles a model into an artifact and a checkpoint of one plan."""
+
+    def make(model: Path, **options: Any) -> tuple[Path, Path]:
+        graph, folder = tmp_path / "out.onnx", tmp_path / "planned"
+        given = {"tokens": 256, "profile": tmp_path / "profile.json", **options}
+        plan = compile(model, output=graph, **given).plan
+        other = compile(model, output=folder, target="checkpoint", **given).plan
+        assert (other.layers, other.price) == (plan.layers, plan.price)
+        return graph, folder
+
+    return make
+
+
+def in_transformers(model: Any) -> list[np.ndarray]:
+    """Return the logits of real tokens: of a left-padded batch, then of a token at a time."""
+    found, cache, mask = [], None, MASK
+    for ids in (IDS, *NEXT):
+        real = mask[:, -ids.shape[1] :] != 0
+        with torch.inference_mode():
+            output = model(
+                input_ids=torch.from_numpy(ids),
+                attention_mask=torch.from_numpy(mask),
+                position_ids=torch.from_numpy(positions(mask, ids.shape[1])),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = output.past_key_values
+        found.append(output.logits.numpy()[real])
+        mask = np.concatenate([mask, np.ones((3, 1), np.int64)], axis=1)
+    return found
+
+
+def in_onnxruntime(path: Path) -> list[np.ndarray]:
+    session = open_session(path, ep="cpu")
+    found, cache, mask = [], session.empty_cache(3), MASK
+    for ids in (IDS, *NEXT):
+        output = session.run(ids, attention_mask=mask, cache=cache)
+        cache = output.cache
+        found.append(output.logits[mask[:, -ids.shape[1] :] != 0])
+        mask = np.concatenate([mask, np.ones((3, 1), np.int64)], axis=1)
+    return found
+
+
+def positions(mask: np.ndarray, new: int) -> np.ndarray:
+    return (mask.cumsum(1) - 1).clip(min=0)[:, -new:]
+
+
+def distance(model: Any, graph: Path) -> float:
+    """Return the greatest difference of any logit."""
+    pairs = zip(in_transformers(model), in_onnxruntime(graph), strict=True)
+    return max(float(np.abs(own - other).max()) for own, other in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BUNDLED, "deepseek_v2", "mixtral"])
+def test_logits_are_those_of_the_artifact(
+    name: str,
+    model_of: Callable[[str], Path],
+    both: Callable[..., tuple[Path, Path]],
+    load: Callable[[str], ModuleType],
+) -> None:
+    graph, folder = both(model_of(name))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert distance(model, graph) > 1e-2
+    load("checkpoints/planned").apply_plan(model, folder)
+    assert distance(model, graph) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"redistribute": "threshold", "weights": "renorm", "correct": "gain"},
+        {"redistribute": "none", "weights": "renorm"},
+        {"redistribute": "none", "allocation": "uniform", "correct": "none"},
+    ],
+    ids=["threshold", "k per layer", "one k"],
+)
+def test_other_plans_are_covered(
+    options: dict[str, Any],
+    checkpoint: Callable[[str], Path],
+    both: Callable[..., tuple[Path, Path]],
+    load: Callable[[str], ModuleType],
+) -> None:
+    graph, folder = both(checkpoint("olmoe"), **options)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    load("checkpoints/planned").apply_plan(model, folder)
+    assert distance(model, graph) < 1e-4
+
+
+@pytest.mark.parametrize(("family", "weights"), [("olmoe", "keep"), ("qwen3_moe", "renorm")])
+def test_one_k_for_all_layers_needs_no_plan_but_the_configuration(
+    family: str,
+    weights: str,
+    checkpoint: Callable[[str], Path],
+    both: Callable[..., tuple[Path, Path]],
+) -> None:
+    options = {"redistribute": "none", "allocation": "uniform", "weights": weights}
+    graph, folder = both(checkpoint(family), correct="gain", **options)
+    [k] = {layer["k"] for layer in json.loads((folder / "alloc_plan.json").read_text())["layers"]}
+    model = AutoModelForCausalLM.from_pretrained(folder, num_experts_per_tok=k).eval()
+    assert distance(model, graph) < 1e-4
+
+
+def test_a_plan_whose_tokens_compete_is_refused(
+    checkpoint: Callable[[str], Path],
+    both: Callable[..., tuple[Path, Path]],
+    load: Callable[[str], ModuleType],
+) -> None:
+    _, folder = both(checkpoint("olmoe"), redistribute="batch", correct="none")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(SystemExit, match="Tokens compete under this plan: compile an artifact"):
+        load("checkpoints/planned").apply_plan(model, folder)
