@@ -111,8 +111,8 @@ def verify_artifact(
         with float_weights(moe):
             rounded = _compare_runs(run_both(artifact, cache_scales={}))
         result = dataclasses.replace(result, kl=rounded.kl)
-    closest = min(reference.margin for reference, *_ in runs)
-    _check_logits(result, dtype, limit, closest)
+    margins = [run[0].margin for run in runs if not _logits_agree(run, limit)]
+    _check_logits(result, dtype, limit, max(margins, default=math.inf))
     for reference, _, counted in runs:
         _check_counts(reference, counted, plan, exact=exactly)
     return result
@@ -172,10 +172,8 @@ def _settle_ties(
     settled = []
     for price, run in zip(_prices(plan), runs, strict=True):
         reference, logits, counted = run
-        agree = _compare_runs([run]).max_abs_logit_error <= limit
-        if reference.margin < NEAR_TIE and not (
-            agree and _counts_agree(reference, counted, plan, exact=exact)
-        ):
+        agree = _logits_agree(run, limit) and _counts_agree(reference, counted, plan, exact=exact)
+        if reference.margin < NEAR_TIE and not agree:
             again = ArtifactRun(reference.batch.steps(), price)
             run_by_segments(artifact, [again], limit=SEGMENT_BYTES)
             if _by_token(again):
@@ -190,6 +188,10 @@ def _settle_ties(
                 )
         settled.append((reference, logits, counted))
     return settled
+
+
+def _logits_agree(run: _Run, limit: float) -> bool:
+    return _compare_runs([run]).max_abs_logit_error <= limit
 
 
 def _by_token(run: ArtifactRun) -> bool:
@@ -215,16 +217,17 @@ def _prices(plan: AllocationPlan) -> list[float | None]:
     return [None, farthest.price]
 
 
-def _check_logits(result: Verification, dtype: str, limit: float, closest: float) -> None:
+def _check_logits(result: Verification, dtype: str, limit: float, margin: float) -> None:
+    """Check what runs gave; those that differ took their closest decision by `margin` at most."""
     if math.isfinite(limit) and not result.max_abs_logit_error <= limit:
         why = (
             "This is a fault of the compiler or of onnxruntime for this architecture; "
             "please report it with the model's config.json."
         )
-        if closest < NEAR_TIE and np.isfinite(result.max_abs_logit_error):
+        if margin < NEAR_TIE and np.isfinite(result.max_abs_logit_error):
             why = (
                 "In every text that was tried some choice of experts is a tie but for "
-                f"{closest:.1e} of a router's weight, which may be all of it: give another "
+                f"{margin:.1e} of a router's weight, which may be all of it: give another "
                 "--calibration text or --seed."
             )
         raise VerificationError(

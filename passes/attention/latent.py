@@ -107,6 +107,7 @@ class LatentAttentionPass(ir.passes.InPlacePass):
         builder = _Builder(model, layers[0])
         for layer in layers:
             builder.replace(layer)
+        common.CommonSubexpressionEliminationPass()(model)  # each layer asks for the same shape
         common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=True)
 

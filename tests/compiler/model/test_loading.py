@@ -186,9 +186,7 @@ def _assert_same_logits(found: torch.nn.Module, expected: torch.nn.Module) -> No
 
 def test_text_models_that_are_none_by_themselves_are_refused(tmp_path: Path) -> None:
     folder_of(tmp_path, "ernie4_5_vl_moe")
-    with pytest.raises(
-        UnsupportedModelError, match="ernie4_5_vl_moe takes images beside text"
-    ):
+    with pytest.raises(UnsupportedModelError, match="ernie4_5_vl_moe takes images beside text"):
         load_model(str(tmp_path))
 
 

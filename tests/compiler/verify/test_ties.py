@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.errors import VerificationError
 from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.reference.experts import allocated
@@ -106,6 +107,19 @@ def test_a_tie_that_the_artifact_takes_otherwise_is_no_fault(
     monkeypatch.setattr(verify, "NEAR_TIE", 0.0)
     with pytest.raises(VerificationError, match=FAULT):
         verify_artifact(path, moe, plan, text, dtype="float32")
+
+
+def test_ties_are_taken_alike_layer_by_layer(
+    checkpoint: Callable[[str], Path],
+    exported: Graphs,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    offloaded = load_model(str(checkpoint("olmoe")), offload="always")
+    path = written(exported("olmoe"), cheaper(plan, 2 * NEAR), plan, tmp_path / "out.onnx")
+    result = verify_artifact(path, offloaded, plan, text, dtype="float32")
+    assert result.max_abs_logit_error < 1e-5
 
 
 def test_beside_a_tie_another_price_is_refused(
