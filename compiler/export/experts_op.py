@@ -4,7 +4,8 @@
                   gate_up, gate_up_bias?, down, down_bias?) -> [T, H]
 
 Its attributes alpha, beta and limit are those of the experts' gate (`Gate` in
-`compiler/model/architectures.py`).
+`compiler/model/architectures.py`). Where ``gated`` is 0, gate_up has the rows of up only, which are
+those of the gate as well.
 The router stays as it is, at its trained K; the passes lower the operator to what a plan asks for.
 """
 
@@ -18,7 +19,7 @@ import onnx
 import torch
 from onnxscript.values import Opset
 
-from alloc_moe.compiler.model.architectures import find_gate
+from alloc_moe.compiler.model.architectures import find_gate, first_projection
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def register() -> Callable[..., torch.Tensor]:
         layer: int,
         transposed: bool,
         interleaved: bool,
+        gated: bool,
         alpha: float,
         beta: float,
         limit: float,
@@ -80,7 +82,7 @@ def _register_schema() -> None:
             attributes=[
                 *(
                     onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, "")
-                    for name in ("layer", "transposed", "interleaved")
+                    for name in ("layer", "transposed", "interleaved", "gated")
                 ),
                 *(
                     onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.FLOAT, "")
@@ -102,6 +104,7 @@ def onnx_translation(
     layer: int,
     transposed: bool,
     interleaved: bool,
+    gated: bool,
     alpha: float,
     beta: float,
     limit: float,
@@ -118,6 +121,7 @@ def onnx_translation(
         layer=layer,
         transposed=int(transposed),
         interleaved=int(interleaved),
+        gated=int(gated),
         alpha=alpha,
         beta=beta,
         limit=limit,
@@ -135,19 +139,20 @@ def experts_forward(model: PreTrainedModel, names: list[str]) -> Callable[..., t
         self: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         layer = index[id(self)]
-        gate = gates[layer]
+        gate, first = gates[layer], first_projection(self)
         assert gate is not None  # else the model was refused
         return operator(
             hidden,
             ids,
             weights.to(hidden.dtype),
-            self.gate_up_proj,
-            self.gate_up_proj_bias if self.has_bias else None,
+            getattr(self, first),
+            getattr(self, f"{first}_bias") if self.has_bias else None,
             self.down_proj,
             self.down_proj_bias if self.has_bias else None,
             layer,
             self.is_transposed,
             not self.is_concatenated,
+            self.has_gate,
             gate.alpha,
             gate.beta,
             gate.limit,

@@ -11,10 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
+from transformers.core_model_loading import WeightRenaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
 
 _LLAMA4 = (
     "it routes each token to one expert, so there is nothing to allocate, and its rotary embedding "
@@ -40,9 +47,20 @@ _CACHED = {"full_attention", "sliding_attention", "chunked_attention", "dummy"}
 # And these, states whose size doesn't depend on the number of tokens.
 _STATES = {"conv", "linear_attention"}
 
+TEXT_PARTS = ("mistral3", "qwen3_vl_moe")
+"""Models that also take images, whose text part transformers builds under another name."""
+
+# Its text part is a Qwen3-MoE that always renormalises: of text alone the three positions that it
+# rotates by are one.
+_SAME_AS = {"qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True})}
+_POSITIONS_OF_IMAGES = ("mrope_section", "mrope_interleaved")
+
 _NEAR, _FAR = 0.125, 1e4  # within any limit, and beyond it
 _DIGITS = 4  # of alpha and beta; a gate in float32 gives no more
 _TOLERANCE = 1e-5
+
+# u * u * sigmoid(alpha * u) is the square of u's positive part but for 1 / alpha^2.
+_STEP = 1e6
 
 
 def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
@@ -54,6 +72,38 @@ def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
         f"its layers of type {' and '.join(others)} keep other states than keys and values from "
         "call to call, which the runtimes can't carry"
     )
+
+
+def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the causal language model within one of `TEXT_PARTS`."""
+    text = config.get_text_config(decoder=True)
+    if text.model_type in _SAME_AS:
+        model_type, more = _SAME_AS[text.model_type]
+        settings = text.to_dict() | {"model_type": model_type} | more
+        rotary = dict(settings["rope_parameters"])
+        for name in _POSITIONS_OF_IMAGES:
+            rotary.pop(name, None)
+        text = AutoConfig.for_model(**settings | {"rope_parameters": rotary})
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
+
+
+def weight_conversions(model: PreTrainedModel) -> list[WeightTransform]:
+    """Return how a checkpoint's tensors become a model's, also if it is the text part of another's.
+
+    In the words of `rename_source_key` of transformers, which applies them in this order.
+    """
+    renamed = (
+        (r"^model\.language_model\.", "model."),
+        (r"^language_model\.model\.", "model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+    )
+    conversions: list[WeightTransform] = [WeightRenaming(*names) for names in renamed]
+    for part, (model_type, _) in _SAME_AS.items():
+        if model.config.model_type == model_type:
+            conversions += get_checkpoint_conversion_mapping(part.removesuffix("_text")) or []
+    conversions += get_model_conversion_mapping(model)
+    return conversions
 
 
 def latent_attention(model: PreTrainedModel) -> dict[str, Any]:
@@ -93,15 +143,26 @@ class Gate:
         return gate * torch.sigmoid(self.alpha * gate) * (up + self.beta)
 
 
+def first_projection(experts: Any) -> str:
+    """Return the name of the weight that an experts module of transformers multiplies first."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def expert_weights(experts: Any) -> tuple[str, str]:
+    """Return the names of all weights of an experts module, biases aside."""
+    return first_projection(experts), "down_proj"
+
+
 def find_gate(experts: Any) -> Gate | None:
     """Return the gate that an experts module of transformers computes; None if it is another kind.
 
-    Found by what it computes, not by what it is called.
+    Found by what it computes, not by what it is called. Experts without a gate that square the
+    positive part of up have one as well: up itself, scaled until its sigmoid is a step.
     """
-    if not experts.has_gate or experts.has_post_expert_norm:
+    if experts.has_post_expert_norm:
         return None
     try:
-        return _fit_gate(experts)
+        return _fit_gate(experts) if experts.has_gate else _fit_square(experts)
     except (RuntimeError, TypeError, AttributeError, IndexError):  # it takes other arguments
         return None
 
@@ -120,6 +181,14 @@ def _fit_gate(experts: Any) -> Gate | None:
     gate, up = (grid.flatten() for grid in torch.meshgrid(values, values, indexing="ij"))
     expected, actual = found(gate, up), _apply(experts, gate.tolist(), up.tolist())
     agree = torch.allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return found if agree else None
+
+
+def _fit_square(experts: Any) -> Gate | None:
+    up = torch.linspace(-12, 12, 49, dtype=torch.float64)
+    found = Gate(_STEP)
+    with torch.inference_mode():
+        agree = torch.allclose(experts.act_fn(up), found(up, up), rtol=_TOLERANCE, atol=_TOLERANCE)
     return found if agree else None
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
@@ -33,7 +32,7 @@ from alloc_moe.compiler.model.moe_layers import find_moe_layers
 from alloc_moe.compiler.model.quiet import LIBRARY_ERRORS, first_line, quiet
 from alloc_moe.compiler.model.reader import CheckpointReader, differently_tied
 from alloc_moe.compiler.model.replay import find_decoder_layers
-from alloc_moe.compiler.model.skeleton import build_skeleton
+from alloc_moe.compiler.model.skeleton import build_skeleton, causal_class
 from alloc_moe.runtime.artifact.files import checkpoint_plan
 
 if TYPE_CHECKING:
@@ -53,7 +52,8 @@ class Checkpoint:
     ``source`` is what the user called it, ``folder`` where it lies. ``skeleton`` is its model in
     float32 without weights, ``reader`` reads single ones of them; ``fingerprint`` is a hash of
     configuration and weights. ``layers`` are its MoE layers, in the order in which tokens pass.
-    ``notes`` say what of it is left out.
+    ``notes`` say what of it is left out; ``is_part``, that transformers can't load what is left by
+    itself.
     """
 
     source: str
@@ -66,6 +66,7 @@ class Checkpoint:
     reader: CheckpointReader
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
+    is_part: bool = False
 
 
 def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -111,6 +112,7 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
         notes=tuple(
             leftover_notes(folder, reader, skeleton, _name_of(stack, skeleton), len(stack))
         ),
+        is_part=settings.get("model_type") in architectures.TEXT_PARTS,
     )
 
 
@@ -198,6 +200,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 
 def _of_text(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return what the causal language model is built of: a part, if images are taken as well."""
+    if config.model_type in architectures.TEXT_PARTS:
+        return architectures.text_part(config)
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     needed = getattr(model, "config_class", None) or type(config)
     return config if isinstance(config, needed) else config.get_text_config(decoder=True)
@@ -233,10 +237,7 @@ def build_skeleton_or_refuse(
     Raises:
         UnsupportedModelError: The configuration is none of a causal language model.
     """
-    if (
-        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    ):
+    if causal_class(config) is None:
         raise UnsupportedModelError(
             f"{config.model_type} takes images beside text, and transformers builds no causal "
             "language model of its text part alone, so it can't be compiled."

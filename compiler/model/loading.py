@@ -17,7 +17,7 @@ from alloc_moe.compiler.model.checks.second_reading import check_readings
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.offloading import load_offloaded, wants_offloading
 from alloc_moe.compiler.model.quiet import LIBRARY_ERRORS, first_line, quiet
-from alloc_moe.compiler.model.skeleton import forget_earlier_lengths
+from alloc_moe.compiler.model.skeleton import build_empty, forget_earlier_lengths
 from alloc_moe.compiler.workspace.results import SavedResults
 
 if TYPE_CHECKING:
@@ -64,8 +64,10 @@ def load_model(
             model, offloading = load_offloaded(checkpoint, forced=offload == "always")
         moe = MoeModel(checkpoint, model, offloading=offloading, results=SavedResults(results))
     else:
-        moe = MoeModel(checkpoint, _load_weights(checkpoint))
-    if moe.offloading is not None or checkpoint.reader.weights.quantization is not None:
+        load = _read_weights if checkpoint.is_part else _load_weights
+        moe = MoeModel(checkpoint, load(checkpoint))
+    quantized = checkpoint.reader.weights.quantization is not None
+    if moe.offloading is not None or quantized or checkpoint.is_part:
         check_readings(checkpoint)
     if console is not None:
         for note in checkpoint.notes:
@@ -100,6 +102,21 @@ def _load_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     model.generation_config = read_generation_config(checkpoint)
     forget_earlier_lengths(model)
     return model
+
+
+def _read_weights(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Read all weights of a model that transformers finds under other names only."""
+    model = build_empty(
+        checkpoint.config, torch.float32, trust_remote_code=checkpoint.trust_remote_code
+    )
+    read = {
+        name: checkpoint.reader.read(name, value.dtype)
+        for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(read, assign=True)
+    model.tie_weights()
+    model.generation_config = read_generation_config(checkpoint)
+    return model.eval()
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
             name=name.rpartition(".")[0],
             experts_name=name,
             decoder_layer=_decoder_index(name),
-            num_experts=module.get_parameter("gate_up_proj").shape[0],
+            num_experts=module.get_parameter("down_proj").shape[0],
             experts_per_token=per_token[name],
         )
         for name, module in experts.items()
@@ -72,7 +72,8 @@ def _check_experts(model: PreTrainedModel, name: str, module: Any) -> None:
         raise UnsupportedModelError(
             f"{model.config.model_type}'s experts ({name}) compute "
             f"{getattr(module, 'act_fn', type(module).__name__)}{gate}; onnxruntime's MoE operator "
-            "computes experts gated by SiLU, scaled and clamped or not, and no others."
+            "computes experts gated by SiLU, scaled and clamped or not, or ungated ones with a "
+            "squared ReLU, and no others."
         )
 
 

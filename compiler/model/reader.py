@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     SkipParameters,
     WeightConverter,
@@ -24,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from alloc_moe.compiler.errors import CheckpointError
+from alloc_moe.compiler.model.architectures import weight_conversions
 from alloc_moe.compiler.model.quiet import first_line
 from alloc_moe.compiler.model.skeleton import parameter_names
 
@@ -131,7 +131,7 @@ class CheckpointReader:
 
     def _map_sources(self) -> dict[str, _Source]:
         """Mirror transformers' convert_and_load_state_dict_in_model, without loading anything."""
-        transforms = get_model_conversion_mapping(self._model)
+        transforms = weight_conversions(self._model)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         by_pattern = {

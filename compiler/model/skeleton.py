@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -43,12 +48,23 @@ def build_skeleton(
     return skeleton
 
 
+def causal_class(config: PreTrainedConfig) -> Any:
+    """Return what builds the causal language model of `config`; None where that takes images too.
+
+    transformers lists some language models among those that take images only: Mistral 4.
+    """
+    listed = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if listed is None or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if listed.__name__.endswith("ForCausalLM") else None
+
+
 def build_empty(
     config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Return the model of `config` with parameters on the meta device, and real buffers."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = causal_class(config).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from alloc_moe.compiler.correction.folding import ADDED_BIAS
-from alloc_moe.compiler.model.architectures import Gate
+from alloc_moe.compiler.model.architectures import Gate, first_projection
 from alloc_moe.compiler.reference.policies import (
     POLICIES,
     LayerParameters,
@@ -97,7 +97,8 @@ def run_grouped(
 ) -> torch.Tensor:
     """Return the outputs [T, H] of the kept candidates; ids, weights and keep are [T, K]."""
     product = grouped_product()
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    first = first_projection(experts)
+    gate_up, down = getattr(experts, first), experts.down_proj
     if not experts.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     count = gate_up.shape[0]
@@ -106,7 +107,7 @@ def run_grouped(
     of_expert = chosen.clamp(max=count - 1)
     rows = product(hidden[order // ids.shape[1]], gate_up, ends)
     if experts.has_bias:
-        rows = rows + experts.gate_up_proj_bias[of_expert]
+        rows = rows + getattr(experts, f"{first}_bias")[of_expert]
     rows = product(_gated(gate, *_halves(experts, rows)), down, ends)
     bias = experts.down_proj_bias if experts.has_bias else getattr(experts, ADDED_BIAS, None)
     if bias is not None:
@@ -119,7 +120,9 @@ def run_grouped(
 
 
 def _halves(experts: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Gate and up, which lie one after the other or in turns."""
+    """Gate and up, which lie one after the other or in turns, or are the same."""
+    if not experts.has_gate:
+        return rows, rows
     if experts.is_concatenated:
         return rows.chunk(2, dim=-1)
     return rows[:, ::2], rows[:, 1::2]

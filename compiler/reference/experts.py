@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from alloc_moe.compiler.records import SCORED, Correction, MoeLayer, Redistribution, Weights
 from alloc_moe.compiler.reference.policies import (
     POLICIES,
+    Kept,
     LayerParameters,
     adjust_weights,
     rank_candidates,
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 """``watch(layer, weights [T, K], ids [T, K])``, called with each layer's ranked candidates."""
+
+Turn = Callable[[int, torch.Tensor, Kept], torch.Tensor]
+"""``turn(layer, ids [T, K], kept) -> mask [T, K]``: which ranked candidates run in place of those
+that the policy keeps."""
 
 ExpertsCall = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """``call(experts, hidden [T, H], ids [T, K], weights [T, K]) -> [T, H]``, for an experts module."""
@@ -88,6 +93,7 @@ def allocated(
     weights: Weights,
     corrections: Sequence[Correction | None] | None = None,
     watch: Watch | None = None,
+    turn: Turn | None = None,
 ) -> Iterator[Activations]:
     """Let a model run under a plan while the block lasts.
 
@@ -102,6 +108,7 @@ def allocated(
         weights: Whether the kept experts' weights are scaled up to the sum of all.
         corrections: What the artifact's experts are changed by, per MoE layer; none by default.
         watch: Called before each layer decides.
+        turn: Asked after each layer decided.
 
     Yields:
         The count of what is executed.
@@ -116,7 +123,7 @@ def allocated(
     call = _Call(activations)
     calls = {
         layer.experts_name: functools.partial(
-            _run_allocated, call, index, given, redistribution, weights, correction, watch
+            _run_allocated, call, index, given, redistribution, weights, correction, watch, turn
         )
         for index, (layer, given, correction) in enumerate(
             zip(layers, parameters, corrections or [None] * len(layers), strict=True)
@@ -165,6 +172,7 @@ def _run_allocated(
     mode: Weights,
     correction: Correction | None,
     watch: Watch | None,
+    turn: Turn | None,
     experts: torch.nn.Module,
     hidden: torch.Tensor,
     ids: torch.Tensor,
@@ -174,7 +182,7 @@ def _run_allocated(
     if watch is not None:
         watch(index, ranked, ranked_ids)
     kept = POLICIES[redistribution](ranked, ranked_ids, call.real, parameters)
-    keep = kept.mask
+    keep = kept.mask if turn is None else turn(index, ranked_ids, kept)
     call.activations.executed[index] += int(keep.sum())
     call.activations.margin = min(call.activations.margin, kept.margin)
     adjusted = adjust_weights(mode, ranked, keep)

@@ -44,20 +44,20 @@ class LayerParameters:
 
 
 class Kept(NamedTuple):
-    """Which candidates run, and by how much the closest decision was taken.
+    """Which candidates run, and by how much each of these decisions was taken.
 
-    ``closest`` is the least change of a router weight that could turn a decision; infinite where
-    nothing was decided. Two computations whose rounding differs by more may decide otherwise.
-    Being a tensor without dimensions, it costs nothing where a policy is traced for its mask.
+    ``gaps`` are the least changes of router weights that could turn them; infinite where nothing
+    was decided. Two computations whose rounding differs by more may decide otherwise. As tensors
+    they cost nothing where a policy is traced for its mask.
     """
 
     mask: torch.Tensor  # [tokens, candidates] bool
-    closest: torch.Tensor
+    gaps: torch.Tensor  # [tokens, candidates] float32
 
     @property
     def margin(self) -> float:
-        """The value of ``closest``."""
-        return self.closest.item()
+        """The least of the gaps; infinite if there are none."""
+        return min(self.gaps.flatten().tolist(), default=math.inf)
 
 
 Policy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LayerParameters], Kept]
@@ -192,12 +192,10 @@ def _none(
     weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, parameters: LayerParameters
 ) -> Kept:
     """Each token its first k."""
-    k, candidates = int(parameters.k), weights.shape[1]
-    first = torch.arange(candidates, device=weights.device) < k
-    mask = real.reshape(-1, 1) & first
-    if k == candidates:
-        return Kept(mask, _least(weights, torch.zeros_like(mask)))
-    return Kept(mask, _least(weights[:, k - 1] - weights[:, k], real.flatten()))
+    k = int(parameters.k)
+    ranks = torch.arange(weights.shape[1], device=weights.device)
+    tokens = real.reshape(-1, 1)
+    return Kept(tokens & (ranks < k), _leads(weights, tokens & (ranks[1:] == k)))
 
 
 def _batch(
@@ -230,25 +228,28 @@ def _share(
     size = tokens // max(pools, 1) * (candidates - 1)
     competes = real.reshape(-1, 1).expand(-1, candidates - 1).reshape(pools, size)
     winners = (k - 1) * real.reshape(pools, -1).sum(1, keepdim=True)  # [pools, 1]
-    wins, closest = _largest(weights[:, 1:].reshape(pools, size), competes, winners)
+    wins, gaps = _largest(weights[:, 1:].reshape(pools, size), competes, winners)
     others = wins.reshape(tokens, candidates - 1)
 
-    alone = real.flatten() & ~others[:, 0]  # here it matters which candidate ranks first
-    lead = _least(weights[:, 0] - weights[:, 1], alone)
-    return Kept(torch.cat([real.reshape(-1, 1), others], dim=1), torch.minimum(closest, lead))
+    alone = real.reshape(-1, 1) & ~others[:, :1]  # here it matters which candidate ranks first
+    leads = _leads(weights, torch.cat([alone, torch.zeros_like(others[:, 1:])], dim=1))
+    gaps = torch.minimum(_after_first(gaps.reshape(others.shape)), leads)
+    return Kept(torch.cat([real.reshape(-1, 1), others], dim=1), gaps)
 
 
 def _largest(contest: torch.Tensor, competes: torch.Tensor, winners: torch.Tensor) -> Kept:
-    """The `winners` [pools, 1] largest of each row that compete, and by how much they won.
+    """The `winners` [pools, 1] largest of each row that compete, and by how much all won or lost.
 
     Of equal ones the earlier token's wins, and within a token the better ranked.
     """
     contest = contest.masked_fill(~competes, -math.inf)
     falling, order = torch.sort(contest, dim=1, descending=True, stable=True)
     wins = (torch.arange(contest.shape[1], device=contest.device) < winners) & falling.isfinite()
-    edges = wins[:, :-1] & ~wins[:, 1:] & falling[:, 1:].isfinite()
-    least = _least(falling[:, :-1] - falling[:, 1:], edges)
-    return Kept(torch.zeros_like(wins).scatter(1, order, wins), least)
+    ends = contest.new_full((len(contest), 1), math.inf)
+    worst = torch.cat([falling.masked_fill(~wins, math.inf), ends], dim=1).amin(1, keepdim=True)
+    best = torch.cat([falling.masked_fill(wins, -math.inf), -ends], dim=1).amax(1, keepdim=True)
+    mask = torch.zeros_like(wins).scatter(1, order, wins)
+    return Kept(mask, torch.where(mask, contest - best, worst - contest).detach().float())
 
 
 def _by_score(
@@ -267,15 +268,15 @@ def _by_score(
     decided = real.reshape(-1, 1).expand_as(score)
     if redistribution != "top-p":  # its scores are the only ones that can be below 0
         decided = decided & (threshold > 0)
-    others, closest = reached[:, 1:], _least(distance[:, 1:], decided[:, 1:])
+    others, gaps = reached[:, 1:], _known(distance[:, 1:], decided[:, 1:])
     quota = parameters.quota(weights.shape[1])
     if quota < weights.shape[1] - 1:
         room = (real.sum(dtype=torch.float64) * quota).floor().reshape(1, 1)
         competing = others.reshape(1, -1)
-        wins, margin = _largest(score[:, 1:].reshape(1, -1), competing, room)
-        others, closest = wins.reshape(others.shape), torch.minimum(closest, margin)
+        wins, cut = _largest(score[:, 1:].reshape(1, -1), competing, room)
+        others, gaps = wins.reshape(others.shape), torch.minimum(gaps, cut.reshape(gaps.shape))
     mask = torch.cat([real.reshape(-1, 1), others], dim=1)
-    return Kept(mask, torch.minimum(closest, _rank_margin(weights, mask, reached)))
+    return Kept(mask, torch.minimum(_after_first(gaps), _rank_gaps(weights, mask, reached)))
 
 
 def _slopes(
@@ -301,20 +302,30 @@ def _slopes(
     return ones
 
 
-def _rank_margin(weights: torch.Tensor, mask: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
-    """The least lead of a candidate that runs over the next that doesn't.
+def _rank_gaps(weights: torch.Tensor, mask: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
+    """The leads of candidates that run over the next that don't.
 
     Where the first doesn't reach the threshold itself, it runs for its rank alone.
     """
     last = mask[:, :-1] & ~mask[:, 1:]
-    matters = torch.cat([last[:, :1] | (mask[:, :1] & ~reached[:, :1]), last[:, 1:]], dim=1)
-    return _least(weights[:, :-1] - weights[:, 1:], matters)
+    first = last[:, :1] | (mask[:, :1] & ~reached[:, :1])[:, : last.shape[1]]
+    return _leads(weights, torch.cat([first, last[:, 1:]], dim=1))
 
 
-def _least(gaps: torch.Tensor, matters: torch.Tensor) -> torch.Tensor:
-    """The least of those gaps that matter, infinite if none does."""
-    known = gaps.detach().float().masked_fill(~matters, math.inf).flatten()
-    return torch.cat([known, known.new_full((1,), math.inf)]).min()
+def _leads(weights: torch.Tensor, matters: torch.Tensor) -> torch.Tensor:
+    """Each lead over the next candidate that matters [T, K - 1], at both of them [T, K]."""
+    leads = _known(weights[:, :-1] - weights[:, 1:], matters)
+    return torch.minimum(_after_first(leads), _after_first(leads.flip(1)).flip(1))
+
+
+def _known(gaps: torch.Tensor, matters: torch.Tensor) -> torch.Tensor:
+    """The gaps that matter; the others are infinite."""
+    return gaps.detach().float().masked_fill(~matters, math.inf)
+
+
+def _after_first(gaps: torch.Tensor) -> torch.Tensor:
+    """The gaps [T, K] of the first candidate, which has none, and of the others [T, K - 1]."""
+    return torch.cat([gaps.new_full((len(gaps), 1), math.inf), gaps], dim=1)
 
 
 def adjust_weights(mode: Weights, weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

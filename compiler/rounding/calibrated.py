@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.model.architectures import expert_weights
 from alloc_moe.compiler.model.layer_weights import resident
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.reference.experts import dense_weights
@@ -151,18 +152,19 @@ class _Rounding:
     def _round_experts(self, name: str, sums: ExpertSums) -> None:
         """Round experts, some at a time."""
         module: Any = self._model.get_submodule(name)
-        gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+        names = expert_weights(module)
+        gate_up, down = (module.get_parameter(leaf).detach() for leaf in names)
         rows = [weight.mT if module.is_transposed else weight for weight in (gate_up, down)]
         columns = max(each.shape[2] for each in rows)
         for part in torch.split(torch.arange(len(gate_up)), max(1, _SUMS // columns**2)):
             trained = gate_up[part]
             of_gate_up = [sums.gate_up(int(expert)) for expert in part]
-            rows[0][part] = self._rounded(f"{name}.gate_up_proj", rows[0][part], of_gate_up)
+            rows[0][part] = self._rounded(f"{name}.{names[0]}", rows[0][part], of_gate_up)
             pairs = zip(part, trained, strict=True)
             of_down = [sums.down(module, int(expert), each) for expert, each in pairs]
-            rows[1][part] = self._rounded(f"{name}.down_proj", rows[1][part], of_down)
-        self._keep(f"{name}.gate_up_proj")
-        self._keep(f"{name}.down_proj")
+            rows[1][part] = self._rounded(f"{name}.{names[1]}", rows[1][part], of_down)
+        for leaf in names:
+            self._keep(f"{name}.{leaf}")
 
     def _rounded(self, name: str, weights: torch.Tensor, each: Sequence[Sums]) -> torch.Tensor:
         """Return matrices [matrices, rows, columns] of the parameter `name` as rounded."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from alloc_moe.compiler.model.architectures import first_projection
+
 _OF_ALL = 0.5  # what the layer's mean expert adds to each one's own sums
 _SAMPLE = 512  # tokens that stand for all of a layer, spread evenly
 
@@ -70,14 +72,15 @@ class ExpertSums:
         """Return the sums over what its down projection is given.
 
         Args:
-            experts: The experts module, whose `gate_up_proj` is rounded already.
+            experts: The experts module, whose first projection is rounded already.
             expert: Which of them.
             gate_up: Its weight before that, as the module has it.
         """
         sent, shares = self._sent(expert)
         rows = torch.cat([sent, self._sample])
         shares = torch.cat([shares, self._sample_share.expand(len(self._sample))])
-        inner = _inner(experts, expert, experts.gate_up_proj[expert], self._hidden[rows])
+        rounded = getattr(experts, first_projection(experts))[expert]
+        inner = _inner(experts, expert, rounded, self._hidden[rows])
         return Sums.over(inner, _inner(experts, expert, gate_up, self._floats[rows]), shares)
 
     def _sent(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,6 +93,6 @@ def _inner(experts: Any, expert: int, gate_up: torch.Tensor, hidden: torch.Tenso
     """Return what the down projection gets [T, I] of hidden states [T, H]."""
     products = hidden @ (gate_up if experts.is_transposed else gate_up.mT)
     if experts.has_bias:
-        products = products + experts.gate_up_proj_bias[expert]
-    gated: torch.Tensor = experts._apply_gate(products)
-    return gated
+        products = products + getattr(experts, f"{first_projection(experts)}_bias")[expert]
+    inner: torch.Tensor = (experts._apply_gate if experts.has_gate else experts.act_fn)(products)
+    return inner

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alloc_moe.compiler.errors import UnsupportedModelError
-from alloc_moe.compiler.model.architectures import latent_attention
+from alloc_moe.compiler.model.architectures import expert_weights, latent_attention
 from alloc_moe.compiler.model.skeleton import parameter_names
 from alloc_moe.compiler.records import Quantization
 from alloc_moe.passes.blockwise import BlockFormat, block_that_fits
@@ -64,7 +64,7 @@ def choose_formats(
     for layer in layers:
         module: Any = skeleton.get_submodule(layer.experts_name)
         axis = -2 if module.is_transposed else -1
-        columns = [module.gate_up_proj.shape[axis], module.down_proj.shape[axis]]
+        columns = [module.get_parameter(leaf).shape[axis] for leaf in expert_weights(module)]
         fitting = block_that_fits(block, columns)
         if fitting is None:
             raise UnsupportedModelError(

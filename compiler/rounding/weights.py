@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alloc_moe.compiler.model.architectures import expert_weights
 from alloc_moe.passes.blockwise import BlockFormat, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.records import Quantization
-
-_EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def quantized(moe: MoeModel, quantization: Quantization, *, round_experts: bool = True) -> MoeModel:
@@ -69,7 +68,7 @@ def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[Non
     Takes the memory of its weights once more. Those of an offloaded layer must be in memory.
     """
     module: Any = experts
-    floats = {leaf: getattr(module, leaf) for leaf in _EXPERT_WEIGHTS}
+    floats = {leaf: getattr(module, leaf) for leaf in expert_weights(module)}
     try:
         for leaf, parameter in floats.items():
             values = _rounded(parameter.detach(), form, bool(module.is_transposed))
@@ -202,6 +201,6 @@ def stored_formats(moe: MoeModel) -> dict[str, tuple[BlockFormat, bool]]:
     chosen = moe.layers if moe.quantization.experts else ()
     for layer, form in zip(chosen, moe.quantization.experts, strict=True):
         module: Any = moe.checkpoint.skeleton.get_submodule(layer.experts_name)
-        for leaf in _EXPERT_WEIGHTS:
+        for leaf in expert_weights(module):
             stored[f"{layer.experts_name}.{leaf}"] = form, bool(module.is_transposed)
     return stored

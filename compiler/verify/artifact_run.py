@@ -15,7 +15,12 @@ import onnx_ir as ir
 import onnxruntime
 
 from alloc_moe.compiler.verify.segments import cut_graph, extract_segment
-from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
+from alloc_moe.runtime.artifact.counting import (
+    counted_values,
+    executed,
+    least_executed,
+    most_executed,
+)
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import (
     LATENT_CACHE_KEY,
@@ -58,6 +63,9 @@ class ArtifactRun:
         default_factory=list
     )  # per call, [batch, new, vocab]
     executed: list[int] = field(default_factory=list)  # experts per MoE layer, padding included
+    chosen: list[list[NDArray[np.bool_]]] = field(
+        default_factory=list
+    )  # per MoE layer and call, [rows, experts]: which run; by `run_by_segments` only
 
 
 def run_whole(path: Path, runs: Sequence[ArtifactRun], *, ep: Literal["cpu", "cuda"]) -> None:
@@ -98,6 +106,7 @@ def run_by_segments(path: Path, runs: Sequence[ArtifactRun], *, limit: int) -> N
     crossing: list[list[_Arrays]] = [[{} for _ in run.calls] for run in runs]
     for run in runs:
         run.executed = [0] * len(artifact.counted)
+        run.chosen = [[] for _ in artifact.counted]
     for index, segment in enumerate(segments):
         needed = {value.name for later in segments[index + 1 :] for value in later.inputs}
         session = artifact.open_segment(extract_segment(artifact.model, segment, crossing[0][0]))
@@ -209,11 +218,12 @@ class _SegmentSession:
 
 
 def _collect(artifact: _Artifact, run: ArtifactRun, made: _Arrays) -> None:
-    """Take over from what a segment made the logits, and the experts that were executed."""
+    """Take over from what a segment made the logits, and which experts were executed."""
     if "logits" in made:
         run.logits.append(made["logits"])  # type: ignore[arg-type]
     limits = most_executed(artifact.files.plan)
     for layer, (name, most) in enumerate(zip(artifact.counted, limits, strict=True)):
         if name in made:
-            counts = executed(name, made[name], most)  # type: ignore[arg-type]
-            run.executed[layer] += int(counts.sum())
+            value: NDArray[np.floating] = made[name]  # type: ignore[assignment]
+            run.executed[layer] += int(executed(name, value, most).sum())
+            run.chosen[layer].append(value > least_executed(name))

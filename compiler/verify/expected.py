@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.model.quiet import quiet
+from alloc_moe.compiler.records import SCORED
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.compiler.rounding.cache_scales import RoundedCache
@@ -25,17 +27,19 @@ from alloc_moe.compiler.verify.cached_replay import CachedRun, run_by_layers
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.records import Correction, Redistribution, Weights
-    from alloc_moe.compiler.reference.experts import Activations
+    from alloc_moe.compiler.reference.experts import Activations, Turn
+    from alloc_moe.compiler.reference.policies import Kept
     from alloc_moe.passes.attention.quantize_cache import CacheScales
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
+    _Plan = Callable[[], AbstractContextManager[Activations]]
+
 logger = logging.getLogger(__name__)
 
-# Router weights closer than this may be ranked differently by two correct float32 computations.
-_NEAR_TIE = 5e-6
-_ATTEMPTS = 8
+NEAR_TIE = 5e-6
+"""Router weights closer than this may be ranked differently by two correct float32 computations."""
 
-_InForce = Callable[[], "AbstractContextManager[Activations]"]
+_ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,18 @@ def clear_references(
     last = text.size - BATCH_TOKENS
     starts = [attempt * BATCH_TOKENS % (last + 1) for attempt in range(_ATTEMPTS)]
     batches = [PromptBatch.of(text[start : start + BATCH_TOKENS]) for start in starts]
-    plans = _in_force(moe, plan, prices, corrections)
+    plans = [_in_force(moe, plan, price, corrections) for price in prices]
     if moe.offloading is None:
         return [
             _clearest(_reference(moe, batch, run, cache_scales) for batch in batches)
             for run in plans
         ]
+    # All at once: reading the layers takes longer than running them.
     pairs = [(batch, run) for run in plans for batch in batches]
-    found = iter(_by_layers(moe, pairs, cache_scales))
-    return [_clearest(list(itertools.islice(found, len(batches)))) for _ in plans]
+    found = _by_layers(moe, pairs, cache_scales)
+    return [
+        _clearest(found[start : start + _ATTEMPTS]) for start in range(0, len(found), _ATTEMPTS)
+    ]
 
 
 def run_again(
@@ -98,38 +105,78 @@ def run_again(
         prices: One per reference; None is the plan's own.
         corrections: What its experts are changed by, per MoE layer.
     """
-    plans = _in_force(moe, plan, prices, corrections)
-    pairs = [(given.batch, run) for given, run in zip(references, plans, strict=True)]
+    pairs = [
+        (given.batch, _in_force(moe, plan, price, corrections))
+        for given, price in zip(references, prices, strict=True)
+    ]
     if moe.offloading is None:
         return [_reference(moe, batch, run, {}) for batch, run in pairs]
     return _by_layers(moe, pairs, {})
 
 
+def with_same_ties(
+    reference: Reference,
+    chosen: Sequence[Sequence[NDArray[np.bool_]]],
+    *,
+    moe: MoeModel,
+    plan: AllocationPlan,
+    price: float | None,
+    corrections: Sequence[Correction | None] | None,
+    cache_scales: CacheScales,
+) -> Reference:
+    """Run PyTorch on the same batch again, and let it take near-ties as an artifact took them.
+
+    A decision is turned only if it was taken by less than `NEAR_TIE`. Where the plan fixes how many
+    experts run in a call, so many do. What is returned has no near-ties: none is left open.
+
+    Args:
+        reference: What is run again.
+        chosen: Which experts the artifact ran, by MoE layer and call [tokens, experts], padding
+            included.
+        moe: The model.
+        plan: What it runs under.
+        price: None is the plan's own.
+        corrections: What its experts are changed by, per MoE layer.
+        cache_scales: Of an int8 cache.
+    """
+    calls = [iter(layer) for layer in chosen]
+    fixed = plan.redistribution not in SCORED or plan.cap is not None
+
+    def turn(layer: int, ids: torch.Tensor, kept: Kept) -> torch.Tensor:
+        runs = torch.from_numpy(next(calls[layer])).gather(1, ids)
+        turned = torch.where(kept.gaps < NEAR_TIE, runs, kept.mask)
+        return kept.mask if fixed and turned.sum() != kept.mask.sum() else turned
+
+    run = _in_force(moe, plan, price, corrections, turn)
+    if moe.offloading is None:
+        found = _reference(moe, reference.batch, run, cache_scales)
+    else:
+        (found,) = _by_layers(moe, [(reference.batch, run)], cache_scales)
+    return dataclasses.replace(found, margin=math.inf)
+
+
 def _in_force(
     moe: MoeModel,
     plan: AllocationPlan,
-    prices: Sequence[float | None],
+    price: float | None,
     corrections: Sequence[Correction | None] | None,
-) -> list[_InForce]:
-    """Return what puts the plan in force, at each price."""
-    return [
-        functools.partial(
-            allocated,
-            moe.model,
-            moe.layers,
-            layer_parameters(plan, price),
-            redistribution=cast("Redistribution", plan.redistribution),
-            weights=cast("Weights", plan.weights),
-            corrections=corrections,
-        )
-        for price in prices
-    ]
+    turn: Turn | None = None,
+) -> _Plan:
+    return functools.partial(
+        allocated,
+        moe.model,
+        moe.layers,
+        layer_parameters(plan, price),
+        redistribution=cast("Redistribution", plan.redistribution),
+        weights=cast("Weights", plan.weights),
+        corrections=corrections,
+        turn=turn,
+    )
 
 
 def _by_layers(
-    moe: MoeModel, pairs: Sequence[tuple[PromptBatch, _InForce]], cache_scales: CacheScales
+    moe: MoeModel, pairs: Sequence[tuple[PromptBatch, _Plan]], cache_scales: CacheScales
 ) -> list[Reference]:
-    """Run batches all at once: reading the layers takes longer than running them."""
     runs = [CachedRun(batch.inputs(), run, cache_scales) for batch, run in pairs]
     run_by_layers(moe, runs)
     return [
@@ -146,7 +193,7 @@ def _clearest(references: Iterable[Reference]) -> Reference:
     for attempt, reference in enumerate(references):
         if best is None or reference.margin > best.margin:
             best = reference
-        if best.margin >= _NEAR_TIE:
+        if best.margin >= NEAR_TIE:
             break
         logger.debug("Verification text %d has a near-tie of %.1e.", attempt, reference.margin)
     assert best is not None
@@ -156,7 +203,7 @@ def _clearest(references: Iterable[Reference]) -> Reference:
 def _reference(
     moe: MoeModel,
     batch: PromptBatch,
-    plan: _InForce,
+    plan: _Plan,
     cache_scales: CacheScales,
 ) -> Reference:
     logits = []

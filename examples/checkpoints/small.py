@@ -14,18 +14,28 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 
 _LIST: dict[str, Any] = tomllib.loads(Path(__file__).with_name("families.toml").read_text("utf-8"))
 
 _NONE = "none"  # TOML has no such value
 
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    if "text_config" in settings:  # what is shared is of its language model
+        return {**settings, "text_config": _completed(settings["text_config"])}
+    given = {**_LIST["shared"], **settings}
+    return {name: None if value == _NONE else value for name, value in given.items()}
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
-    family: {
-        name: None if value == _NONE else value
-        for name, value in {**_LIST["shared"], **settings}.items()
-    }
-    for family, settings in _LIST["families"].items()
+    family: _completed(settings) for family, settings in _LIST["families"].items()
 }
 """The configuration of a small model of each family."""
 
@@ -47,7 +57,10 @@ def byte_tokenizer() -> Any:
 def save_checkpoint(folder: Path, settings: dict[str, Any], *, seed: int = 0) -> Path:
     """Write a random checkpoint, its routers decisive enough to compare runs token by token."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    config = AutoConfig.for_model(**settings)
+    listed = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = AutoModelForCausalLM if listed else AutoModelForImageTextToText
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -107,6 +107,7 @@ class LatentAttentionPass(ir.passes.InPlacePass):
         builder = _Builder(model, layers[0])
         for layer in layers:
             builder.replace(layer)
+        common.CommonSubexpressionEliminationPass()(model)  # each layer asks for the same shape
         common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -160,6 +161,8 @@ class _Builder:
         turned, new = self._rotated(layer)
         own = self._add(at, "MatMul", [layer.own, _keys(model, layer)])
         query = self._add(at, "Concat", [own, turned], {"axis": -1})
+        if layer.factor is not None:
+            query = self._add(at, "Mul", [query, layer.factor])
         as_rows = self._integers("as_rows", 0, 1, -1, width)
         rows = self._add(at, "Reshape", [query, as_rows])
         new = self._add(at, "Concat", [self._rows(at, layer.latent), new], {"axis": -1})

@@ -36,7 +36,8 @@ class LatentLayer:
     [batch, heads, sequence, turned size] what all heads share of the keys. ``latent``
     [batch, 1, sequence, rank] and ``shared`` [batch, 1, sequence, turned size] are the new tokens';
     ``past`` and ``present`` are the caches of both. ``attended`` [batch, sequence, heads * value
-    size] is the result.
+    size] is the result. Queries are multiplied by ``factor`` [batch, 1, sequence, 1], if there is
+    one.
     """
 
     node: ir.Node
@@ -51,6 +52,7 @@ class LatentLayer:
     heads: int
     value_size: int
     scale: float
+    factor: ir.Value | None = None
 
 
 def match_latent_layers(model: ir.Model) -> Sequence[LatentLayer]:
@@ -71,6 +73,7 @@ def _match(node: ir.Node) -> LatentLayer | None:
     ):
         return None
     query, keys, values, mask = node.inputs
+    query, factor = _scaled(query)
     asked, known = _parts(query), _parts(keys)
     attended, scale = _merged(node.outputs[0]), node.attributes.get("scale")
     if asked is None or known is None or attended is None or scale is None or window_of(mask) != 0:
@@ -104,7 +107,18 @@ def _match(node: ir.Node) -> LatentLayer | None:
         heads=heads,
         value_size=value_size,
         scale=scale.as_float(),
+        factor=factor,
     )
+
+
+def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
+    """Return a value and what multiplies each of its tokens, the same in all heads, if anything."""
+    factors = _factors(value)
+    if factors is None or factors[1].shape is None:
+        return value, None
+    sizes = factors[1].shape
+    by_token = len(sizes) == 4 and (sizes[1], sizes[3]) == (1, 1)
+    return factors if by_token else (value, None)
 
 
 def _parts(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -18,6 +20,8 @@ from alloc_moe.passes.base import (
 class InterleaveExpertsPass(ir.passes.InPlacePass):
     """Interleave gate and up rows (gate 0, up 0, gate 1, ...) and undo a transposed layout.
 
+    Experts without a gate have their up rows for both: each becomes two.
+
     onnxruntime's CPU kernel takes SwiGLU weights interleaved only (``swiglu_fusion=1``), as
     [experts, 2 * intermediate, hidden] and [experts, hidden, intermediate]. Done once, when the
     weights are written.
@@ -28,13 +32,17 @@ class InterleaveExpertsPass(ir.passes.InPlacePass):
         for node in routed_experts(model):
             transposed = bool(node.attributes["transposed"].as_int())
             interleaved = bool(node.attributes["interleaved"].as_int())
-            if interleaved and not transposed:
+            gated = bool(node.attributes.get_int("gated", 1))
+            if interleaved and gated and not transposed:
                 continue
-            _rewrite(model, node, GATE_UP, transposed=transposed, interleave=not interleaved)
+            arrange = _as_stored if interleaved else interleave_rows
+            arrange = arrange if gated else repeat_rows
+            _rewrite(model, node, GATE_UP, arrange, transposed=transposed)
             if node.inputs[GATE_UP_BIAS] is not None:
-                _rewrite(model, node, GATE_UP_BIAS, transposed=False, interleave=not interleaved)
+                _rewrite(model, node, GATE_UP_BIAS, arrange, transposed=False)
             if transposed:
-                _rewrite(model, node, DOWN, transposed=True, interleave=False)
+                _rewrite(model, node, DOWN, _as_stored, transposed=True)
+            node.attributes["gated"] = ir.AttrInt64("gated", 1)
             node.attributes["transposed"] = ir.AttrInt64("transposed", 0)
             node.attributes["interleaved"] = ir.AttrInt64("interleaved", 1)
             modified = True
@@ -45,6 +53,7 @@ class InterleaveExpertsPass(ir.passes.InPlacePass):
             if (
                 node.attributes["transposed"].as_int()
                 or not node.attributes["interleaved"].as_int()
+                or not node.attributes.get_int("gated", 1)
             ):
                 raise ir.passes.PostconditionError(
                     f"The experts of {node.name} are not interleaved."
@@ -58,8 +67,22 @@ def interleave_rows(weights: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weights.shape)
 
 
+def repeat_rows(weights: np.ndarray) -> np.ndarray:
+    """Return [E, 2I, ...] with each row of [E, I, ...] twice in a row."""
+    return np.repeat(weights, 2, axis=1)
+
+
+def _as_stored(weights: np.ndarray) -> np.ndarray:
+    return weights
+
+
 def _rewrite(
-    model: ir.Model, node: ir.Node, index: int, *, transposed: bool, interleave: bool
+    model: ir.Model,
+    node: ir.Node,
+    index: int,
+    arrange: Callable[[np.ndarray], np.ndarray],
+    *,
+    transposed: bool,
 ) -> None:
     source = node.inputs[index]
     if source is None or source.const_value is None:
@@ -70,12 +93,14 @@ def _rewrite(
     shape = tensor.shape.numpy()
     if transposed:
         shape = (shape[0], shape[2], shape[1])
+    if arrange is repeat_rows:
+        shape = (shape[0], 2 * shape[1], *shape[2:])
 
     def compute() -> np.ndarray:
         weights = tensor.numpy()
         if transposed:
             weights = np.ascontiguousarray(weights.swapaxes(1, 2))
-        return interleave_rows(weights) if interleave else weights
+        return arrange(weights)
 
     name = f"{source.name}.moe"
     value = model.graph.initializers.get(name)

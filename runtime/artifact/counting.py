@@ -44,6 +44,14 @@ def most_executed(plan: AllocationPlan) -> tuple[int, ...]:
     )
 
 
+def least_executed(name: str) -> float:
+    """Return what an expert's entry in one of `counted_values` is above if a lowering lets it run.
+
+    Where the operator chooses by itself, all are.
+    """
+    return 0.0 if name.startswith(ROUTER_WEIGHTS.format(layer="")) else DROPPED / 2
+
+
 def executed(name: str, value: NDArray[np.floating], most: int) -> NDArray[np.int64]:
     """Return the experts executed per row [rows], from one of `counted_values` [rows, experts].
 
@@ -53,8 +61,7 @@ def executed(name: str, value: NDArray[np.floating], most: int) -> NDArray[np.in
             experts, of which it takes the most.
         most: One of `most_executed`.
     """
-    least = 0.0 if name.startswith(ROUTER_WEIGHTS.format(layer="")) else DROPPED / 2
-    counts: NDArray[np.int64] = np.count_nonzero(value > least, axis=1)
+    counts: NDArray[np.int64] = np.count_nonzero(value > least_executed(name), axis=1)
     # Where a lowering says what runs, not all experts do: there the graph is counted, not the plan.
     chooses = counts == value.shape[1]
     return np.where(chooses, counts.clip(max=most), counts)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -23,6 +22,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_utils import LoadStateDictConfig
 
 from alloc_moe.compiler.errors import CheckpointError, VerificationError
+from alloc_moe.compiler.model.architectures import weight_conversions
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.model.skeleton import build_empty
@@ -83,7 +83,7 @@ def _read_again(
     prefix = next(name for name, module in model.named_modules() if module is stack)
     prefix = f"{prefix}.{layer.decoder_layer}."
     tensors = _layer_tensors(checkpoint, model, prefix, layer, chosen)
-    conversions = get_model_conversion_mapping(model)
+    conversions = weight_conversions(model)
     convert_and_load_state_dict_in_model(
         model, tensors, LoadStateDictConfig(dtype=torch.float32, weight_mapping=conversions)
     )
@@ -105,7 +105,7 @@ def _layer_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return what a checkpoint stores of a decoder layer, as floats, under its own keys."""
     stored = checkpoint.reader.weights.files.tensors
-    conversions = get_model_conversion_mapping(model)
+    conversions = weight_conversions(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     state, base = model.state_dict(), model.base_model_prefix

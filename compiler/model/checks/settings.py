@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.model.files.stored import StoredWeights
 
 # transformers makes lists and dictionaries of these lengths while it reads the file.
-_COUNT = re.compile(r"(?:^|_)(?:layers?|labels|experts|heads?|groups?|blocks)$")
+# vision_feature_layer is an index, from the end if negative.
+_COUNT = re.compile(r"(?:^|(?<!feature)_)(?:layers?|labels|experts|heads?|groups?|blocks)$")
 # mscale_all_dim of YaRN's rotary embeddings is a factor.
 _SIZE = re.compile(r"(?<!mscale_all)(?:_size|_dim|_rank|^d_model|^n_embd)$")
 _MOST, _LARGEST = 20_000, 1 << 26

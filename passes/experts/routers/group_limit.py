@@ -21,11 +21,12 @@ _EXPORTED = ("Not", "Cast", "Reshape", "Expand", "Unsqueeze", "ScatterElements")
 class GroupLimit:
     """A ``Where`` that hides scores [T, E] of experts outside the chosen groups.
 
-    ``ids`` [T, chosen] are groups, of ``groups`` in all.
+    ``fill_number`` is what they become, zero or minus infinity. ``ids`` [T, chosen] are groups, of
+    ``groups`` in all.
     """
 
     where: ir.Node
-    fill: ir.Value
+    fill_number: float
     scores: ir.Value
     ids: ir.Value
     groups: int
@@ -37,7 +38,7 @@ class GroupLimit:
 
 
 class GroupLimitPass(ir.passes.InPlacePass):
-    """Replace the nodes that hide a group's experts by five, by none where all are chosen.
+    """Replace the nodes that hide a group's experts by four, by none where all are chosen.
 
     The choice stays the same, ties included. Only graphs with caches of latents are changed: those
     of other families stay byte for byte what they were.
@@ -77,14 +78,17 @@ def _match(where: ir.Node) -> GroupLimit | None:
             return None
         last, node = node, producer(node.inputs[0])
     zeros, ids, ones = last.inputs
-    if fill is None or scores is None or ids is None or not (_is(zeros, 0) and _is(ones, 1)):
+    if scores is None or ids is None or not (_is(zeros, 0) and _is(ones, 1)):
+        return None
+    number = None if fill is None else ir.convenience.get_const_tensor(fill)
+    if number is None or number.size != 1 or number.numpy().item() not in (0, -np.inf):
         return None
     top = producer(ids)
     if top is None or top.op_type != "TopK" or ids is not top.outputs[1]:
         return None
     groups = _last(top.inputs[0])
     fits = groups and _last(ids) and _last(scores) % groups == 0
-    return GroupLimit(where, fill, scores, ids, groups) if fits else None
+    return GroupLimit(where, number.numpy().item(), scores, ids, groups) if fits else None
 
 
 def _is(value: ir.Value | None, number: int) -> bool:
@@ -101,7 +105,9 @@ def _is(value: ir.Value | None, number: int) -> bool:
 def _replace(model: ir.Model, limit: GroupLimit) -> None:
     at, experts = limit.where, _last(limit.scores)
     integers = functools.partial(shared_integers, model)
-    off_on = ir.tensor(np.array([0, 1], np.float32), name=f"{DOMAIN}.off_on")
+    # What is hidden becomes zero or minus infinity; the rest stays what it is, bit for bit.
+    hidden, (off, on) = ("Mul", (0, 1)) if limit.fill_number == 0 else ("Add", (-np.inf, 0))
+    off_on = ir.tensor(np.array([off, on], np.float32), name=f"{DOMAIN}.off_on")
     by_group = _view(limit)
     if by_group is None:
         shape = integers("by_group", 0, limit.groups, -1)
@@ -114,10 +120,8 @@ def _replace(model: ir.Model, limit: GroupLimit) -> None:
         [limit.ids, depth, add_initializer(model, off_on)],
         {"axis": 1},
     )
-    counts = insert(model, at, "ReduceSum", [marks.outputs[0], integers("group_axis", 2)])
-    chosen = insert(model, at, "Cast", counts.outputs, {"to": int(ir.DataType.BOOL)})
-    seen = [chosen.outputs[0], by_group, limit.fill]
-    kept = insert(model, at, "Where", seen)
+    chosen = insert(model, at, "ReduceMax", [marks.outputs[0], integers("group_axis", 2)])
+    kept = insert(model, at, hidden, [by_group, chosen.outputs[0]])
     flat = insert(model, at, "Reshape", [kept.outputs[0], integers("by_expert", 0, experts)])
     take_over(at.outputs[0], flat.outputs[0])
 

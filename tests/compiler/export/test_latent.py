@@ -88,14 +88,19 @@ def test_other_families_have_no_latent_cache(
     assert LATENT_CACHE_KEY not in specialize(exported("olmoe"), plan, device="cpu").metadata_props
 
 
-def test_a_layer_whose_router_chooses_groups_is_63_nodes(
+def test_a_layer_whose_router_chooses_groups_is_60_nodes(
     exported: Callable[[str], ir.Model], plan: AllocationPlan
 ) -> None:
     model = specialize(exported("deepseek_v2"), plan, device="cpu")
     appends = [at for at, node in enumerate(model.graph) if node.op_type == "ScatterND"]
     assert len(appends) == 3
-    assert appends[2] - appends[1] == 63
     found = Counter(node.op_type for node in model.graph)
+    # The first MoE layer asks for what all share: which tokens are real, and a shape.
+    assert (found["real_tokens"], appends[2] - appends[1]) == (1, 60 + 2)
+    made = {id(node.outputs[0]) for node in model.graph if node.op_type == "Concat"}
+    shapes = [id(node.inputs[1]) for node in model.graph if node.op_type == "Reshape"]
+    joined = [shape for shape in shapes if shape in made]
+    assert len(joined) == 2 * len(set(joined))
     assert (found["RotaryEmbedding"], found["Attention"], found["OneHot"]) == (6, 0, 2)
 
 

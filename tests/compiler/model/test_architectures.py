@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
 from alloc_moe.compiler.model.architectures import Gate, find_gate
 
@@ -83,6 +84,14 @@ def test_scales_and_limits_are_found(alpha: float, beta: float, limit: float) ->
     assert find_gate(Clamped(alpha, beta, limit)) == Gate(alpha, beta, limit)
 
 
+@pytest.mark.parametrize("square", [ACT2FN["relu2"], lambda x: functional.relu(x).square()])
+def test_a_squared_relu_without_a_gate_is_gated_by_itself(square: Any) -> None:
+    found = find_gate(Without(square))
+    assert found is not None
+    up = torch.linspace(-3, 3, 1001)
+    torch.testing.assert_close(found(up, up), functional.relu(up).square(), atol=1e-12, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "experts",
     [
@@ -92,6 +101,8 @@ def test_scales_and_limits_are_found(alpha: float, beta: float, limit: float) ->
         OneSided(1.0, 0.0, 7.0),
         OfTheExpert(functional.silu),
         Without(functional.silu),
+        Without(functional.relu),
+        Without(torch.square),
         Normed(functional.silu),
     ],
     ids=lambda experts: type(experts).__name__,

@@ -11,7 +11,12 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, Qwen3_5MoeForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    Mistral3ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from alloc_moe.compiler.errors import CheckpointError, UnsupportedModelError
 from alloc_moe.compiler.model import checkpoint as checkpoint_module
@@ -20,6 +25,7 @@ from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_layers import find_moe_layers
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.skeleton import build_skeleton
+from alloc_moe.compiler.records import OffloadMode
 
 TINY = {
     "vocab_size": 32,
@@ -127,17 +133,60 @@ def test_the_text_part_of_a_model_that_takes_images_is_loaded(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(text / name, tmp_path)
     moe = load_model(str(tmp_path))
-    ids = torch.arange(1, 20)[None]
-    with torch.inference_mode():
-        found, expected = (model(input_ids=ids).logits for model in (moe.model, original))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    _assert_same_logits(moe.model, original)
     (note,) = moe.checkpoint.notes
     assert "belong to no weight and are left out: model.visual.blocks.0" in note
 
 
+@pytest.mark.parametrize("offload", ["never", "always"])
+def test_a_text_part_that_is_another_family_computes_the_same(
+    checkpoint: Callable[[str], Path], offload: OffloadMode
+) -> None:
+    folder = checkpoint("qwen3_vl_moe")
+    moe = load_model(str(folder), offload=offload)
+    assert moe.config.model_type == "qwen3_moe"
+    original = Qwen3VLMoeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    _assert_same_logits(moe.model, original.eval())
+    assert any("are left out: model.visual." in note for note in moe.checkpoint.notes)
+
+
+def test_a_text_part_keeps_the_ties_of_the_whole(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = checkpoint("mistral4")
+    config = AutoConfig.for_model(
+        "mistral3",
+        text_config=AutoConfig.from_pretrained(text).to_dict() | {"tie_word_embeddings": False},
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    original = Mistral3ForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+    original.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(text / name, tmp_path)
+    moe = load_model(str(tmp_path))
+    assert moe.config.model_type == "mistral4"
+    _assert_same_logits(moe.model, original)
+    assert any("are left out: multi_modal" in note for note in moe.checkpoint.notes)
+
+
+def _assert_same_logits(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    ids = torch.arange(1, 20)[None]
+    with torch.inference_mode():
+        logits = [model(input_ids=ids).logits for model in (found, expected)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
 def test_text_models_that_are_none_by_themselves_are_refused(tmp_path: Path) -> None:
-    folder_of(tmp_path, "qwen3_vl_moe")
-    with pytest.raises(UnsupportedModelError, match="qwen3_vl_moe takes images beside text, and"):
+    folder_of(tmp_path, "ernie4_5_vl_moe")
+    with pytest.raises(UnsupportedModelError, match="ernie4_5_vl_moe takes images beside text"):
         load_model(str(tmp_path))
 
 
@@ -154,6 +203,13 @@ def test_experts_with_another_gate_are_refused() -> None:
         match=r"olmoe's experts \(model\.layers\.0\.mlp\.experts\) compute GELU.*gated by SiLU",
     ):
         find_moe_layers(build_skeleton(config, torch.float32))
+
+
+def test_the_gate_of_gemma_4_is_refused(tmp_path: Path) -> None:
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+    folder_of(tmp_path, "gemma4_text", **TINY, **experts, head_dim=8, moe_intermediate_size=8)
+    with pytest.raises(UnsupportedModelError, match=r"gemma4_text's experts .* compute GELUTanh"):
+        load_model(str(tmp_path))
 
 
 def test_experts_that_are_not_fused_are_refused() -> None:

@@ -154,6 +154,25 @@ def test_margin_is_that_of_the_closest_decision(redistribution: Redistribution) 
     assert policy(weights, ids, ~real, LayerParameters(2)).margin == math.inf
 
 
+@pytest.mark.parametrize(
+    ("redistribution", "expected"),
+    [
+        ("none", [[math.inf, 0.4, 0.4], [math.inf, 0.1, 0.1]]),
+        ("batch", [[math.inf, 0.3, 0.2], [math.inf, 0.1, 0.1]]),
+        ("sequence", [[math.inf, 0.4, 0.4], [math.inf, 0.1, 0.1]]),
+    ],
+)
+def test_each_decision_has_its_gap(
+    redistribution: Redistribution, expected: list[list[float]]
+) -> None:
+    weights = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.3, 0.2]])
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    rows = 2 if redistribution == "sequence" else 1
+    real = torch.ones(rows, 2 // rows, dtype=torch.bool)
+    kept = POLICIES[redistribution](weights, ids, real, LayerParameters(2))
+    torch.testing.assert_close(kept.gaps, torch.tensor(expected))
+
+
 def test_margin_counts_a_close_first_rank() -> None:
     weights = torch.tensor([[0.9, 0.8, 0.7], [0.5, 0.49, 0.1]])
     ids = torch.zeros(2, 3, dtype=torch.long)

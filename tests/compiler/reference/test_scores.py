@@ -73,7 +73,8 @@ def test_margin_holds_for_overlapping_experts() -> None:
     ids = torch.stack([torch.randperm(4, generator=random) for _ in range(40)])
     given = LayerParameters(2.0, 0.4, (0.5, 1.0, 1.5, 2.0), overlap=0.6)
     real = torch.ones(1, 40, dtype=torch.bool)
-    mask, margin = POLICIES["price"](weights, ids, real, given)
+    kept = POLICIES["price"](weights, ids, real, given)
+    mask, margin = kept.mask, kept.margin
     assert 0 < margin < 0.01
     for _ in range(50):  # changes below the margin, of all weights at once, turn no decision
         noise = (torch.rand(40, 4, generator=random) * 2 - 1) * 0.9 * margin
@@ -138,6 +139,16 @@ def test_margin_is_in_units_of_the_router_weight() -> None:
     assert margin("ratio", 0.5 - 0.01) == pytest.approx(0.005)
     assert margin("top-p", -0.51) == pytest.approx(0.01)
     assert margin("price", 50 - 1, 1e-9, 200, 1e-9) == pytest.approx(1 / 200)
+
+
+def test_each_decision_has_its_gap() -> None:
+    real = torch.ones(1, 1, dtype=torch.bool)
+    weights, ids = torch.tensor([[0.9, 0.5, 0.3, 0.25]]), torch.tensor([[0, 1, 2, 3]])
+    gaps = POLICIES["threshold"](weights, ids, real, LayerParameters(2.0, 0.4)).gaps
+    # At the border the lead in rank counts as well where it is less.
+    torch.testing.assert_close(gaps, torch.tensor([[math.inf, 0.1, 0.1, 0.15]]))
+    capped = POLICIES["threshold"](weights, ids, real, LayerParameters(3.0, 0.1, cap=1.0)).gaps
+    torch.testing.assert_close(capped, torch.tensor([[math.inf, 0.25, 0.05, 0.05]]))
 
 
 def test_margin_counts_ranks_that_decide() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from alloc_moe.compiler.model.architectures import first_projection
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.reference.experts import run_pairs
 from alloc_moe.compiler.rounding.expert_sums import ExpertSums
@@ -41,7 +42,7 @@ def test_an_experts_tokens_count_by_their_shares_and_all_tokens_a_little(
     torch.testing.assert_close(sums.drift, drift)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h"])
 def test_a_down_projection_goes_by_what_the_experts_gate_gives(
     moe_model: Callable[[str], MoeModel],
     shares: torch.Tensor,
@@ -50,11 +51,13 @@ def test_a_down_projection_goes_by_what_the_experts_gate_gives(
 ) -> None:
     moe = moe_model(family)
     module: Any = moe.model.get_submodule(moe.layers[0].experts_name)
-    hidden, floats = states
+    width = module.down_proj.shape[2 if module.is_transposed else 1]
+    hidden, floats = (each[:, :width] for each in states)
     every = torch.zeros(TOKENS, module.num_experts)
     every[:, :EXPERTS] = shares
     with torch.no_grad():
-        sums = ExpertSums(hidden, floats, every).down(module, 0, module.gate_up_proj[0] * 0)
+        first = getattr(module, first_projection(module))
+        sums = ExpertSums(hidden, floats, every).down(module, 0, first[0] * 0)
         down = module.down_proj[0] if module.is_transposed else module.down_proj[0].mT
         bias = module.down_proj_bias[0] if module.has_bias else 0
         given = run_pairs(module, hidden, torch.zeros(TOKENS, dtype=torch.long), torch.ones(TOKENS))

@@ -30,8 +30,14 @@ _PAIRS = """
   second_{x} = Add(c_{x}, d_{x})
   turned_{x} = Concat<axis=-1>(first_{x}, second_{x})
 """
-_LAYER = """
+_QUERY = """
   query{n} = Concat<axis=-1>({own}, {turned})
+"""
+_SCALED_QUERY = """
+  joined{n} = Concat<axis=-1>({own}, {turned})
+  query{n} = Mul(joined{n}, factor)
+"""
+_LAYER = """
   present__{n}__key = Concat<axis=-2>(past_key_values__{n}__key, latent)
   present__{n}__value = Concat<axis=-2>(past_key_values__{n}__value, {shared})
   by_column{n} = Transpose<perm=[1, 0]>(expansion)
@@ -56,7 +62,12 @@ def latent_attention(exported_attention: ModuleType) -> Build:
 
 
 def build(
-    exported: ModuleType, *, rotated: bool = True, softcap: float = 0.0, window: str = ""
+    exported: ModuleType,
+    *,
+    rotated: bool = True,
+    softcap: float = 0.0,
+    window: str = "",
+    factor: str = "",
 ) -> ir.Model:
     """Return two layers as they are exported, with the mask of other attention."""
     x, y = ("turned_x", "turned_y") if rotated else ("x", "y")
@@ -64,8 +75,9 @@ def build(
     seen = "seen = Identity(visible)"
     if window:
         seen = exported.WINDOW.format(window=window)
+    layer = (_SCALED_QUERY if factor else _QUERY) + _LAYER
     layers = "".join(
-        _LAYER.format(n=n, own="own", turned=x, shared=y, softcap=softcap) for n in range(2)
+        layer.format(n=n, own="own", turned=x, shared=y, softcap=softcap) for n in range(2)
     )
     slots = [(n, kind, size) for n in range(2) for kind, size in (("key", RANK), ("value", TURNED))]
     past = ", ".join(
@@ -79,7 +91,8 @@ def build(
 <ir_version: 10, opset_import: ["" : 23]>
 g (int64[b, s] input_ids, int64[b, t] attention_mask, float[b, {HEADS}, s, {OWN}] own,
    float[b, {HEADS}, s, {TURNED}] x, float[b, 1, s, {TURNED}] y, float[b, 1, s, {RANK}] latent,
-   float[b, s, {TURNED // 2}] cosine, float[b, s, {TURNED // 2}] sine, {past})
+   float[b, s, {TURNED // 2}] cosine, float[b, s, {TURNED // 2}] sine,
+   float[{factor or "b, 1, s, 1"}] factor, {past})
  => ({outputs}, {present})
 <int64 zero = {{0}}, int64 one = {{1}}, int64[1] from0 = {{0}}, int64[1] axis1 = {{1}},
  int64[2] axes12 = {{1, 2}}, int64[1] axis_last = {{-1}}, float least = {{-3.4e38}},
@@ -122,6 +135,7 @@ def call(rng: np.random.Generator, mask: list[list[int]], *, past: int) -> dict[
         "latent": floats(batch, 1, sequence, RANK),
         "cosine": np.cos(angles),
         "sine": np.sin(angles),
+        "factor": floats(batch, 1, sequence, 1),
     }
     for n in range(2):
         given[f"past_key_values.{n}.key"] = floats(batch, 1, past, RANK)
@@ -155,12 +169,12 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("room", [0, 3])
+@pytest.mark.parametrize(("room", "factor"), [(0, ""), (3, ""), (3, "b, 1, s, 1")])
 def test_real_tokens_get_what_they_got(
-    latent_attention: Build, run: Run, rng: np.random.Generator, name: str, room: int
+    latent_attention: Build, run: Run, rng: np.random.Generator, name: str, room: int, factor: str
 ) -> None:
     mask, past = CALLS[name]
-    model, inputs = latent_attention(), call(rng, mask, past=past)
+    model, inputs = latent_attention(factor=factor), call(rng, mask, past=past)
     before = run(model, inputs)
     assert LatentAttentionPass()(model).modified
     after = run(model, in_place(inputs, room=room))
@@ -215,7 +229,7 @@ def test_the_graph_has_caches_of_latents_and_no_keys_or_values(latent_attention:
     assert len(list(latent_caches(model))) == 2 * 2
     found = [node.op_type for node in model.graph]
     assert "Attention" not in found
-    assert found.count("RotaryEmbedding") == 2 * 2
+    assert found.count("RotaryEmbedding") == 2  # both layers rotate the same here
     shapes = {v.name: v.shape for v in model.graph.initializers.values()}
     assert shapes["expansion.keys"] == (HEADS, OWN, RANK)
     assert shapes["expansion.values"] == (HEADS, RANK, VALUE)
@@ -239,7 +253,9 @@ def test_a_second_run_changes_nothing(latent_attention: Build) -> None:
     assert not LatentAttentionPass()(model).modified
 
 
-@pytest.mark.parametrize("features", [{"softcap": 30.0}, {"window": "two"}], ids=str)
+@pytest.mark.parametrize(
+    "features", [{"softcap": 30.0}, {"window": "two"}, {"factor": "b, 2, s, 1"}], ids=str
+)
 def test_what_it_does_not_know_is_left_alone(
     latent_attention: Build, features: dict[str, Any]
 ) -> None:

@@ -85,6 +85,24 @@ def test_every_layout_becomes_that_of_the_operator(
     assert declared == [array.shape for array in weights(model) if array is not None]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_without_a_gate_become_two(transposed: bool) -> None:
+    model = layer(transposed=transposed, interleaved=False, biased=True)
+    [node] = model.graph
+    node.attributes["gated"] = ir.AttrInt64("gated", 0)
+    assert InterleaveExpertsPass()(model).modified
+    gate_up, bias, down = weights(model)
+    assert gate_up is not None
+    assert bias is not None
+    assert node.inputs[3] is not None
+    assert node.inputs[3].shape == gate_up.shape == (EXPERTS, 4 * INTERMEDIATE, HIDDEN)
+    for rows in (gate_up[:, ::2], gate_up[:, 1::2]):
+        np.testing.assert_array_equal(rows, CONCATENATED)
+    np.testing.assert_array_equal(bias[:, 1::2], CONCATENATED_BIAS)
+    np.testing.assert_array_equal(down, DOWN)
+    assert not InterleaveExpertsPass()(model).modified
+
+
 def test_the_layout_of_the_operator_stays() -> None:
     model = layer(transposed=False, interleaved=True, biased=True)
     assert not InterleaveExpertsPass()(model).modified

@@ -1,0 +1,201 @@
+"""Choices of experts that are ties are no faults, and hide none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from alloc_moe.compiler.errors import VerificationError
+from alloc_moe.compiler.export.specialize import specialize
+from alloc_moe.compiler.model.loading import load_model
+from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.reference.experts import allocated
+from alloc_moe.compiler.reference.policies import layer_parameters, scores
+from alloc_moe.compiler.verify import parity as verify
+from alloc_moe.compiler.verify.batch import BATCH_TOKENS, PromptBatch
+from alloc_moe.compiler.verify.parity import verify_artifact
+from alloc_moe.passes.base import lazy_tensor
+from alloc_moe.passes.interface.stamp_plan import StampPlanPass
+from alloc_moe.runtime.artifact.plan import PLAN_KEY, AllocationPlan
+
+Plans = Callable[..., AllocationPlan]
+Graphs = Callable[[str], ir.Model]
+
+FAULT = r"differ from PyTorch's .* This is a fault of the compiler"
+NEAR = 2e-6  # of a price: more than rounding, less than a tie
+
+
+@pytest.fixture(scope="module")
+def moe(moe_model: Callable[[str], MoeModel]) -> MoeModel:
+    return moe_model("olmoe")
+
+
+@pytest.fixture(scope="module")
+def text(token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a text that is just long enough, so that every try is the same."""
+    return token_ids.reshape(1, -1)[:, :BATCH_TOKENS]
+
+
+@pytest.fixture(scope="module")
+def plan(moe: MoeModel, score_plan: Plans, text: NDArray[np.int64]) -> AllocationPlan:
+    """Return a plan whose price is a score of the text, but for what is less than a tie."""
+    planned = score_plan(moe, "price")
+    found: list[torch.Tensor] = []
+
+    def watch(layer: int, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        if layer == 0:
+            found.append(scores("price", weights, ids, planned.layers[0].sizes))
+
+    parameters = layer_parameters(planned)
+    with (
+        torch.inference_mode(),
+        allocated(
+            moe.model,
+            moe.layers,
+            parameters,
+            redistribution="price",
+            weights="keep",
+            watch=watch,
+        ),
+    ):
+        ids, mask, positions = PromptBatch.of(text[0]).inputs()[0]
+        moe.model(input_ids=ids, attention_mask=mask, position_ids=positions)
+    second = found[0][: ids.shape[1], 1]  # of the first row's tokens, which has no padding
+    return dataclasses.replace(planned, price=float(second.median()) * (1 + NEAR), dial=None)
+
+
+def written(
+    graph: ir.Model,
+    made: AllocationPlan,
+    told: AllocationPlan,
+    path: Path,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> Path:
+    """Write the artifact of one plan, which says that it is of another."""
+    model = specialize(graph, made, device=device)
+    StampPlanPass(PLAN_KEY, told.to_json())(model)
+    package.save_graph(model, path)
+    return path
+
+
+def cheaper(plan: AllocationPlan, share: float) -> AllocationPlan:
+    assert plan.price is not None
+    return dataclasses.replace(plan, price=plan.price * (1 - share))
+
+
+def test_a_tie_that_the_artifact_takes_otherwise_is_no_fault(
+    moe: MoeModel,
+    exported: Graphs,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = written(exported("olmoe"), cheaper(plan, 2 * NEAR), plan, tmp_path / "out.onnx")
+    result = verify_artifact(path, moe, plan, text, dtype="float32")
+    assert result.max_abs_logit_error < 1e-5
+    monkeypatch.setattr(verify, "NEAR_TIE", 0.0)
+    with pytest.raises(VerificationError, match=FAULT):
+        verify_artifact(path, moe, plan, text, dtype="float32")
+
+
+def test_ties_are_taken_alike_layer_by_layer(
+    checkpoint: Callable[[str], Path],
+    exported: Graphs,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    offloaded = load_model(str(checkpoint("olmoe")), offload="always")
+    path = written(exported("olmoe"), cheaper(plan, 2 * NEAR), plan, tmp_path / "out.onnx")
+    result = verify_artifact(path, offloaded, plan, text, dtype="float32")
+    assert result.max_abs_logit_error < 1e-5
+
+
+def test_beside_a_tie_another_price_is_refused(
+    moe: MoeModel,
+    exported: Graphs,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    path = written(exported("olmoe"), cheaper(plan, 0.05), plan, tmp_path / "out.onnx")
+    with pytest.raises(VerificationError, match=FAULT):
+        verify_artifact(path, moe, plan, text, dtype="float32")
+
+
+def test_beside_a_tie_another_size_of_an_expert_is_refused(
+    moe: MoeModel,
+    exported: Graphs,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    near = cheaper(plan, 2 * NEAR)
+    first, *others = near.layers
+    assert first.sizes is not None
+    sizes = (*first.sizes[:-1], 0.5 * first.sizes[-1])
+    wrong = dataclasses.replace(near, layers=(dataclasses.replace(first, sizes=sizes), *others))
+    path = written(exported("olmoe"), wrong, plan, tmp_path / "out.onnx")
+    with pytest.raises(VerificationError, match=FAULT):
+        verify_artifact(path, moe, plan, text, dtype="float32")
+
+
+def test_beside_a_tie_a_wrong_weight_of_an_expert_is_refused(
+    moe: MoeModel,
+    exported: Graphs,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    model = specialize(exported("olmoe"), cheaper(plan, 2 * NEAR), device="cpu")
+    StampPlanPass(PLAN_KEY, plan.to_json())(model)
+    value = model.graph.initializers["model.layers.1.mlp.experts.down_proj"]
+    tensor = value.const_value
+    assert tensor is not None
+    array = tensor.numpy().copy()
+    array[2] *= 1.2
+    value.const_value = lazy_tensor(lambda: array, array.shape, tensor.dtype, value.name)
+    package.save_graph(model, tmp_path / "out.onnx")
+    with pytest.raises(VerificationError, match=FAULT):
+        verify_artifact(tmp_path / "out.onnx", moe, plan, text, dtype="float32")
+
+
+def test_a_tie_where_it_is_unknown_which_experts_run_is_told(
+    moe: MoeModel,
+    exported: Graphs,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    near = cheaper(plan, 2 * NEAR)
+    path = written(exported("olmoe"), near, plan, tmp_path / "out.onnx", device="cuda")
+    with pytest.raises(
+        VerificationError,
+        match=r"In every text that was tried some choice of experts is a tie but for \d\.\de-0\d "
+        r"of a router's weight, which may be all of it: give another --calibration text or --seed",
+    ):
+        verify_artifact(path, moe, plan, text, dtype="float32")
+
+
+def test_where_all_weights_tie_the_number_of_experts_still_counts(
+    moe: MoeModel, exported: Graphs, plan_for: Plans, tmp_path: Path
+) -> None:
+    same = np.full((1, BATCH_TOKENS), 7)
+    plan = plan_for(moe, [2, 3, 2], redistribution="batch")
+    path = written(exported("olmoe"), plan, plan, tmp_path / "out.onnx")
+    assert verify_artifact(path, moe, plan, same, dtype="float32").max_abs_logit_error < 1e-5
+    more = plan_for(moe, [3, 3, 2], redistribution="batch")
+    path = written(exported("olmoe"), more, plan, tmp_path / "out.onnx")
+    with pytest.raises(VerificationError, match=r"This is a fault of the|executed \[.*\] experts"):
+        verify_artifact(path, moe, plan, same, dtype="float32")
