@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 
@@ -83,4 +84,5 @@ def row_groups(weight: torch.Tensor) -> torch.Tensor:
         )
     found = torch.from_numpy(centers)
     nearest = directions @ found.mT - found.square().sum(1) / 2
-    return nearest.argmax(1).unique(return_inverse=True)[1]
+    _, groups = np.unique(nearest.argmax(1).numpy(), return_inverse=True)
+    return torch.from_numpy(groups)
