@@ -119,7 +119,10 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
 def _check_untouched(folder: Path) -> None:
     """Refuse what was corrected for a budget already: it is none of the model's weights."""
     plan = checkpoint_plan(folder)
-    if plan is not None and set(plan.correction.get("layers", ())) - {"none"}:
+    if plan is None:
+        return
+    untouched = ["none"] * len(plan.layers)
+    if plan.correction.get("layers", untouched) != untouched:
         raise CheckpointError(
             f"{folder} was written by --target checkpoint: its experts are corrected for "
             f"{plan.budget.activations:.6g} of {plan.budget.original} activations. Give the "

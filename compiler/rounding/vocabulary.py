@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 
@@ -65,7 +66,8 @@ class SaidTokens:
 def row_groups(weight: torch.Tensor) -> torch.Tensor:
     """Return the group [V] of each row of a head [V, C], from 0: rows of like direction together.
 
-    The head's float weights tell, so that groups don't depend on a text.
+    The head's float weights tell, so that groups don't depend on a text. None is empty, as it is
+    where rows are equal: those of words that were added to fill the vocabulary up.
     """
     count = max(1, min(_GROUPS, len(weight) // _FEWEST))
     directions = torch.nn.functional.normalize(weight - weight.mean(0), dim=1)
@@ -82,4 +84,5 @@ def row_groups(weight: torch.Tensor) -> torch.Tensor:
         )
     found = torch.from_numpy(centers)
     nearest = directions @ found.mT - found.square().sum(1) / 2
-    return nearest.argmax(1)
+    _, groups = np.unique(nearest.argmax(1).numpy(), return_inverse=True)
+    return torch.from_numpy(groups)

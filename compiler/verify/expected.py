@@ -126,8 +126,9 @@ def with_same_ties(
 ) -> Reference:
     """Run PyTorch on the same batch again, and let it take near-ties as an artifact took them.
 
-    A decision is turned only if it was taken by less than `NEAR_TIE`. Where the plan fixes how many
-    experts run in a call, so many do. What is returned has no near-ties: none is left open.
+    A decision is turned only if it was taken by less than `NEAR_TIE`. Of each token one expert runs
+    at least, and where the plan fixes how many experts run in a call, so many do. What is returned
+    has no near-ties: none is left open.
 
     Args:
         reference: What is run again.
@@ -145,6 +146,7 @@ def with_same_ties(
     def turn(layer: int, ids: torch.Tensor, kept: Kept) -> torch.Tensor:
         runs = torch.from_numpy(next(calls[layer])).gather(1, ids)
         turned = torch.where(kept.gaps < NEAR_TIE, runs, kept.mask)
+        turned = torch.where(turned.any(1, keepdim=True), turned, kept.mask)
         return kept.mask if fixed and turned.sum() != kept.mask.sum() else turned
 
     run = _in_force(moe, plan, price, corrections, turn)

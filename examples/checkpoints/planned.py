@@ -25,7 +25,11 @@ def apply_plan(model: Any, folder: Path) -> None:
     """Let a model that was loaded from the folder run the experts that the plan beside it keeps."""
     plan = json.loads((folder / "alloc_plan.json").read_text("utf-8"))
     if plan["redistribution"] not in ("price", "threshold", "none") or "cap" in plan:
-        sys.exit("Tokens compete under this plan: compile an artifact, without --target.")
+        sys.exit(
+            f"{folder} was planned with --redistribute {plan['redistribution']}"
+            f"{' and a --cap' * ('cap' in plan)}, which isn't covered here. Compile it with price, "
+            "threshold or none and no --cap, or an artifact, without --target."
+        )
     shifts = plan["checkpoint"].get("shifts")
     tensors = load_file(folder / shifts, device=str(model.device)) if shifts else {}
     for layer in plan["layers"]:

@@ -28,8 +28,8 @@ class Row:
 
     ``stream`` is which of the sampling's streams of random numbers it draws from: the place that
     its prompt has among those of a call to `generate`. ``hold``, if there is one, sets the price in
-    place of ``price``. ``executed`` [MoE layers] are the experts
-    that were executed for its ``computed`` tokens, all zero unless the session counts them.
+    place of ``price``. ``executed`` [MoE layers] are the experts that were executed for its
+    ``computed`` tokens, None unless the session counts them.
     """
 
     prompt_ids: tuple[int, ...]

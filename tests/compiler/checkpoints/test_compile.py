@@ -181,11 +181,14 @@ def test_what_was_corrected_is_not_compiled_again(write: Compile) -> None:
     folder = write(**PLAIN).path
     assert open_checkpoint(str(folder)).layers
     path = folder / "alloc_plan.json"
-    data = json.loads(path.read_text()) | {"correction": {"layers": ["none", "affine", "none"]}}
-    path.write_text(json.dumps(data))
+    data = json.loads(path.read_text())
     said = r"out was written by --target checkpoint: .* Give the original model, .*olmoe"
-    with pytest.raises(CheckpointError, match=said):
-        open_checkpoint(str(folder))
+    for layers in (["none", "affine", "none"], [["affine"]], 3):
+        path.write_text(json.dumps(data | {"correction": {"layers": layers}}))
+        with pytest.raises(CheckpointError, match=said):
+            open_checkpoint(str(folder))
+    path.write_text(json.dumps(data | {"correction": {"layers": ["none"] * len(data["layers"])}}))
+    assert open_checkpoint(str(folder)).layers
     path.write_text(AllocationPlan.from_json(path.read_bytes()).to_json()[:-1])
     with pytest.raises(ArtifactError, match="The allocation plan can't be read"):
         open_checkpoint(str(folder))

@@ -83,6 +83,14 @@ def test_a_small_head_and_one_whose_rows_are_equal_have_groups() -> None:
     assert len(row_groups(torch.ones(64, 16)).unique()) == 1
 
 
+def test_no_group_is_empty_where_many_rows_are_equal() -> None:
+    weight = torch.randn(1024, 16, generator=torch.Generator().manual_seed(0))
+    weight[200:] = weight[200]
+    groups = row_groups(weight)
+    assert len(set(groups[:200].tolist())) > 1
+    assert groups.bincount().all()
+
+
 def test_rows_that_are_never_said_go_by_all_tokens() -> None:
     states, logits = torch.eye(2), torch.tensor([[0.0, 0.0, -400.0], [0, 0, -400]])
     *_, never = SaidTokens.of(states, states, logits, torch.tensor([0, 0, 1])).sums()

@@ -20,6 +20,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters, scores
+from alloc_moe.compiler.verify import expected
 from alloc_moe.compiler.verify import parity as verify
 from alloc_moe.compiler.verify.batch import BATCH_TOKENS, PromptBatch
 from alloc_moe.compiler.verify.parity import verify_artifact
@@ -186,6 +187,30 @@ def test_a_tie_where_it_is_unknown_which_experts_run_is_told(
         r"of a router's weight, which may be all of it: give another --calibration text or --seed",
     ):
         verify_artifact(path, moe, plan, text, dtype="float32")
+
+
+def test_a_token_for_which_an_artifact_runs_no_expert_is_not_taken_over(
+    moe: MoeModel,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first_alone = dataclasses.replace(plan, price=1e9)
+    (reference,) = expected.clear_references(moe, first_alone, text, [None], None)
+    batches = [ids.size for ids, _ in reference.batch.steps()]
+    nothing = [np.zeros((tokens, moe.layers[0].num_experts), np.bool_) for tokens in batches]
+    monkeypatch.setattr(expected, "NEAR_TIE", 1.0)  # so is the lead of each first candidate
+    found = expected.with_same_ties(
+        reference,
+        [nothing] * len(moe.layers),
+        moe=moe,
+        plan=first_alone,
+        price=None,
+        corrections=None,
+        cache_scales={},
+    )
+    assert found.executed == reference.executed
+    np.testing.assert_array_equal(found.logits, reference.logits)
 
 
 def test_where_all_weights_tie_the_number_of_experts_still_counts(

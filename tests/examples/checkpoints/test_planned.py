@@ -134,12 +134,20 @@ def test_one_k_for_all_layers_needs_no_plan_but_the_configuration(
     assert distance(model, graph) < 1e-4
 
 
-def test_a_plan_whose_tokens_compete_is_refused(
-    checkpoint: Callable[[str], Path],
-    both: Callable[..., tuple[Path, Path]],
-    load: Callable[[str], ModuleType],
+@pytest.mark.parametrize(
+    ("plan", "named"),
+    [
+        ({"redistribution": "batch"}, "batch"),
+        ({"redistribution": "top-p"}, "top-p"),
+        ({"redistribution": "price", "cap": 1.5}, "price and a --cap"),
+    ],
+    ids=["tokens compete", "other scores", "a cap"],
+)
+def test_a_plan_that_is_not_covered_is_refused(
+    plan: dict[str, Any], named: str, tmp_path: Path, load: Callable[[str], ModuleType]
 ) -> None:
-    _, folder = both(checkpoint("olmoe"), redistribute="batch", correct="none")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(SystemExit, match="Tokens compete under this plan: compile an artifact"):
-        load("checkpoints/planned").apply_plan(model, folder)
+    (tmp_path / "alloc_plan.json").write_text(json.dumps(plan))
+    with pytest.raises(
+        SystemExit, match=f"was planned with --redistribute {named}, which isn't covered here"
+    ):
+        load("checkpoints/planned").apply_plan(None, tmp_path)
