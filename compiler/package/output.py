@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -67,6 +68,8 @@ def parse_output(text: str, *, force: bool, form: Form | None = None) -> Output:
             none of that form.
     """
     path = Path(text)
+    with explained("The artifact", path), contextlib.suppress(FileNotFoundError):
+        path.stat()  # fails for a loop of links, too long a name, and what is below a file
     if path.name in ("", ".."):  # a folder named by its place, such as `.`
         path = path.resolve()
     bundle = text.endswith(("/", os.sep)) or path.is_dir()
@@ -76,12 +79,16 @@ def parse_output(text: str, *, force: bool, form: Form | None = None) -> Output:
             f"nor a folder. Write {path.with_suffix('.onnx')}, or {text}/ for a bundle."
         )
     _check_form(text, path, form, bundle=bundle)
-    parent = path.absolute().parent
+    output = Output(path, bundle, is_checkpoint=form == "checkpoint")
+    if not output.place.name:
+        raise OutputError(
+            f"{text} is the root of the file system, which is not replaced. Choose another output."
+        )
+    parent = output.place.parent
     if not parent.is_dir():
         raise OutputError(f"The folder {parent} for the output doesn't exist. Create it first.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"The folder {parent} can't be written to. Choose another output.")
-    output = Output(path, bundle, is_checkpoint=form == "checkpoint")
     restore(output)
     if bundle and path.exists() and not written_here(path):
         raise OutputError(

@@ -17,26 +17,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+DECIDES = {"price": "sizes", "threshold": "threshold", "none": "k"}
+"""What a layer's entry in the plan has to have, by redistribution."""
+
 
 def apply_plan(model: Any, folder: Path) -> None:
-    """Let a model that was loaded from the folder run the experts that the plan beside it keeps."""
-    plan = json.loads((folder / "alloc_plan.json").read_text("utf-8"))
-    if plan["redistribution"] not in ("price", "threshold", "none") or "cap" in plan:
+    """Let a model that was loaded from the folder run the experts that the plan beside it keeps.
+
+    The program ends with a sentence if it can't.
+    """
+    try:
+        plan, shifts = read_plan(folder, str(model.device))
+        modules = [model.get_submodule(layer["experts_module"]) for layer in plan["layers"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        sys.exit(
+            f"The plan in {folder} can't be read, or is another model's "
+            f"({type(error).__name__}: {error}). Copy the folder again, or compile it again."
+        )
+    if any(getattr(experts.forward, "func", None) is run_planned for experts in modules):
+        sys.exit("The model runs under a plan already. Load it again for another.")
+    for experts, layer in zip(modules, plan["layers"], strict=True):
+        shift = shifts.get(f"{layer['experts_module']}.shift")
+        experts.forward = functools.partial(run_planned, experts.forward, plan, layer, shift)
+
+
+def read_plan(folder: Path, device: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the plan and the shifts beside a checkpoint, when what runs them is there."""
+    plan = json.loads((Path(folder) / "alloc_plan.json").read_text("utf-8"))
+    if plan["format"] != 1:
+        raise ValueError(f"format {plan['format']} is newer than this program")
+    decides = DECIDES.get(plan["redistribution"])
+    if decides is None or "cap" in plan:
         sys.exit(
             f"{folder} was planned with --redistribute {plan['redistribution']}"
             f"{' and a --cap' * ('cap' in plan)}, which isn't covered here. Compile it with price, "
             "threshold or none and no --cap, or an artifact, without --target."
         )
-    shifts = plan["checkpoint"].get("shifts")
-    tensors = load_file(folder / shifts, device=str(model.device)) if shifts else {}
+    if decides == "sizes" and not plan["price"] >= 0:
+        raise ValueError(f"the price is {plan['price']}")
     for layer in plan["layers"]:
-        name = layer["experts_module"]
-        experts = model.get_submodule(name)
-        shift = tensors.get(f"{name}.shift")
-        experts.forward = functools.partial(run_planned, experts.forward, plan, layer, shift)
+        if decides == "sizes" and len(layer["sizes"]) != layer["experts"]:
+            raise ValueError(f"{len(layer['sizes'])} sizes for {layer['experts']} experts")
+        layer[decides]
+    shifts = plan["checkpoint"].get("shifts")
+    return plan, load_file(Path(folder) / shifts, device=device) if shifts else {}
 
 
 def run_planned(
@@ -66,6 +94,8 @@ def run_planned(
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "alloc_plan.json").is_file():
+        sys.exit("Give a folder with an alloc_plan.json in it, and a text to continue.")
     folder = Path(sys.argv[1])
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     apply_plan(model, folder)

@@ -26,7 +26,17 @@ _SHOWN = 40
 
 
 class ShapeError(ValueError):
-    """A value isn't what its place asks for; the message goes on after a colon."""
+    """A value isn't what its place asks for; the message goes on after a colon.
+
+    ``wrong`` is the place of a value that is none of what is ``expected`` there.
+    """
+
+    def __init__(
+        self, message: str, *, wrong: str | None = None, expected: tuple[str, ...] = ()
+    ) -> None:
+        end = f", where {' or '.join(expected)} is expected" if expected else ""
+        super().__init__(message + end)
+        self.message, self.wrong, self.expected = message, wrong, expected
 
 
 def load_json(text: str | bytes) -> Any:
@@ -143,15 +153,24 @@ def optional(shape: Shape) -> Shape:
 
 
 def either(*shapes: Shape) -> Shape:
-    """Take what any of the shapes takes; the last one's error is told."""
+    """Take what any of the shapes takes; else tell of one place all that it may be.
+
+    That place is in the value, if there is one, and where the fewest fail: the others had no use
+    for what stands before it.
+    """
 
     def check(value: Any, where: str) -> Any:
-        for shape in shapes[:-1]:
+        errors = []
+        for shape in shapes:
             try:
                 return shape(value, where)
-            except ShapeError:
-                continue
-        return shapes[-1](value, where)
+            except ShapeError as error:
+                errors.append(error)
+        places = [error.wrong for error in errors if error.wrong != where] or [where]
+        place = min(places, key=places.count)
+        there = [error for error in errors if error.wrong == place]
+        expected = dict.fromkeys(each for error in there for each in error.expected)
+        raise ShapeError(there[0].message, wrong=place, expected=tuple(expected))
 
     return check
 
@@ -260,7 +279,7 @@ def _range(least: float, most: float) -> str:
 
 def _wrong(value: Any, where: str, expected: str) -> ShapeError:
     name = where or "it"
-    return ShapeError(f"{name:.200} is {_shown(value)}, where {expected.strip()} is expected")
+    return ShapeError(f"{name:.200} is {_shown(value)}", wrong=where, expected=(expected.strip(),))
 
 
 def _quoted(name: str) -> str:

@@ -73,6 +73,27 @@ def test_a_folder_that_is_read_only_is_reported(
         parse_output(str(tmp_path / "out.onnx"), force=False)
 
 
+def test_the_root_of_the_file_system_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "root").symlink_to("/")
+    for text in ("/", f"{tmp_path / 'root'}/"):
+        with pytest.raises(OutputError, match=f"^{text} is the root of the file system"):
+            parse_output(text, force=True)
+
+
+def test_a_path_that_leads_nowhere_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "far").symlink_to("missing/deep")
+    (tmp_path / "file").touch()
+    for name, reason in (
+        ("loop/", "saved as .*loop: Too many levels of symbolic links"),
+        ("far/", "The folder .*missing for the output doesn't exist"),
+        ("file/out.onnx", "saved as .*out.onnx: Not a directory"),
+        ("x" * 300 + "/", "saved as .*x: File name too long"),
+    ):
+        with pytest.raises(OutputError, match=reason):
+            parse_output(f"{tmp_path}/{name}", force=False)
+
+
 @pytest.mark.parametrize("name", ["out.onnx", "out.onnx.data"])
 def test_an_existing_file_is_replaced_with_force_only(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")

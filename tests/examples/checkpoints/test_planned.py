@@ -146,8 +146,43 @@ def test_one_k_for_all_layers_needs_no_plan_but_the_configuration(
 def test_a_plan_that_is_not_covered_is_refused(
     plan: dict[str, Any], named: str, tmp_path: Path, load: Callable[[str], ModuleType]
 ) -> None:
-    (tmp_path / "alloc_plan.json").write_text(json.dumps(plan))
+    (tmp_path / "alloc_plan.json").write_text(json.dumps({"format": 1, **plan}))
     with pytest.raises(
         SystemExit, match=f"was planned with --redistribute {named}, which isn't covered here"
     ):
-        load("checkpoints/planned").apply_plan(None, tmp_path)
+        load("checkpoints/planned").read_plan(tmp_path, "cpu")
+
+
+def test_a_plan_that_is_damaged_or_in_force_already_is_refused(
+    checkpoint: Callable[[str], Path],
+    both: Callable[..., tuple[Path, Path]],
+    load: Callable[[str], ModuleType],
+) -> None:
+    _, folder = both(checkpoint("olmoe"))
+    apply_plan = load("checkpoints/planned").apply_plan
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    file = folder / "alloc_plan.json"
+    whole = file.read_text("utf-8")
+
+    def refused(text: str, why: str) -> None:
+        file.write_text(text, "utf-8")
+        with pytest.raises(SystemExit, match=rf"^The plan in .* can't be read, or .*{why}.*Copy"):
+            apply_plan(model, folder)
+
+    refused(whole[:300], "JSONDecodeError")
+    refused("[]", "TypeError")
+    refused(whole.replace('"format": 1', '"format": 2'), "format 2 is newer")
+    refused(whole.replace('"sizes"', '"other"'), "KeyError: 'sizes'")
+    refused(whole.replace('"sizes": [', '"sizes": [1.0, '), "9 sizes for 8 experts")
+    refused(whole.replace('"price": ', '"price": -'), "the price is -")
+    refused(whole.replace("layers.1.mlp.experts", "layers.9.mlp.experts"), "AttributeError")
+    shifts = folder / "alloc_plan.safetensors"
+    shifts.write_bytes(shifts.read_bytes()[:100])
+    refused(whole, "SafetensorError")
+    shifts.unlink()
+    refused(whole, "FileNotFoundError")
+
+    file.write_text(whole.replace(f'"shifts": "{shifts.name}"', '"shifts": null'), "utf-8")
+    apply_plan(model, folder)
+    with pytest.raises(SystemExit, match="runs under a plan already"):
+        apply_plan(model, folder)
