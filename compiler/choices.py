@@ -139,6 +139,7 @@ def check_onnx_only(target: TargetOptions, dtypes: Sequence[str], otherwise: str
         (target.cache != "float32", f"--cache {target.cache}"),
         (target.device != "cpu", f"--device {target.device}"),
         (target.mixed_bits, "--mixed-bits"),
+        (target.block != type(target).block, f"--block {target.block}"),
         (target.price_per != "call", f"--price-per {target.price_per}"),
     ):
         if wrong:

@@ -70,7 +70,7 @@ def read_plan(folder: Path, device: str) -> tuple[Any, dict[str, torch.Tensor]]:
 def run_planned(
     forward: Any, plan: Any, layer: Any, shift: Any, hidden: Any, ids: Any, weights: Any
 ) -> Any:
-    """Run the kept candidates of [T, K]: transformers skips an id that no expert has."""
+    """Add up the kept candidates of [T, K]; the best stands in for others, with weight zero."""
     weights, order = weights.sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order)
     rank = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -86,7 +86,7 @@ def run_planned(
     kept = weights * keep
     if plan["weights"] == "renorm":
         kept = kept * weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
-    output = forward(hidden, ids.masked_fill(~keep, layer["experts"]), kept)
+    output = forward(hidden, torch.where(keep, ids, ids[:, :1]), kept)
     if shift is None:
         return output
     dense = kept.new_zeros(len(ids), layer["experts"]).scatter(1, ids, kept)

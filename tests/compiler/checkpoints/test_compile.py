@@ -201,6 +201,7 @@ def test_what_was_corrected_is_not_compiled_again(write: Compile) -> None:
         ({"dtype": "int8"}, "--dtype int8"),
         ({"cache": "int8"}, "--cache int8"),
         ({"device": "cuda"}, "--device cuda"),
+        ({"block": 32}, "--block 32"),
     ],
 )
 def test_what_only_onnx_has_is_refused_before_the_model_is_loaded(

@@ -106,6 +106,7 @@ def test_what_torch_cannot_script_is_not_blamed_on_the_disk(
         ({"dtype": "float16"}, "--dtype float16"),
         ({"cache": "int8"}, "--cache int8"),
         ({"device": "cuda"}, "--device cuda"),
+        ({"block": 32}, "--block 32"),
     ],
 )
 @pytest.mark.parametrize("name", ["out.pt", "out.pt2"])
