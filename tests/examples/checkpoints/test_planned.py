@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alloc_moe.compiler import compile
 from alloc_moe.runtime.execution.session import open_session
@@ -85,7 +86,15 @@ def distance(model: Any, graph: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*BUNDLED, "deepseek_v2", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *BUNDLED,
+        "deepseek_v2",
+        "mixtral",
+        *(pytest.param(name, marks=pytest.mark.families) for name in ("mistral4", "nemotron_h")),
+    ],
+)
 def test_logits_are_those_of_the_artifact(
     name: str,
     model_of: Callable[[str], Path],
@@ -93,7 +102,8 @@ def test_logits_are_those_of_the_artifact(
     load: Callable[[str], ModuleType],
 ) -> None:
     graph, folder = both(model_of(name))
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    [written] = AutoConfig.from_pretrained(folder).architectures
+    model = getattr(transformers, written).from_pretrained(folder).eval()
     assert distance(model, graph) > 1e-2
     load("checkpoints/planned").apply_plan(model, folder)
     assert distance(model, graph) < 1e-4
