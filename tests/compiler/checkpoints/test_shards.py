@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def test_weights_keep_their_names_and_bits(
     [name] = write_shards(tmp_path, moe, [None] * len(moe.layers), torch.float32, QUIET)
     found, given = load_file(tmp_path / name), load_file(checkpoint(any_family) / name)
     if any_family in OF_ANOTHER_CLASS:
+        for tokenizer in checkpoint(any_family).glob("tokenizer*"):
+            shutil.copy(tokenizer, tmp_path)
         moe.config.save_pretrained(tmp_path)
         again = open_checkpoint(str(tmp_path))
         names = dict(moe.model.named_parameters())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def given(*ks: float) -> list[LayerParameters]:
 def test_pairs_equal_the_modules_own_eager_forward(moe_model: Models, any_family: str) -> None:
     moe = moe_model(any_family)
     layer = moe.layers[0]
-    experts = moe.model.get_submodule(layer.experts_name)
-    hidden = torch.randn(9, moe.config.hidden_size)
+    experts: Any = moe.model.get_submodule(layer.experts_name)
+    hidden = torch.randn(9, experts.down_proj.shape[2 if experts.is_transposed else 1])
     ids = torch.tensor([0, 0, 3, 3, 3, 1, 0, 3, 1])  # most experts get no row
     weights = torch.rand(9)
     eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
