@@ -198,7 +198,11 @@ def test_what_the_artifact_says_of_its_end_goes_before_what_lies_beside_it(
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("generation", {"eos_token_id": "x"}, r"eos_token_id is 'x', where a list of .*expected"),
+        (
+            "generation",
+            {"eos_token_id": "x"},
+            "eos_token_id is 'x', where a whole number from 0 to",
+        ),
         ("generation", [1], "it is no JSON object but a list of 1 items"),
         ("tokenizer", {"sha256": 5, "files": []}, "sha256 is 5, where a text"),
         ("tokenizer", {"sha256": "5"}, "it lacks files"),
