@@ -89,9 +89,10 @@ def distance(model: Any, graph: Path) -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        *BUNDLED,
+        "tiny-moe",
         "deepseek_v2",
         "mixtral",
+        pytest.param("tiny-qwen3-moe", marks=pytest.mark.rare),
         *(pytest.param(name, marks=pytest.mark.families) for name in ("mistral4", "nemotron_h")),
     ],
 )
