@@ -26,7 +26,7 @@ from alloc_moe.compiler.records import Correction
 from alloc_moe.compiler.verify.parity import verify_checkpoint
 from alloc_moe.compiler.workspace.files import explained
 from alloc_moe.compiler.workspace.moves import link_or_copy
-from alloc_moe.runtime.artifact.plan import CHECKPOINT_PLAN_FILE
+from alloc_moe.runtime.artifact.plan import CHECKPOINT_PLAN_FILE, CHECKPOINT_SHIFTS_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 """What weights of a checkpoint can be."""
-
-SHIFTS_FILE = "alloc_plan.safetensors"
-"""Of corrections what the model has no weights for: ``EXPERTS_MODULE.shift`` [experts, hidden]."""
 
 
 def check_checkpoint(options: CompileOptions) -> None:
@@ -157,8 +154,8 @@ def _write_plan(
     data = json.loads(plan.to_json())
     for entry, layer in zip(data["layers"], moe.layers, strict=True):
         entry["experts_module"] = layer.experts_name
-    data["checkpoint"] = {"dtype": dtype} | ({"shifts": SHIFTS_FILE} if shifts else {})
+    data["checkpoint"] = {"dtype": dtype} | ({"shifts": CHECKPOINT_SHIFTS_FILE} if shifts else {})
     (folder / CHECKPOINT_PLAN_FILE).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     if shifts:
         named = {f"{name}.shift": torch.from_numpy(shift) for name, shift in shifts.items()}
-        write_tensors(named, folder / SHIFTS_FILE)
+        write_tensors(named, folder / CHECKPOINT_SHIFTS_FILE)

@@ -34,6 +34,7 @@ from alloc_moe.compiler.model.reader import CheckpointReader, differently_tied
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.model.skeleton import build_skeleton, causal_class
 from alloc_moe.runtime.artifact.files import checkpoint_plan
+from alloc_moe.runtime.artifact.plan import CHECKPOINT_PLAN_FILE, CHECKPOINT_SHIFTS_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -120,6 +121,11 @@ def _check_untouched(folder: Path) -> None:
     """Refuse what was corrected for a budget already: it is none of the model's weights."""
     plan = checkpoint_plan(folder)
     if plan is None:
+        if (folder / CHECKPOINT_SHIFTS_FILE).exists():
+            raise CheckpointError(
+                f"{folder} has a {CHECKPOINT_SHIFTS_FILE} but no {CHECKPOINT_PLAN_FILE}: its "
+                "experts are corrected for some budget. Give the original model."
+            )
         return
     untouched = ["none"] * len(plan.layers)
     if plan.correction.get("layers", untouched) != untouched:

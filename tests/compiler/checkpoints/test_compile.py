@@ -192,6 +192,9 @@ def test_what_was_corrected_is_not_compiled_again(write: Compile) -> None:
     path.write_text(AllocationPlan.from_json(path.read_bytes()).to_json()[:-1])
     with pytest.raises(ArtifactError, match="The allocation plan can't be read"):
         open_checkpoint(str(folder))
+    path.rename(path.with_suffix(".safetensors"))
+    with pytest.raises(CheckpointError, match=r"has a .* but no alloc_plan\.json: .* the original"):
+        open_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(
