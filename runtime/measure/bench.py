@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import statistics
@@ -19,7 +20,7 @@ from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.execution.finite import check_finite
-from alloc_moe.runtime.text.hold import HeldBudget, executed_by_token, prefill
+from alloc_moe.runtime.text.hold import HeldBudget, prefill, run_held
 
 _UNKNOWN_VOCABULARY = 256  # ids that any model has
 
@@ -152,14 +153,12 @@ def _decode(
     price: float | HeldBudget | None,
 ) -> float:
     start = time.perf_counter()
-    hold = price.begin() if isinstance(price, HeldBudget) else None
-    given = None if isinstance(price, HeldBudget) else price
+    if isinstance(price, HeldBudget):
+        run = functools.partial(run_held, session, price.begin())
+    else:
+        run = functools.partial(session.run, price=price)
     for column in range(new.shape[1]):
-        given = given if hold is None else hold.price
-        token = new[:, column : column + 1]
-        output = session.run(token, cache=cache, price=given, logits_to_keep=1)
-        if hold is not None:
-            hold.observe(1, int(executed_by_token(output)[0]))
+        run(new[:, column : column + 1], cache=cache, logits_to_keep=1)
     return time.perf_counter() - start
 
 

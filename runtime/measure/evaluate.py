@@ -9,6 +9,7 @@ So each token but the first is scored once, in a context of at least ``window - 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.calls import Output, Session
-from alloc_moe.runtime.text.hold import Hold, executed_by_token, parts
+from alloc_moe.runtime.text.hold import Hold, parts, run_held
 
 LogitsFunction = Callable[[NDArray[np.int64]], NDArray[np.floating]]
 """Token ids [1, sequence] -> logits [1, sequence, vocabulary]."""
@@ -136,14 +137,15 @@ def evaluate_artifact(
             f"A window of {window} tokens doesn't fit into the model's context of {limit}."
         )
     counts = np.zeros(len(session.plan.layers), np.int64)
+    run = functools.partial(session.run, price=price)
+    if hold is not None:
+        run = functools.partial(run_held, session, hold)
 
     def logits_of(tokens: NDArray[np.int64]) -> NDArray[np.floating]:
         width = tokens.shape[1]
         logits, cache = [], session.empty_cache(1, capacity=width)
         for step in np.split(tokens, _cuts(width, decode=decode, held=hold is not None), axis=1):
-            output = session.run(step, cache=cache, price=price if hold is None else hold.price)
-            if hold is not None:
-                hold.observe(step.shape[1], int(executed_by_token(output).sum()))
+            output = run(step, cache=cache)
             logits.append(output.logits)
             if on_output is not None:
                 on_output(output)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from alloc_moe.runtime.artifact.dial import DialCurve, activations_of
 from alloc_moe.runtime.errors import GenerationError
@@ -140,6 +140,21 @@ def parts(tokens: int) -> list[slice]:
     return [slice(*ends) for ends in itertools.pairwise([*starts, tokens])]
 
 
+def run_held(
+    session: Session,
+    hold: Hold,
+    ids: ArrayLike,
+    *,
+    cache: Cache,
+    logits_to_keep: int | None = None,
+) -> Output:
+    """Run a call of one sequence, ids [1, tokens], at its hold's price, which is then set anew."""
+    output = session.run(ids, cache=cache, price=hold.price, logits_to_keep=logits_to_keep)
+    executed = executed_by_token(output)
+    hold.observe(len(executed), int(executed.sum()))
+    return output
+
+
 def prefill(
     session: Session,
     ids: Sequence[int],
@@ -159,9 +174,7 @@ def prefill(
     """
     cache = session.empty_cache(1, capacity=capacity)
     for part in parts(len(ids)):
-        piece = ids[part]
-        output = session.run([piece], cache=cache, price=hold.price, logits_to_keep=1)
-        hold.observe(len(piece), int(executed_by_token(output).sum()))
+        output = run_held(session, hold, [ids[part]], cache=cache, logits_to_keep=1)
         if on_output is not None:
             on_output(output)
     return output
