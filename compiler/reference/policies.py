@@ -57,7 +57,7 @@ class Kept(NamedTuple):
     @property
     def margin(self) -> float:
         """The least of the gaps; infinite if there are none."""
-        return min(self.gaps.flatten().tolist(), default=math.inf)
+        return self.gaps.min().item() if self.gaps.numel() else math.inf
 
 
 Policy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LayerParameters], Kept]

@@ -81,9 +81,8 @@ def clear_references(
             _clearest(_reference(moe, batch, run, cache_scales) for batch in batches)
             for run in plans
         ]
-    # All at once: reading the layers takes longer than running them.
     pairs = [(batch, run) for run in plans for batch in batches]
-    found = _by_layers(moe, pairs, cache_scales)
+    found = _run(moe, pairs, cache_scales)
     return [
         _clearest(found[start : start + _ATTEMPTS]) for start in range(0, len(found), _ATTEMPTS)
     ]
@@ -109,9 +108,7 @@ def run_again(
         (given.batch, _in_force(moe, plan, price, corrections))
         for given, price in zip(references, prices, strict=True)
     ]
-    if moe.offloading is None:
-        return [_reference(moe, batch, run, {}) for batch, run in pairs]
-    return _by_layers(moe, pairs, {})
+    return _run(moe, pairs, {})
 
 
 def with_same_ties(
@@ -150,10 +147,7 @@ def with_same_ties(
         return kept.mask if fixed and turned.sum() != kept.mask.sum() else turned
 
     run = _in_force(moe, plan, price, corrections, turn)
-    if moe.offloading is None:
-        found = _reference(moe, reference.batch, run, cache_scales)
-    else:
-        (found,) = _by_layers(moe, [(reference.batch, run)], cache_scales)
+    (found,) = _run(moe, [(reference.batch, run)], cache_scales)
     return dataclasses.replace(found, margin=math.inf)
 
 
@@ -176,9 +170,12 @@ def _in_force(
     )
 
 
-def _by_layers(
+def _run(
     moe: MoeModel, pairs: Sequence[tuple[PromptBatch, _Plan]], cache_scales: CacheScales
 ) -> list[Reference]:
+    """Run batches under plans: all at once where reading the layers takes longer than that."""
+    if moe.offloading is None:
+        return [_reference(moe, batch, plan, cache_scales) for batch, plan in pairs]
     runs = [CachedRun(batch.inputs(), run, cache_scales) for batch, run in pairs]
     run_by_layers(moe, runs)
     return [
