@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from alloc_moe.compiler.errors import CheckpointError
 from alloc_moe.compiler.model.checkpoint import open_checkpoint, read_generation_config
 from alloc_moe.compiler.model.checks.second_reading import check_readings
+from alloc_moe.compiler.model.layer_weights import WeightSource
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.model.offloading import load_offloaded, wants_offloading
+from alloc_moe.compiler.model.offloading import load_offloaded, read_weights, wants_offloading
 from alloc_moe.compiler.model.quiet import LIBRARY_ERRORS, first_line, quiet
 from alloc_moe.compiler.model.skeleton import build_empty, forget_earlier_lengths
 from alloc_moe.compiler.workspace.results import SavedResults
@@ -109,12 +110,7 @@ def _read_weights(checkpoint: Checkpoint) -> PreTrainedModel:
     model = build_empty(
         checkpoint.config, torch.float32, trust_remote_code=checkpoint.trust_remote_code
     )
-    read = {
-        name: checkpoint.reader.read(name, value.dtype)
-        for name, value in model.state_dict().items()
-    }
-    model.load_state_dict(read, assign=True)
-    model.tie_weights()
+    read_weights(model, WeightSource(checkpoint.reader))
     model.generation_config = read_generation_config(checkpoint)
     return model.eval()
 

@@ -90,7 +90,7 @@ def load_offloaded(checkpoint: Checkpoint, *, forced: bool) -> tuple[PreTrainedM
     source = WeightSource(checkpoint.reader)
     stack = find_decoder_layers(model, layers[0])
     prefix = next(name for name, module in model.named_modules() if module is stack) + "."
-    _read_all_but(model, source, prefix)
+    read_weights(model, source, but=(prefix,))
     for index, layer in enumerate(stack):
         offload_layer(layer, source, f"{prefix}{index}.")
     model.generation_config = read_generation_config(checkpoint)
@@ -100,13 +100,15 @@ def load_offloaded(checkpoint: Checkpoint, *, forced: bool) -> tuple[PreTrainedM
     return model, Offloading(source, weights_bytes(model), free, seconds, forced)
 
 
-def _read_all_but(model: PreTrainedModel, source: WeightSource, prefix: str) -> None:
-    """Read what is in no decoder layer, and all buffers that the checkpoint has."""
+def read_weights(
+    model: PreTrainedModel, source: WeightSource, *, but: tuple[str, ...] = ()
+) -> None:
+    """Give a model the parameters that begin with none of `but`, and the checkpoint's buffers."""
     read: dict[int, torch.nn.Parameter] = {}
     names = set()
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         names.add(name)
-        if name.startswith(prefix):
+        if name.startswith(but):
             continue
         if id(parameter) not in read:
             weight = source.read(name, parameter.dtype)
