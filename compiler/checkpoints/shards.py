@@ -135,8 +135,9 @@ def _save(
 
 def _weight(moe: MoeModel, name: str, dtype: torch.dtype, change: Change | None) -> torch.Tensor:
     checkpoint = moe.checkpoint
-    if name not in dict(checkpoint.skeleton.named_parameters()):
-        buffer = checkpoint.skeleton.get_buffer(name)
-        return checkpoint.reader.read(name, buffer.dtype)
+    owner, _, leaf = name.rpartition(".")
+    own = getattr(checkpoint.skeleton.get_submodule(owner), leaf)
+    if not isinstance(own, torch.nn.Parameter):
+        return checkpoint.reader.read(name, own.dtype)
     weight = checkpoint.reader.read(name, torch.float32 if change else dtype)
     return weight if change is None else torch.from_numpy(change(weight.numpy())).to(dtype)
