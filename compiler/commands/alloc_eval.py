@@ -112,7 +112,7 @@ def eval_command(
             console, target, text_file, settings, plan_file, trust_remote_code=trust_remote_code
         )
     check_finite(evaluation.loss, f"{target} computed losses")
-    price = None if hold else settings.price(plan)
+    price = settings.price(plan)
     data = {**_data(target, evaluation, plan), "budget": budget, "price": price, "hold": hold}
     console.result(_summary(evaluation, plan, settings), data)
 
@@ -127,10 +127,10 @@ class _Settings:
     hold: bool
 
     def price(self, plan: AllocationPlan) -> float | None:
-        """The price at which to run under a plan; None is the plan's own."""
+        """The price at which to run under a plan; None is the plan's own, or what a hold sets."""
         from alloc_moe.runtime.artifact.dial import price_of
 
-        return None if self.budget is None else price_of(plan, self.budget)
+        return None if self.hold or self.budget is None else price_of(plan, self.budget)
 
 
 def _is_artifact(path: Path) -> bool:
@@ -203,7 +203,7 @@ def _evaluate_artifact(
             window=settings.window,
             stride=settings.stride,
             decode=settings.decode,
-            price=None if hold else settings.price(session.plan),
+            price=settings.price(session.plan),
             hold=hold,
             on_scored=progress.advance,
         )
