@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     Mistral3ForConditionalGeneration,
+    PreTrainedConfig,
     Qwen3_5MoeForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
 )
@@ -127,11 +128,7 @@ def test_the_text_part_of_a_model_that_takes_images_is_loaded(
         vision_config=sizes,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    original = Qwen3_5MoeForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
-    original.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(text / name, tmp_path)
+    original = _saved(Qwen3_5MoeForConditionalGeneration, config, text, tmp_path)
     moe = load_model(str(tmp_path))
     _assert_same_logits(moe.model, original)
     (note,) = moe.checkpoint.notes
@@ -166,15 +163,21 @@ def test_a_text_part_keeps_the_ties_of_the_whole(
         },
         tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    original = Mistral3ForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
-    original.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(text / name, tmp_path)
+    original = _saved(Mistral3ForConditionalGeneration, config, text, tmp_path)
     moe = load_model(str(tmp_path))
     assert moe.config.model_type == "mistral4"
     _assert_same_logits(moe.model, original)
     assert any("are left out: multi_modal" in note for note in moe.checkpoint.notes)
+
+
+def _saved(kind: Any, config: PreTrainedConfig, text: Path, folder: Path) -> torch.nn.Module:
+    """Write a random model of a class into a folder, with the tokenizer beside `text`."""
+    torch.manual_seed(0)
+    original: torch.nn.Module = kind._from_config(config, dtype=torch.float32).eval()
+    original.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(text / name, folder)
+    return original
 
 
 def _assert_same_logits(found: torch.nn.Module, expected: torch.nn.Module) -> None:

@@ -18,6 +18,7 @@ from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
+from alloc_moe.compiler.records import Verification
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters, scores
 from alloc_moe.compiler.verify import expected
@@ -89,67 +90,72 @@ def written(
     return path
 
 
+@pytest.fixture
+def verified(
+    moe: MoeModel,
+    exported: Graphs,
+    plan: AllocationPlan,
+    text: NDArray[np.int64],
+    tmp_path: Path,
+) -> Callable[..., Verification]:
+    """Return a function that verifies the artifact of another plan as the plan's."""
+
+    def verify_made(
+        made: AllocationPlan,
+        *,
+        reference: MoeModel = moe,
+        device: Literal["cpu", "cuda"] = "cpu",
+    ) -> Verification:
+        path = written(exported("olmoe"), made, plan, tmp_path / "out.onnx", device=device)
+        return verify_artifact(path, reference, plan, text, dtype="float32")
+
+    return verify_made
+
+
 def cheaper(plan: AllocationPlan, share: float) -> AllocationPlan:
     assert plan.price is not None
     return dataclasses.replace(plan, price=plan.price * (1 - share))
 
 
 def test_a_tie_that_the_artifact_takes_otherwise_is_no_fault(
-    moe: MoeModel,
-    exported: Graphs,
     plan: AllocationPlan,
-    text: NDArray[np.int64],
-    tmp_path: Path,
+    verified: Callable[..., Verification],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = written(exported("olmoe"), cheaper(plan, 2 * NEAR), plan, tmp_path / "out.onnx")
-    result = verify_artifact(path, moe, plan, text, dtype="float32")
-    assert result.max_abs_logit_error < 1e-5
+    near = cheaper(plan, 2 * NEAR)
+    assert verified(near).max_abs_logit_error < 1e-5
     monkeypatch.setattr(verify, "NEAR_TIE", 0.0)
     with pytest.raises(VerificationError, match=FAULT):
-        verify_artifact(path, moe, plan, text, dtype="float32")
+        verified(near)
 
 
 def test_ties_are_taken_alike_layer_by_layer(
     checkpoint: Callable[[str], Path],
-    exported: Graphs,
     plan: AllocationPlan,
-    text: NDArray[np.int64],
-    tmp_path: Path,
+    verified: Callable[..., Verification],
 ) -> None:
     offloaded = load_model(str(checkpoint("olmoe")), offload="always")
-    path = written(exported("olmoe"), cheaper(plan, 2 * NEAR), plan, tmp_path / "out.onnx")
-    result = verify_artifact(path, offloaded, plan, text, dtype="float32")
+    result = verified(cheaper(plan, 2 * NEAR), reference=offloaded)
     assert result.max_abs_logit_error < 1e-5
 
 
 def test_beside_a_tie_another_price_is_refused(
-    moe: MoeModel,
-    exported: Graphs,
-    plan: AllocationPlan,
-    text: NDArray[np.int64],
-    tmp_path: Path,
+    plan: AllocationPlan, verified: Callable[..., Verification]
 ) -> None:
-    path = written(exported("olmoe"), cheaper(plan, 0.05), plan, tmp_path / "out.onnx")
     with pytest.raises(VerificationError, match=FAULT):
-        verify_artifact(path, moe, plan, text, dtype="float32")
+        verified(cheaper(plan, 0.05))
 
 
 def test_beside_a_tie_another_size_of_an_expert_is_refused(
-    moe: MoeModel,
-    exported: Graphs,
-    plan: AllocationPlan,
-    text: NDArray[np.int64],
-    tmp_path: Path,
+    plan: AllocationPlan, verified: Callable[..., Verification]
 ) -> None:
     near = cheaper(plan, 2 * NEAR)
     first, *others = near.layers
     assert first.sizes is not None
     sizes = (*first.sizes[:-1], 0.5 * first.sizes[-1])
     wrong = dataclasses.replace(near, layers=(dataclasses.replace(first, sizes=sizes), *others))
-    path = written(exported("olmoe"), wrong, plan, tmp_path / "out.onnx")
     with pytest.raises(VerificationError, match=FAULT):
-        verify_artifact(path, moe, plan, text, dtype="float32")
+        verified(wrong)
 
 
 def test_beside_a_tie_a_wrong_weight_of_an_expert_is_refused(
@@ -173,20 +179,14 @@ def test_beside_a_tie_a_wrong_weight_of_an_expert_is_refused(
 
 
 def test_a_tie_where_it_is_unknown_which_experts_run_is_told(
-    moe: MoeModel,
-    exported: Graphs,
-    plan: AllocationPlan,
-    text: NDArray[np.int64],
-    tmp_path: Path,
+    plan: AllocationPlan, verified: Callable[..., Verification]
 ) -> None:
-    near = cheaper(plan, 2 * NEAR)
-    path = written(exported("olmoe"), near, plan, tmp_path / "out.onnx", device="cuda")
     with pytest.raises(
         VerificationError,
         match=r"In every text that was tried some choice of experts is a tie but for \d\.\de-0\d "
         r"of a router's weight, which may be all of it: give another --calibration text or --seed",
     ):
-        verify_artifact(path, moe, plan, text, dtype="float32")
+        verified(cheaper(plan, 2 * NEAR), device="cuda")
 
 
 def test_a_token_for_which_an_artifact_runs_no_expert_is_not_taken_over(
