@@ -11,6 +11,8 @@ Small random checkpoints go through the compiler's stages, one row a cell:
 - ``error``: the largest difference of a logit, over a left-padded batch, prefill and decode.
 - ``equal``: how many of ``tokens`` greedy ones are PyTorch's, for another left-padded batch, beyond
   every window.
+- ``settled``, where not all are: the largest difference of a logit over the artifact's own text,
+  with PyTorch on the artifact's side of near-ties. A small one says that a tie is why they part.
 
 Without names it takes all families, some two minutes each. The rows go to
 ``examples/reports/families.csv``; those of families that it has whole are kept. ``--summary``
@@ -52,8 +54,11 @@ from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.verify.artifact_run import ArtifactRun, run_by_segments
+from alloc_moe.compiler.verify.batch import PromptBatch
 from alloc_moe.compiler.verify.exact import exact_copy
-from alloc_moe.compiler.verify.parity import verify_artifact
+from alloc_moe.compiler.verify.expected import Reference, with_same_ties
+from alloc_moe.compiler.verify.parity import SEGMENT_BYTES, verify_artifact
 from alloc_moe.runtime import open_session
 from alloc_moe.runtime.artifact.plan import SHARED_CACHE_KEY
 from alloc_moe.runtime.console import Console
@@ -93,6 +98,7 @@ class Cell:
     error: str
     equal: int
     tokens: int
+    settled: str = ""
 
 
 def cells(folder: Path, family: str) -> Iterator[Cell]:
@@ -133,28 +139,51 @@ def cells(folder: Path, family: str) -> Iterator[Cell]:
                 policy,
                 "in place" if shared else "copied",
                 f"{found.max_abs_logit_error:.1e}",
-                _equal_tokens(folder / "out.onnx", moe, planned, text),
-                NEW_TOKENS * len(LENGTHS),
+                *_equal_tokens(folder / "out.onnx", moe, planned, text),
             )
 
 
-def _equal_tokens(path: Path, moe: MoeModel, planned: Planned, text: CalibrationSet) -> int:
-    """Return how many greedy tokens of an artifact are those of PyTorch under its plan."""
+def _equal_tokens(
+    path: Path, moe: MoeModel, planned: Planned, text: CalibrationSet
+) -> tuple[int, int, str]:
+    """Compare the greedy tokens of an artifact with PyTorch's; return equal, tokens, settled."""
     prompts = [text.ids[0, :length] for length in LENGTHS]
     with ExitStack() as stack:
         exact = path if moe.quantization is None else stack.enter_context(exact_copy(path))
         session = open_session(exact, ep="cpu", threads=1)
-        made = generate(session, prompts, max_new_tokens=NEW_TOKENS, eos_ids=())
-    expected = _expected_tokens(moe, planned, prompts)
-    return int((np.array(made) == expected).sum())
+        made = np.array(generate(session, prompts, max_new_tokens=NEW_TOKENS, eos_ids=()))
+        batch = _padded(prompts, made[:, :-1])
+        equal = int((made == _expected_tokens(moe, planned, batch)).sum())
+        error = (
+            "" if equal == made.size else f"{_error_beside_ties(exact, moe, planned, batch):.1e}"
+        )
+    return equal, made.size, error
 
 
-def _expected_tokens(
-    moe: MoeModel, planned: Planned, prompts: list[NDArray[np.int64]]
-) -> NDArray[np.int64]:
+def _padded(prompts: list[NDArray[np.int64]], decoded: NDArray[np.int64]) -> PromptBatch:
     columns = max(LENGTHS)
     padded = np.stack([np.pad(ids, (columns - len(ids), 0)) for ids in prompts])
     mask = np.stack([np.arange(columns) >= columns - len(ids) for ids in prompts])
+    return PromptBatch(padded, mask.astype(np.int64), decoded)
+
+
+def _error_beside_ties(path: Path, moe: MoeModel, planned: Planned, batch: PromptBatch) -> float:
+    run = ArtifactRun(batch.steps(), None)
+    run_by_segments(path, [run], limit=SEGMENT_BYTES)
+    actual = batch.real(run.logits)
+    reference = with_same_ties(
+        Reference(batch, actual, run.executed, 0.0),
+        run.chosen,
+        moe=moe,
+        plan=planned.plan,
+        price=None,
+        corrections=planned.corrections,
+        cache_scales={},
+    )
+    return float(np.abs(actual - reference.logits).max())
+
+
+def _expected_tokens(moe: MoeModel, planned: Planned, batch: PromptBatch) -> NDArray[np.int64]:
     plan = planned.plan
     in_force = allocated(
         moe.model,
@@ -166,14 +195,14 @@ def _expected_tokens(
     )
     with torch.inference_mode(), in_force:
         tokens = moe.model.generate(
-            torch.from_numpy(padded),
-            attention_mask=torch.from_numpy(mask.astype(np.int64)),
+            torch.from_numpy(batch.prompts),
+            attention_mask=torch.from_numpy(batch.mask),
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
             do_sample=False,
             eos_token_id=None,
         )
-    return cast("NDArray[np.int64]", tokens[:, columns:].numpy())
+    return cast("NDArray[np.int64]", tokens[:, batch.prompts.shape[1] :].numpy())
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -204,10 +233,10 @@ def measure(names: Sequence[str], path: Path) -> None:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return a line per family: the largest error of each type, and the tokens that differ."""
+    """Return a line per family: the largest errors, and the tokens that differ."""
     lines = [
-        "| family | cache | " + " | ".join(DTYPES) + " | tokens that differ |",
-        "|---|---|" + "---|" * (len(DTYPES) + 1),
+        "| family | cache | " + " | ".join(DTYPES) + " | tokens that differ | beside ties |",
+        "|---|---|" + "---|" * (len(DTYPES) + 2),
     ]
     for family in dict.fromkeys(row["family"] for row in rows):
         own = [row for row in rows if row["family"] == family]
@@ -217,7 +246,8 @@ def table(rows: list[dict[str, str]]) -> str:
         ]
         differ = sum(int(row["tokens"]) - int(row["equal"]) for row in own)
         every = sum(int(row["tokens"]) for row in own)
-        cells = [family, own[0]["cache"], *errors, f"{differ} of {every}"]
+        settled = max((row["settled"] for row in own if row["settled"]), key=float, default="")
+        cells = [family, own[0]["cache"], *errors, f"{differ} of {every}", settled]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
