@@ -61,8 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ``family``: those that stand for all. ``any_family``: all, for tests that take no time.
     ``compiled_family``: all, but those that stand for none are run by ``pytest -m families`` only.
     """
-    settings = tomllib.loads((CHECKPOINTS / "families.toml").read_text("utf-8"))
-    few, every = settings["representative"], list(settings["families"])
+    few, every = _families()
     marked = [
         pytest.param(family, marks=() if family in few else pytest.mark.families)
         for family in every
@@ -80,6 +79,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ):
         if argument in metafunc.fixturenames and argument not in given:
             metafunc.parametrize(argument, families)
+
+
+@functools.cache
+def _families() -> tuple[list[str], list[str]]:
+    """Return the families that stand for all, and all: read once, since every test asks."""
+    settings = tomllib.loads((CHECKPOINTS / "families.toml").read_text("utf-8"))
+    return settings["representative"], list(settings["families"])
 
 
 def _load_file(path: Path) -> ModuleType:
