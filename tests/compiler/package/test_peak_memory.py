@@ -104,7 +104,8 @@ def test_peak_memory_grows_with_a_layer_and_not_with_their_number(
     assert many - few < 2 * LAYER
 
 
-@pytest.mark.slow
+# Its sibling in any run is test_no_segment_is_loaded_before_the_last_one_is_freed.
+@pytest.mark.rare
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_of_verification_is_that_of_a_layer(
     checkpoint: Callable[[str], Path],
@@ -113,11 +114,11 @@ def test_peak_memory_of_verification_is_that_of_a_layer(
     tmp_path: Path,
 ) -> None:
     artifacts = []
-    for folder in (checkpoint("olmoe"), many_layers(5)):
+    for folder in (checkpoint("olmoe"), many_layers(6)):
         moe = load_model(str(folder), offload="always")
         plan = plan_for(moe, [2] * len(moe.layers))
         graph = specialize(export_model(moe, dtype="float32"), plan, device="cpu")
         artifacts.append(tmp_path / f"{folder.name}.onnx")
         package.save_graph(graph, artifacts[-1])
     [peak] = peak_memory(VERIFY, *artifacts)
-    assert peak < 3.5 * LAYER  # of 5
+    assert peak < 4 * LAYER  # of 6
