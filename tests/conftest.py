@@ -35,9 +35,16 @@ LONGEST = (
     "test_end_to_end.py",
     "compiler/export/test_graph.py",  # captures what most of the others need
     "runtime/cuda/test_steps.py",
-    "compiler/package/test_peak_memory.py",
+    "compiler/programs/test_build.py",
+    "compiler/programs/test_compile.py",
     "compiler/commands/test_alloc_compile.py",
+    "compiler/verify/test_artifact_run.py",
     "examples/test_random_artifact.py",
+    "examples/test_gpu_benchmark.py",
+    "compiler/export/test_step_programs.py",
+    "compiler/package/test_peak_memory.py",
+    "examples/test_peers.py",
+    "test_wheel.py",
 )
 """Files that take the longest. They begin first, so that both processes end at about one time."""
 
