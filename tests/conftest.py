@@ -35,9 +35,16 @@ LONGEST = (
     "test_end_to_end.py",
     "compiler/export/test_graph.py",  # captures what most of the others need
     "runtime/cuda/test_steps.py",
-    "compiler/package/test_peak_memory.py",
+    "compiler/programs/test_build.py",
+    "compiler/programs/test_compile.py",
     "compiler/commands/test_alloc_compile.py",
+    "compiler/verify/test_artifact_run.py",
     "examples/test_random_artifact.py",
+    "examples/test_gpu_benchmark.py",
+    "compiler/export/test_step_programs.py",
+    "compiler/package/test_peak_memory.py",
+    "examples/test_peers.py",
+    "test_wheel.py",
 )
 """Files that take the longest. They begin first, so that both processes end at about one time."""
 
@@ -61,8 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ``family``: those that stand for all. ``any_family``: all, for tests that take no time.
     ``compiled_family``: all, but those that stand for none are run by ``pytest -m families`` only.
     """
-    settings = tomllib.loads((CHECKPOINTS / "families.toml").read_text("utf-8"))
-    few, every = settings["representative"], list(settings["families"])
+    few, every = _families()
     marked = [
         pytest.param(family, marks=() if family in few else pytest.mark.families)
         for family in every
@@ -80,6 +86,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ):
         if argument in metafunc.fixturenames and argument not in given:
             metafunc.parametrize(argument, families)
+
+
+@functools.cache
+def _families() -> tuple[list[str], list[str]]:
+    """Return the families that stand for all, and all: read once, since every test asks."""
+    settings = tomllib.loads((CHECKPOINTS / "families.toml").read_text("utf-8"))
+    return settings["representative"], list(settings["families"])
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,7 @@ def dotted(path: Path) -> str:
 NAMES = {dotted(path): path for path in MODULES}
 
 
+@functools.cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text("utf-8"))
 

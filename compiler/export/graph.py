@@ -23,6 +23,7 @@ from transformers.exporters.utils import decompose_for_generation
 
 from alloc_moe.compiler.export import experts_op, state_ops
 from alloc_moe.compiler.export.latent import plain_latent_attention
+from alloc_moe.compiler.export.matching import matching_by_operator
 from alloc_moe.compiler.export.sinks import sinks_as_columns
 from alloc_moe.compiler.export.states import fixed_states, states_as_operators
 from alloc_moe.compiler.model.quiet import quiet
@@ -195,9 +196,10 @@ def _optimize(graph: ir.Model) -> None:
         return False if any(_is_lazy(value) for value in node.inputs) else None
 
     common.RemoveUnusedNodesPass()(graph)
-    optimize_ir(graph, should_fold=should_fold)
-    rewrite(graph)
-    onnx_fusions.fuse(graph)
+    with matching_by_operator():
+        optimize_ir(graph, should_fold=should_fold)
+        rewrite(graph)
+        onnx_fusions.fuse(graph)
     # Each fused RotaryEmbedding comes with a cosine and a sine of its own.
     common.CommonSubexpressionEliminationPass()(graph)
     common.RemoveUnusedNodesPass()(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -49,3 +50,13 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
 def speed(load: Callable[[str], ModuleType]) -> Callable[[str], ModuleType]:
     """Return what imports a module of the benchmarks of speed."""
     return lambda name: load(f"benchmarks/speed/{name}")
+
+
+@pytest.fixture
+def read_little(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
+    """Return what lets a benchmark read a megabyte for the bandwidth, not dozens of gigabytes."""
+
+    def change(module: ModuleType) -> None:
+        monkeypatch.setattr(module, "Reader", functools.partial(module.Reader, size=1 << 20))
+
+    return change

@@ -135,7 +135,7 @@ def test_transformers_uses_fewer_experts_and_extends_to_all_layers(
         shape, layers=2, dtype=torch.float32, implementations=("batched_mm", "eager")
     )
     answer = speed("contenders/protocol").answer
-    assert answer(model, "prefill 9 0.5") == pytest.approx(0, abs=10)
+    assert answer(model, "prefill 9 0.5") == pytest.approx(0, abs=100)  # seconds, when busy
     assert answer(model, "activations 0.5") == 2
     quarter, half = (answer(model, f"bytes {budget}") for budget in (0.25, 0.5))
     expert = 3 * shape.hidden * shape.expert_size * 4
@@ -219,9 +219,13 @@ def test_report_says_what_was_measured(speed: Callable[[str], ModuleType]) -> No
 
 
 def test_contenders_take_turns(
-    speed: Callable[[str], ModuleType], toy: Path, tmp_path: Path
+    speed: Callable[[str], ModuleType],
+    read_little: Callable[[ModuleType], None],
+    toy: Path,
+    tmp_path: Path,
 ) -> None:
     peers = speed("peers")
+    read_little(peers)
     options = ["--artifact", str(toy), "--torch", "float32", "--shape", "tiny"]
     options += ["--rounds", "2", "--budget", "1.0", "--budget", "0.5", "--threads", "1"]
     options += ["--workload", "decode 8 4", "-o", str(tmp_path / "runs.json")]

@@ -8,9 +8,13 @@ from types import ModuleType
 from click.testing import CliRunner
 
 
-def test_kernels_are_timed_whole_and_in_halves(speed: Callable[[str], ModuleType]) -> None:
+def test_kernels_are_timed_whole_and_in_halves(
+    speed: Callable[[str], ModuleType], read_little: Callable[[ModuleType], None]
+) -> None:
+    kernels = speed("quantized_kernels")
+    read_little(kernels)
     options = ["--shape", "tiny", "--tokens", "4", "--runs", "1"]
-    outcome = CliRunner().invoke(speed("quantized_kernels").main, options)
+    outcome = CliRunner().invoke(kernels.main, options)
     assert outcome.exit_code == 0, outcome.output
     rows = [line.split("|")[1].strip() for line in outcome.stdout.splitlines() if "|" in line]
     assert rows == ["block", "---:", "32", "64", "experts", "---:", "1", "2", "3", "4"]

@@ -17,6 +17,7 @@ from alloc_moe.compiler.export import graph as export
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.architectures import kinds_with_states
+from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
@@ -247,22 +248,24 @@ def test_another_window_or_sink_is_found_out(
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "expected"),
+    ("family", "changes", "dtype", "expected"),
     [
-        ("olmoe", "float16", ir.DataType.FLOAT16),
-        ("mixtral", "bfloat16", ir.DataType.BFLOAT16),
+        ("olmoe", {}, "float16", ir.DataType.FLOAT16),  # others need this graph too
+        ("mixtral", {"num_hidden_layers": 1}, "bfloat16", ir.DataType.BFLOAT16),
     ],
+    ids=["float16", "bfloat16"],
 )
 def test_half_precision_graphs_have_the_type_asked_for(
-    moe_model: Models,
+    checkpoint: Callable[..., Path],
     plan_for: Callable[..., AllocationPlan],
     token_ids: NDArray[np.int64],
     tmp_path: Path,
     family: str,
+    changes: dict[str, int],
     dtype: Any,
     expected: ir.DataType,
 ) -> None:
-    moe = moe_model(family)
+    moe = load_model(str(checkpoint(family, **changes)))
     graph = export_model(moe, dtype=dtype)
     types = {str(value.name): value.dtype for value in (*graph.graph.inputs, *graph.graph.outputs)}
     cache = {name: found for name, found in types.items() if "present" in name or "past" in name}

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.model.checkpoint import Checkpoint
+from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.programs import build as building
 from alloc_moe.compiler.programs.build import build
+from alloc_moe.compiler.programs.capture import Captured, capture
 from alloc_moe.runtime.artifact.files import ArtifactFiles
 from alloc_moe.runtime.artifact.onnx_file import OnnxFile
 from alloc_moe.runtime.artifact.plan import PROGRAM_KEY, AllocationPlan
@@ -43,19 +50,43 @@ print(*kept.sum(1).tolist(), *(name for name in sys.modules if name.startswith("
 """
 
 
-@pytest.fixture
-def program(
-    moe_model: Callable[[str], MoeModel], tmp_path: Path
-) -> Callable[[str, AllocationPlan, str], Session]:
-    """Return a function from a family, a plan and a suffix to the program, loaded."""
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Trace a model under a plan once for both kinds of programs: only what follows differs."""
+    kept: list[tuple[AllocationPlan, Captured]] = []
 
-    def make(family: str, plan: AllocationPlan, suffix: str) -> Session:
-        path = tmp_path / f"{family}{suffix}"
-        console = Console(quiet=True)
-        interface = build(moe_model(family), plan, (), path, dtype="float32", console=console)
-        metadata = {PROGRAM_KEY: interface.to_json()}
-        files = ArtifactFiles(path, OnnxFile(metadata, {}, frozenset()), plan)
-        return open_program(files, counting=True)
+    def capture_once(checkpoint: Checkpoint, plan: AllocationPlan, **options: Any) -> Captured:
+        for known, captured in kept:
+            if known == plan:
+                return captured
+        kept.append((plan, capture(checkpoint, plan, **options)))
+        return kept[-1][1]
+
+    with mock.patch.object(building, "capture", capture_once):
+        yield
+
+
+def built(moe: MoeModel, plan: AllocationPlan, path: Path) -> Session:
+    """Write the program of a plan, and load it."""
+    interface = build(moe, plan, (), path, dtype="float32", console=Console(quiet=True))
+    metadata = {PROGRAM_KEY: interface.to_json()}
+    files = ArtifactFiles(path, OnnxFile(metadata, {}, frozenset()), plan)
+    return open_program(files, counting=True)
+
+
+@pytest.fixture(scope="module")
+def program(
+    moe_model: Callable[[str], MoeModel],
+    plan_for: Callable[..., AllocationPlan],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, str], Session]:
+    """Return a function from a family and a suffix to a program at half, built once."""
+
+    @functools.cache
+    def make(family: str, suffix: str) -> Session:
+        moe = moe_model(family)
+        plan = plan_for(moe, half(moe), redistribution=POLICIES[family])
+        return built(moe, plan, tmp_path_factory.mktemp("programs") / f"{family}{suffix}")
 
     return make
 
@@ -94,17 +125,14 @@ def half(moe: MoeModel) -> list[int]:
 )
 @pytest.mark.parametrize("suffix", [".pt", ".pt2"])
 def test_programs_and_the_onnx_artifact_agree(
-    moe_model: Callable[[str], MoeModel],
     exported: Callable[[str], ir.Model],
-    plan_for: Callable[..., AllocationPlan],
-    program: Callable[[str, AllocationPlan, str], Session],
+    program: Callable[[str, str], Session],
     written: Callable[..., Path],
     family: str,
     suffix: str,
 ) -> None:
-    moe = moe_model(family)
-    plan = plan_for(moe, half(moe), redistribution=POLICIES[family])
-    found = program(family, plan, suffix)
+    found = program(family, suffix)
+    plan = found.files.plan
     expected = open_session(written(exported(family), plan), ep="cpu")
     logits, counts = run(found)
     other = open_session(expected.files.graph, ep="cpu", count_activations=True)
@@ -119,42 +147,32 @@ def _continued(session: Session, prompts: Sequence[Sequence[int]]) -> list[list[
     return generate(session, prompts, max_new_tokens=64, eos_ids=())
 
 
-def test_a_script_needs_nothing_but_torch(
-    moe_model: Callable[[str], MoeModel],
-    plan_for: Callable[..., AllocationPlan],
-    program: Callable[[str, AllocationPlan, str], Session],
-) -> None:
-    ks = half(moe_model("olmoe"))
-    plan = plan_for(moe_model("olmoe"), ks, redistribution="none")  # calls don't matter then
-    path = program("olmoe", plan, ".pt").files.graph
-    code = [sys.executable, "-W", "ignore", "-c", PLAIN, str(path)]
+def test_a_script_needs_nothing_but_torch(program: Callable[[str, str], Session]) -> None:
+    files = program("deepseek_v2", ".pt").files
+    assert files.plan.redistribution == "none"  # of which it doesn't matter how tokens are called
+    code = [sys.executable, "-W", "ignore", "-c", PLAIN, str(files.graph)]
     done = subprocess.run(code, check=True, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [str(3 * k) for k in ks]
+    assert done.stdout.split() == [str(3 * layer.k) for layer in files.plan.layers]
 
 
 def test_two_scripts_of_one_shape_keep_their_own_plans(
-    moe_model: Callable[[str], MoeModel],
+    checkpoint: Callable[..., Path],
     plan_for: Callable[..., AllocationPlan],
-    program: Callable[[str, AllocationPlan, str], Session],
+    tmp_path: Path,
 ) -> None:
-    moe = moe_model("mixtral")
+    moe = load_model(str(checkpoint("mixtral", num_hidden_layers=1)))
     counts = []
     for k in (1, 2):
-        plan = plan_for(moe, [k] * len(moe.layers), redistribution="none")
-        counts.append(run(program("mixtral", plan, ".pt"))[1][-1])
-    assert counts == [(3 * k,) * len(moe.layers) for k in (1, 2)]
+        plan = plan_for(moe, [k], redistribution="none")
+        counts.append(run(built(moe, plan, tmp_path / f"{k}.pt"))[1][-1])
+    assert counts == [(3 * k,) for k in (1, 2)]
 
 
-def test_an_export_has_no_paths_of_this_machine(
-    moe_model: Callable[[str], MoeModel],
-    plan_for: Callable[..., AllocationPlan],
-    program: Callable[[str, AllocationPlan, str], Session],
-) -> None:
-    plan = plan_for(moe_model("olmoe"), half(moe_model("olmoe")), redistribution="none")
-    path = program("olmoe", plan, ".pt2").files.graph
+def test_an_export_has_no_paths_of_this_machine(program: Callable[[str, str], Session]) -> None:
+    path = program("deepseek_v2", ".pt2").files.graph
     assert not path.with_name(f"{path.name}.data").exists()
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if "/data/weights/weight_" not in name]
         code = b"".join(map(archive.read, names))
-    assert b"modeling_olmoe.py" not in code
+    assert b"modeling_deepseek_v2.py" not in code
     assert str(Path(__file__).parents[3]).encode() not in code

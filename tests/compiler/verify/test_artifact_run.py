@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
@@ -96,6 +98,34 @@ def test_logits_and_counts_are_those_of_the_whole_artifact(
     else:
         assert len(sessions) > layers
     assert {file.name for file in tmp_path.iterdir()} == {"out.onnx", "out.onnx.data"}
+
+
+def test_no_segment_is_loaded_before_the_last_one_is_freed(
+    moe_model: Models,
+    exported: Graphs,
+    plan_for: Plans,
+    token_ids: NDArray[np.int64],
+    written: Written,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_for(moe_model("olmoe"), [2, 3, 1])
+    path = written(exported("olmoe"), plan)
+    loaded: list[weakref.ref[Any]] = []
+    create = artifact_run.create_session
+
+    def watched(model: bytes, *args: Any, **kwargs: Any) -> Any:
+        assert not any(earlier() for earlier in loaded)
+        graph = ir.from_proto(onnx.load_model_from_string(model)).graph
+        weights = [value.const_value for value in graph.initializers.values()]
+        large = [tensor.nbytes for tensor in weights if isinstance(tensor, ir.ExternalTensor)]
+        assert sum(large) <= EXPERTS  # those of one operator
+        session = create(model, *args, **kwargs)
+        loaded.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(artifact_run, "create_session", watched)
+    run_by_segments(path, runs(token_ids, [None]), limit=1)
+    assert len(loaded) > len(plan.layers)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,17 +13,40 @@ import pytest
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
+def _shortened(model: Path, folder: Path, layers: int) -> Path:
+    """Copy a model with its first layers only: an emulated kernel takes long."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    kept = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        if found is None or int(found[1]) < layers:
+            kept[name] = weight
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def compiled_for_cuda(
     tmp_path_factory: pytest.TempPathFactory, captured_once: None
 ) -> Callable[..., Path]:
-    """Return a function from a bundled model's name to its artifact for CUDA at half its budget."""
+    """Return a function from a bundled model's name to its artifact for CUDA at half its budget.
+
+    With a number of layers, only so many of the model's are taken.
+    """
     from alloc_moe.compiler import api
 
-    def compiled(name: str, dtype: str, redistribute: str) -> Path:
-        path = tmp_path_factory.mktemp(name) / "out.onnx"
+    def compiled(name: str, layers: int | None, dtype: str, redistribute: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        model = EXAMPLES / name
+        if layers is not None:
+            model = _shortened(model, folder / name, layers)
+        path = folder / "out.onnx"
         api.compile(
-            str(EXAMPLES / name),
+            str(model),
             output=path,
             budget=0.5,
             device="cuda",

@@ -1,6 +1,7 @@
 // Runs CUDA kernels on a CPU, one block after the other: every thread is a fiber that gives way
 // where threads wait for each other. It checks arithmetic and indices, not races or speed.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -32,11 +34,11 @@ struct Dim {
     unsigned x, y, z;
 };
 
-struct Fiber {
-    ucontext_t context;
+struct Fiber {  // lives on from block to block, since it is made by slow calls of the system
+    jmp_buf place;
     std::vector<char> stack;
     Dim thread;
-    bool alive;
+    bool alive = false;
 };
 
 struct Group {  // threads that wait for each other
@@ -45,8 +47,8 @@ struct Group {  // threads that wait for each other
 };
 
 inline Fiber* current;
-inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers;
+inline jmp_buf scheduler;
+inline std::deque<Fiber> fibers;  // which stay where they are
 inline std::vector<Group> warps;
 inline Group whole;
 inline Dim block, grid, size;
@@ -57,7 +59,14 @@ struct Slot {
 };
 inline std::vector<Slot> slots;
 
-inline void give_way() { swapcontext(&current->context, &scheduler); }
+inline void give_way() {
+    if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+}
+
+inline void go_on(Fiber& fiber) {
+    current = &fiber;
+    if (!_setjmp(scheduler)) _longjmp(fiber.place, 1);
+}
 
 inline void arrive(Group& group) {
     if (group.arrived >= group.alive) {
@@ -76,13 +85,27 @@ inline void wait(Group& group) {
 inline Group& warp() { return warps[current->thread.x / 32]; }
 
 inline void run_fiber() {
-    kernel();
-    current->alive = false;
-    --whole.alive;
-    --warp().alive;
-    if (whole.arrived) arrive(whole);
-    if (warp().arrived) arrive(warp());
-    swapcontext(&current->context, &scheduler);
+    for (;;) {
+        give_way();
+        kernel();
+        current->alive = false;
+        --whole.alive;
+        --warp().alive;
+        if (whole.arrived) arrive(whole);
+        if (warp().arrived) arrive(warp());
+    }
+}
+
+inline void begin(Fiber& fiber) {
+    fiber.stack.resize(1 << 16);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.data();
+    context.uc_stack.ss_size = fiber.stack.size();
+    context.uc_link = nullptr;
+    makecontext(&context, run_fiber, 0);
+    current = &fiber;
+    if (!_setjmp(scheduler)) setcontext(&context);
 }
 
 inline void launch(Dim blocks, unsigned threads, size_t bytes, std::function<void()> body) {
@@ -90,7 +113,7 @@ inline void launch(Dim blocks, unsigned threads, size_t bytes, std::function<voi
     grid = blocks;
     size = {threads, 1, 1};
     shared.assign(bytes + 16, (char)0xa5);
-    fibers.resize(threads);
+    while (fibers.size() < threads) begin(fibers.emplace_back());
     slots.resize(threads);
     for (block.z = 0; block.z < grid.z; ++block.z)
         for (block.y = 0; block.y < grid.y; ++block.y)
@@ -99,23 +122,13 @@ inline void launch(Dim blocks, unsigned threads, size_t bytes, std::function<voi
                 whole.alive = (int)threads;
                 warps.assign((threads + 31) / 32, Group());
                 for (unsigned t = 0; t < threads; ++t) {
-                    Fiber& fiber = fibers[t];
-                    fiber.stack.resize(1 << 16);
-                    fiber.thread = {t, 0, 0};
-                    fiber.alive = true;
+                    fibers[t].thread = {t, 0, 0};
+                    fibers[t].alive = true;
                     ++warps[t / 32].alive;
-                    getcontext(&fiber.context);
-                    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-                    fiber.context.uc_stack.ss_size = fiber.stack.size();
-                    fiber.context.uc_link = &scheduler;
-                    makecontext(&fiber.context, run_fiber, 0);
                 }
                 while (whole.alive)
                     for (Fiber& fiber : fibers)
-                        if (fiber.alive) {
-                            current = &fiber;
-                            swapcontext(&scheduler, &fiber.context);
-                        }
+                        if (fiber.alive) go_on(fiber);
             }
 }
 

@@ -1,0 +1,41 @@
+"""onnxscript's patterns, each tried on nodes of its own operator only."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from onnxscript.rewriter._basics import MatchResult
+from onnxscript.rewriter._matcher import SimplePatternMatcher
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_MATCH = SimplePatternMatcher.match
+
+
+@contextlib.contextmanager
+def matching_by_operator() -> Iterator[None]:
+    """Let patterns fail at once, inside the block, on nodes of other operators than theirs.
+
+    They fail in any case. But onnxscript prepares for each pattern and node, and for a pattern with
+    two ends (two slices) it counts all nodes of the graph: that took a time that grows with the
+    square of the number of layers.
+    """
+    with mock.patch.object(SimplePatternMatcher, "match", _match):
+        yield
+
+
+@functools.wraps(_MATCH)
+def _match(
+    matcher: SimplePatternMatcher, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
+) -> MatchResult:
+    wanted = matcher.pattern.output_nodes[0].op_identifier()  # none: of any operator
+    if wanted is not None and wanted[:2] != (node.domain, node.op_type):
+        failed: MatchResult = MatchResult().fail("Another operator.")
+        return failed
+    found: MatchResult = _MATCH(matcher, model, graph, node, **options)
+    return found
