@@ -1,8 +1,9 @@
 r"""What the calibration text matters: text of another kind, and how many tokens, in two tables.
 
 Plans are the default's: one price, corrected. Each is made on a draw of calibration text and scored
-in PyTorch, against the full model, on a draw of held-out text. There are three kinds of text: prose (the texts beside the model), documentation and code (Python's own, so that figures are
-of one version of Python). One half of each kind is calibrated on, the other scored.
+in PyTorch, against the full model, on a draw of held-out text. There are three kinds of text: prose
+(the texts beside the model), documentation and code (Python's own, so that figures are of one
+version of Python). One half of each kind is calibrated on, the other scored.
 
     python examples/benchmarks/quality/calibration.py examples/tiny-moe examples/tiny-qwen3-moe \
         --report examples/reports/calibration.csv
