@@ -95,7 +95,7 @@ def compile(
             what the model's experts cost.
         output: ``out.onnx``, ``out.pt`` (TorchScript), ``out.pt2`` (torch.export), or ``DIR/`` for
             a bundle.
-        calibration: Text file, or dataset on the hub, to calibrate on.
+        calibration: Text file, conversations (``.jsonl``) or dataset on the hub, to calibrate on.
         tokens: Calibration tokens.
         seed: Picks the windows of calibration text.
         sensitivity: What fewer experts in a layer cost.
@@ -211,7 +211,7 @@ def profile(
     Args:
         model: A folder in the Hugging Face layout, or the id of a model on the hub.
         output: Where the profile is kept; one that is there is finished. None keeps nothing.
-        calibration: Text file, or dataset on the hub.
+        calibration: Text file, conversations (``.jsonl``) or dataset on the hub.
         tokens: Calibration tokens.
         seed: Picks the windows of calibration text.
         sensitivity: What fewer experts in a layer cost, in the metric's own unit: nats per token

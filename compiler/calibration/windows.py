@@ -8,21 +8,24 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from alloc_moe.compiler.errors import CalibrationError
+from alloc_moe.runtime.artifact.shapes import ShapeError
+from alloc_moe.runtime.errors import GenerationError
+from alloc_moe.runtime.text.chat import ChatTemplate
 from alloc_moe.runtime.text.reading import (
     MOST_BYTES,
     Encode,
     Encoded,
     TextError,
     TextIds,
-    open_text,
     read_ids,
 )
+from alloc_moe.runtime.text.sources import Part, has_objects, joined, open_text, part_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -88,8 +91,9 @@ def load_calibration(
     """Return windows that don't overlap, drawn from a text with a seed.
 
     Args:
-        source: A UTF-8 text file, or ``owner/name`` or ``owner/name:config`` of a dataset on the
-            Hugging Face hub, whose train split is read from its beginning.
+        source: A UTF-8 text file, or conversations (``.jsonl``, see `runtime.text.sources`), or
+            ``owner/name`` or ``owner/name:config`` of a dataset on the Hugging Face hub, whose
+            train split is read from its beginning.
         tokenizer: The model's.
         config: The model's. Windows have 512 tokens, fewer if the model takes fewer.
         tokens: How many tokens to draw; rounded to whole windows, and fewer if the text is shorter.
@@ -132,11 +136,12 @@ def _read(source: str | Path, tokens: int, tokenizer: PreTrainedTokenizerBase) -
     encode = encoder(tokenizer)
     match = _DATASET.fullmatch(str(source))
     try:
-        if match and not path.exists() and not path.parent.is_dir() and path.suffix != ".txt":
-            characters = tokens * _CHARACTERS_PER_TOKEN
-            data = _read_dataset(match["id"], match["config"], characters)
+        is_file = path.exists() or path.parent.is_dir()
+        if match and not (is_file or path.suffix == ".txt" or has_objects(path)):
+            template, characters = chat_template(tokenizer), tokens * _CHARACTERS_PER_TOKEN
+            data = _read_dataset(match["id"], match["config"], template, characters)
             return read_ids(io.BytesIO(data), encode, most_bytes=max(MOST_BYTES, len(data)))
-        with open_text(path) as file:
+        with open_source(path, tokenizer) as file:
             text = read_ids(file, encode)
     except OSError as error:
         raise CalibrationError(
@@ -165,6 +170,20 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode
 
 
+def open_source(path: Path, tokenizer: PreTrainedTokenizerBase) -> BinaryIO:
+    """Open a file of text, or of conversations for a model of this tokenizer: see `open_text`."""
+    return open_text(path, chat_template(tokenizer))
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """Return the chat template for conversations without tools, None if there is none."""
+    found = getattr(tokenizer, "chat_template", None)  # a text, or texts by name
+    source = found.get("default") if isinstance(found, Mapping) else found
+    if source is None:
+        return None
+    return ChatTemplate(source, name="the model", tokens=tokenizer.special_tokens_map)
+
+
 def _checked(text: TextIds, source: str | Path, config: PreTrainedConfig) -> npt.NDArray[np.intc]:
     if text.blank:
         raise CalibrationError(f"The calibration text {source} is empty.")
@@ -183,7 +202,9 @@ def _checked(text: TextIds, source: str | Path, config: PreTrainedConfig) -> npt
     return text.ids
 
 
-def _read_dataset(dataset_id: str, config: str | None, characters: int) -> bytes:
+def _read_dataset(
+    dataset_id: str, config: str | None, template: ChatTemplate | None, characters: int
+) -> bytes:
     """Return the first `characters` or more of the train split."""
     try:
         import datasets
@@ -194,7 +215,7 @@ def _read_dataset(dataset_id: str, config: str | None, characters: int) -> bytes
         ) from error
     try:
         rows = datasets.load_dataset(dataset_id, config, split="train", streaming=True)
-        return "\n\n".join(_take(rows, dataset_id, characters)).encode()
+        return "".join(joined(_take(rows, dataset_id, template, characters))).encode()
     except (OSError, ValueError) as error:
         raise CalibrationError(
             f"There is no file {dataset_id}, and the Hugging Face hub gave no such dataset: "
@@ -202,15 +223,21 @@ def _read_dataset(dataset_id: str, config: str | None, characters: int) -> bytes
         ) from error
 
 
-def _take(rows: Iterable[Mapping[str, Any]], dataset_id: str, characters: int) -> Iterator[str]:
-    for row in rows:
-        text = row.get("text")
-        if not isinstance(text, str):
+def _take(
+    rows: Iterable[Mapping[str, Any]],
+    dataset_id: str,
+    template: ChatTemplate | None,
+    characters: int,
+) -> Iterator[Part]:
+    for number, row in enumerate(rows, 1):
+        try:
+            part = part_of(row, template)
+        except (ShapeError, GenerationError) as error:
             raise CalibrationError(
-                f"The dataset {dataset_id} has no column text, only {', '.join(row)}. "
-                "Write its text to a file and give that."
-            )
-        yield text
-        characters -= len(text)
+                f"Row {number} of the dataset {dataset_id} is no text: {str(error).rstrip('.')}. "
+                "Write texts or conversations to a file, and give that."
+            ) from error
+        yield part
+        characters -= len(part.text)
         if characters <= 0:
             return

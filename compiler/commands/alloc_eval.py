@@ -21,6 +21,7 @@ from alloc_moe.runtime.commands.options import (
     examples,
     hold_option,
     threads_option,
+    tokenizer_option,
 )
 from alloc_moe.runtime.console import Console
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.artifact.plan import AllocationPlan
     from alloc_moe.runtime.execution.providers import Provider
     from alloc_moe.runtime.measure.evaluate import Evaluation
+    from alloc_moe.runtime.text.chat import ChatTemplate
     from alloc_moe.runtime.text.reading import Encode, Encoded
 
 
@@ -43,7 +45,11 @@ if TYPE_CHECKING:
 )
 @click.argument("target", metavar="ARTIFACT_OR_MODEL")
 @click.option(
-    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text."
+    "--text",
+    "text_file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="UTF-8 text, or conversations (.jsonl).",
 )
 @click.option(
     "--window",
@@ -67,7 +73,7 @@ if TYPE_CHECKING:
 @hold_option
 @ep_option
 @threads_option
-@click.option("--tokenizer", type=click.Path(), help="tokenizer.json, if it isn't found.")
+@tokenizer_option
 @click.option(
     "--trust-remote-code", is_flag=True, help="Models: run Python code of the checkpoint."
 )
@@ -140,12 +146,14 @@ def _is_artifact(path: Path) -> bool:
     return path.suffix in (".onnx", SCRIPT, EXPORT) or (path / MODEL_FILE).is_file()
 
 
-def _read(path: Path, encode: Encode, tokens: int | None) -> NDArray[np.intc]:
+def _read(
+    path: Path, encode: Encode, template: ChatTemplate | None, tokens: int | None
+) -> NDArray[np.intc]:
     """Return the ids of a text's first tokens, of all if that isn't said."""
     from alloc_moe.runtime.errors import AllocMoeError
     from alloc_moe.runtime.text.reading import MOST_BYTES, TextError, read_ids
 
-    with _open(path) as file:
+    with _open(path, template) as file:
         try:
             text = read_ids(file, encode, most_tokens=tokens, newlines=True)
         except TextError as error:
@@ -158,12 +166,13 @@ def _read(path: Path, encode: Encode, tokens: int | None) -> NDArray[np.intc]:
     return text.ids
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, template: ChatTemplate | None = None) -> BinaryIO:
     from alloc_moe.runtime.errors import AllocMoeError
-    from alloc_moe.runtime.text.reading import TextError, open_text
+    from alloc_moe.runtime.text.reading import TextError
+    from alloc_moe.runtime.text.sources import open_text
 
     try:
-        return open_text(path)
+        return open_text(path, template)
     except OSError as error:
         raise AllocMoeError(
             f"The text {path} can't be read: {error.strerror}. Give a UTF-8 file."
@@ -184,7 +193,9 @@ def _evaluate_artifact(
 ) -> tuple[Evaluation, AllocationPlan]:
     from alloc_moe.runtime.execution.session import open_session
     from alloc_moe.runtime.measure.evaluate import evaluate_artifact
+    from alloc_moe.runtime.text.chat import load_chat_template
     from alloc_moe.runtime.text.hold import held_budget
+    from alloc_moe.runtime.text.sources import has_objects
     from alloc_moe.runtime.text.tokenizer import load_tokenizer
 
     session = open_session(target, ep=ep, threads=threads, count_activations=True)
@@ -195,7 +206,10 @@ def _evaluate_artifact(
         encoded = found.encode(text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
 
-    ids = _read(text_file, encode, settings.tokens)
+    template = None
+    if has_objects(text_file):
+        template = load_chat_template(session.files, tokenizer=tokenizer)
+    ids = _read(text_file, encode, template, settings.tokens)
     with console.progress("Evaluating", len(ids) - 1, unit="tokens") as progress:
         evaluation = evaluate_artifact(
             session,
@@ -224,7 +238,7 @@ def _evaluate_model(
     need_compile_extra()
     import torch
 
-    from alloc_moe.compiler.calibration.windows import encoder
+    from alloc_moe.compiler.calibration.windows import chat_template, encoder
     from alloc_moe.compiler.model.loading import load_model
     from alloc_moe.compiler.reference.experts import allocated
     from alloc_moe.compiler.reference.plans import read_plan, trained_plan
@@ -235,7 +249,8 @@ def _evaluate_model(
     plan = (
         trained_plan(moe.checkpoint) if plan_file is None else read_plan(plan_file, moe.checkpoint)
     )
-    ids = _read(text_file, encoder(moe.checkpoint.tokenizer), settings.tokens)
+    tokenizer = moe.checkpoint.tokenizer
+    ids = _read(text_file, encoder(tokenizer), chat_template(tokenizer), settings.tokens)
     context = getattr(moe.config.get_text_config(), "max_position_embeddings", None)
     window = default_window(context) if settings.window is None else settings.window
     stride = max(window // 2, 1) if settings.stride is None else settings.stride

@@ -28,7 +28,10 @@ _PLANS = "uniform,data-free,top-p,ratio,kl,ppl-suffix,batch,paper,threshold,pric
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder.")
 @click.option(
-    "--text", required=True, type=click.Path(path_type=Path), help="Held-out text, UTF-8."
+    "--text",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Held-out text, UTF-8, or conversations (.jsonl).",
 )
 @click.option(
     "--text-tokens", type=click.IntRange(2, MOST_TEXT), help="Take its first tokens only."

@@ -24,8 +24,8 @@ def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--calibration",
             metavar="FILE_OR_DATASET",
-            help="Text to calibrate on. Default: calibration.txt beside the model, else a "
-            "built-in text.",
+            help="Text to calibrate on, or conversations (.jsonl). Default: calibration.txt beside "
+            "the model, else a built-in text.",
         ),
         click.option(
             "--tokens",

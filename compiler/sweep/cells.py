@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate, encoder
+from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate, encoder, open_source
 from alloc_moe.compiler.errors import OutputError, SweepError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
@@ -47,7 +47,7 @@ from alloc_moe.runtime.artifact.shapes import ShapeError, mapping, measured, rea
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.bench import machine
 from alloc_moe.runtime.measure.evaluate import default_window, evaluate_artifact
-from alloc_moe.runtime.text.reading import MOST_BYTES, TextError, open_text, read_ids
+from alloc_moe.runtime.text.reading import MOST_BYTES, TextError, read_ids
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -148,7 +148,7 @@ class _Scored:
 
 def _scored_text(options: SweepOptions, moe: MoeModel) -> _Scored:
     try:
-        with open_text(options.text) as file:
+        with open_source(options.text, moe.checkpoint.tokenizer) as file:
             encode = encoder(moe.checkpoint.tokenizer)
             text = read_ids(file, encode, most_tokens=options.text_tokens, digest_all=True)
     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,9 +43,12 @@ _CONFIG = record(
 )
 # What a template may run into with messages that it isn't made for.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # as transformers looks for it
+_DAY = datetime(2026, 1, 1, tzinfo=UTC)
 
-Message = Mapping[str, str]
-"""``{"role": ..., "content": ...}``; roles are those of the template, user and assistant mostly."""
+Message = Mapping[str, Any]
+"""``{"role": ..., "content": ...}``, two texts; roles are those of the template, user and assistant
+mostly. Templates may know other fields."""
 
 
 class ChatTemplate:
@@ -67,12 +70,27 @@ class ChatTemplate:
             ArtifactError: The template is no valid one.
             GenerationError: It refuses the messages, or jinja2 is missing.
         """
-        plain = [dict(message) for message in messages]
+        return self._rendered(messages, add_generation_prompt=True)
+
+    def transcript(self, messages: Sequence[Message]) -> str:
+        """Return a whole conversation as the text that the model was trained on.
+
+        It is the same on every day, also if the template tells the date.
+
+        Raises:
+            ArtifactError, GenerationError: As `render`.
+        """
+        return self._rendered(messages, add_generation_prompt=False, strftime_now=_DAY.strftime)
+
+    def _rendered(self, messages: Sequence[Message], **settings: Any) -> str:  # of the template
+        plain = [_with_reasoning(message) for message in messages]
+        # Transformers' own names for what isn't given: templates ask whether they are none.
+        names = {"tools": None, "documents": None, **self._tokens, **settings}
         template = self._template
         from jinja2 import TemplateError
 
         try:
-            return template.render(messages=plain, add_generation_prompt=True, **self._tokens)
+            return template.render(messages=plain, **names)
         except (TemplateError, *_FAILURES) as error:
             raise GenerationError(
                 f"The model's chat template can't take these messages: {_reason(error)}. "
@@ -94,18 +112,22 @@ class ChatTemplate:
 
 
 def load_chat_template(
-    files: ArtifactFiles, *, path: str | Path | None = None, folder: Path | None = None
+    files: ArtifactFiles,
+    *,
+    path: str | Path | None = None,
+    tokenizer: str | Path | None = None,
 ) -> ChatTemplate | None:
     """Return an artifact's chat template, None if it has none.
 
     Args:
         files: The artifact. Only a bundle's neighbours belong to it.
         path: A template to use instead.
-        folder: The tokenizer's, if another than the artifact's was given.
+        tokenizer: What was given in place of the artifact's tokenizer; a folder may have one too.
 
     Raises:
         ArtifactError: A file can't be read.
     """
+    folder = Path(tokenizer) if tokenizer is not None and Path(tokenizer).is_dir() else None
     place = folder or (files.graph.parent if files.is_bundle else None)
     config = {}
     if place is not None and (place / _CONFIG_FILE).is_file():
@@ -141,6 +163,14 @@ def checked_messages(messages: Iterable[Any]) -> tuple[Message, ...]:
                 f"Message {number} isn't one. Give objects with two texts, role and content."
             )
     return found
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """Return a message with its reasoning under the names that templates use, if it has any."""
+    found = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if found is None:
+        return dict(message)
+    return {"thinking": found, **message, "reasoning_content": found}
 
 
 def _reason(error: Exception) -> str:

@@ -248,11 +248,12 @@ def load(
         count_activations=count_activations,
         more_options=more_options,
     )
-    folder = Path(tokenizer) if tokenizer is not None and Path(tokenizer).is_dir() else None
     model = TextModel(
         session,
         load_tokenizer(session.files, tokenizer),
-        find_template=lambda: load_chat_template(session.files, path=chat_template, folder=folder),
+        find_template=lambda: load_chat_template(
+            session.files, path=chat_template, tokenizer=tokenizer
+        ),
     )
     if not model.eos_ids:
         logger.warning(

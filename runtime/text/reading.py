@@ -10,11 +10,9 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
-import stat
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -48,20 +46,6 @@ class TextIds:
     sha256: str
     blank: bool
     cut: bool
-
-
-def open_text(path: Path) -> BinaryIO:
-    """Open a text file; reading anything else might never end.
-
-    Raises:
-        OSError: It can't be opened.
-        TextError: It is no regular file.
-    """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder can't be opened anyway
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
-        raise TextError(f"is {kind}. Write the text to a file first.")
-    return path.open("rb")
 
 
 def read_ids(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -206,8 +207,66 @@ def test_a_dataset_is_read_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch
 
 def test_a_dataset_without_text_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_datasets(monkeypatch, lambda: iter([{"label": 1, "sentence": "x"}]))
-    with pytest.raises(CalibrationError, match="no column text, only label, sentence"):
+    message = "Row 1 of the dataset owner/name is no text: .* only label, sentence. Write texts"
+    with pytest.raises(CalibrationError, match=message):
         load("owner/name")
+
+
+class ChatTokenizer(ByteTokenizer):
+    """One with a chat template."""
+
+    chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    special_tokens_map = {"bos_token": "<s>"}  # noqa: RUF012  # as transformers has it
+
+
+def chat_windows(source: str | Path) -> bytes:
+    """Return the text of all windows, which is that of one."""
+    config = OlmoeConfig(vocab_size=256)
+    found = load_calibration(source, ChatTokenizer(), config, tokens=64, seed=0)  # type: ignore[arg-type]
+    [window] = found.ids.tolist()
+    return bytes(window)
+
+
+TALK = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+def test_conversations_in_a_dataset_are_told_by_the_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_datasets(monkeypatch, lambda: iter([TALK, {"text": "One."}, {"text": "Two."}]))
+    assert chat_windows("owner/name") == b"<s>user: Hi\nOne.\n\nTwo."
+
+
+def test_conversations_in_a_file_are_told_by_the_template(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(TALK))
+    assert chat_windows(path) == b"<s>user: Hi\n"
+    with pytest.raises(
+        CalibrationError, match=r"text .*chats\.jsonl can't be read at line 1: it is"
+    ):
+        load(path)  # without a template
+    path.write_text("{")
+    with pytest.raises(
+        CalibrationError, match=r"chats\.jsonl can't be read at line 1: it is no JSON"
+    ):
+        load(path)
+    path.write_text("")
+    with pytest.raises(CalibrationError, match=r"chats\.jsonl is empty"):
+        load(path)
+    with pytest.raises(CalibrationError, match=r"folder/none\.jsonl can't be read: No such file"):
+        load("folder/none.jsonl")
+
+
+def test_the_template_for_conversations_without_tools_is_taken() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE)
+    assert windows.chat_template(tokenizer) is None
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "no"}
+    found = windows.chat_template(tokenizer)
+    assert found is not None
+    expected = tokenizer.apply_chat_template(TALK["messages"], tokenize=False)
+    assert found.transcript(TALK["messages"]) == expected == "Hi"
 
 
 def test_a_dataset_that_does_not_exist_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,29 @@ def test_artifact_and_model_are_evaluated_alike(
     assert of_artifact["plan"] == of_model["plan"]
     full = json.loads(evaluated(model, *options).stdout)
     assert full["activations_per_token"] == [4, 4, 4]
+
+
+def test_conversations_are_told_by_the_chat_template(
+    model: str, artifact: Path, tmp_path: Path
+) -> None:
+    talker = shutil.copytree(model, tmp_path / "talker")
+    (talker / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    text = tmp_path / "told.txt"
+    text.write_text("Few experts are enough for most of the tokens. " * 6)
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": text.read_text()}]}))
+    options = ("--window", "64", "--json", "-q")
+    expected = json.loads(evaluated(artifact, "--text", text, *options).stdout)["loss"]
+    runs = ((artifact, "--tokenizer", talker), (talker, "--plan", artifact))
+    for run in runs:
+        found = json.loads(evaluated(*run, "--text", chats, *options).stdout)["loss"]
+        assert found == pytest.approx(expected, rel=1e-5)
+    for target in (artifact, model):
+        outcome = evaluated(target, "--text", chats)
+        assert (outcome.exit_code, outcome.stdout) == (1, "")
+        assert "chats.jsonl can't be read at line 1: it is a conversation, but" in outcome.stderr
 
 
 def test_a_plan_with_a_correction_needs_its_artifact(

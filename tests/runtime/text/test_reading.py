@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from alloc_moe.runtime.text import reading
-from alloc_moe.runtime.text.reading import Encode, Encoded, TextError, open_text, read_ids
+from alloc_moe.runtime.text.reading import Encode, Encoded, TextError, read_ids
 
 ROOT = Path(__file__).parents[3]
 HELDOUT = ROOT / "examples" / "tiny-moe" / "heldout.txt"
@@ -192,21 +191,11 @@ def test_a_tokenizer_that_tells_no_places_gets_the_whole_text_up_to_a_bound(
         ids_of("word " * 2000, encode)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
-def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(TextError, match=r"is a pipe\. Write the text to a file first"):
-        open_text(tmp_path / "pipe")
-    with pytest.raises(TextError, match="is a device or a socket"):
-        open_text(Path("/dev/zero"))
-    with pytest.raises(IsADirectoryError):
-        open_text(tmp_path)
-
-
 MEMORY = """
 import resource, sys
 from tokenizers import Tokenizer
-from alloc_moe.runtime.text.reading import open_text, read_ids
+from alloc_moe.runtime.text.reading import read_ids
+from alloc_moe.runtime.text.sources import open_text
 from pathlib import Path
 
 tokenizer = Tokenizer.from_file(sys.argv[1])
