@@ -185,11 +185,6 @@ def chosen_rounding(rounding: Rounding | None, dtype: str, *, mixed_bits: bool =
         return rounding or ("gptq" if dtype == "int4" and not mixed_bits else "nearest")
     if dtype not in ("int8", "int4"):
         raise OptionsError(f"--rounding gptq needs --dtype int4 or int8; {dtype} isn't rounded.")
-    if mixed_bits:
-        raise OptionsError(
-            "--mixed-bits tries each layer's experts in two widths, which --rounding gptq would "
-            "round anew for each. Use --rounding nearest."
-        )
     return rounding
 
 

@@ -111,7 +111,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     if costs is not None:
         cost_limit(budget, costs)  # what can't be met is said before the profile is measured
     calibration = calibrate(moe.checkpoint, options.calibration, console)
-    moe = round_model(moe, chosen, target.rounding, calibration, console, experts=not formats)
+    moe = round_model(moe, chosen, target.rounding, calibration, console, widths=formats)
     profile_path = None
     profile = None
     if _needs_profile(options, budget):

@@ -109,16 +109,13 @@ def test_only_int4_is_rounded_on_the_text_unless_asked_for(
     assert chosen_rounding(None, dtype, mixed_bits=mixed_bits) == rounding
     assert chosen_rounding("nearest", dtype, mixed_bits=mixed_bits) == "nearest"
     assert chosen_rounding("gptq", "int8") == "gptq"
+    assert chosen_rounding("gptq", "int4", mixed_bits=True) == "gptq"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dtype": "float16", "rounding": "gptq"}, "int4 or int8; float16 isn't rounded"),
-        (
-            {"dtype": "int4", "rounding": "gptq", "mixed_bits": True},
-            "--mixed-bits tries each layer's experts in two widths.*Use --rounding nearest",
-        ),
         ({"dtype": "int4", "rounding": "gptp"}, "--rounding can't be 'gptp'. Did you mean gptq"),
     ],
 )

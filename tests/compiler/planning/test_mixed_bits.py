@@ -246,6 +246,22 @@ def test_an_artifact_has_layers_of_both_widths(model: Path, tmp_path: Path) -> N
     assert AllocationPlan.from_json(plan.to_json()) == plan
 
 
+def test_values_are_chosen_on_the_text_in_both_widths(model: Path, tmp_path: Path) -> None:
+    output, profile = tmp_path / "out.onnx", tmp_path / "p.json"
+    given = ("-q", "--profile", str(profile))
+    outcome = compiled(model, output, *given, "--rounding", "gptq")
+    assert outcome.exit_code == 0, outcome.output
+    plan = find_artifact(output).plan
+    assert plan.quantization["rounding"] == "gptq"
+    assert set(plan.quantization["expert_bits"]) == {4, 8}
+    # Every logit is that of PyTorch with the chosen values: rounded to the nearest it would not be.
+    assert plan.verify["max_abs_logit_error"] < 1e-3
+    assert "/gptq-4-8:" in json.loads(profile.read_bytes())["model_fingerprint"]
+    outcome = compiled(model, tmp_path / "nearest.onnx", *given)
+    assert outcome.exit_code == 1
+    assert "was measured differently: the model" in " ".join(outcome.stderr.split())
+
+
 def test_layers_that_are_read_to_run_give_the_same_plan(model: Path, tmp_path: Path) -> None:
     plans = []
     for offload in ("never", "always"):

@@ -21,8 +21,9 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Metric, SensitivityProfile
 from alloc_moe.compiler.reference.experts import replaced_experts, run_pairs
 from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, rank_candidates
+from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.formats import choose_formats, mixed_formats
-from alloc_moe.compiler.rounding.weights import quantized
+from alloc_moe.compiler.rounding.weights import quantized, with_expert_formats
 from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -74,15 +75,21 @@ def rounded_copy(experts: torch.nn.Module, form: BlockFormat) -> torch.nn.Module
     return rounded
 
 
-def expected_costs(mixed: Mixed, metric: Metric, redistribution: str) -> list[list[float]]:
-    """Return the costs of every layer, from a plain backward pass per window."""
-    moe, formats = mixed
+def nearest_copies(mixed: Mixed) -> list[list[torch.nn.Module]]:
+    """Return each layer's experts in each width, rounded to the nearest."""
+    return [
+        [rounded_copy(mixed.moe.model.get_submodule(layer.experts_name), form) for form in forms]
+        for layer, forms in zip(mixed.moe.layers, mixed.formats, strict=True)
+    ]
+
+
+def expected_costs(
+    mixed: Mixed, copies: list[list[torch.nn.Module]], metric: Metric, redistribution: str
+) -> list[list[float]]:
+    """Return the costs of every layer's copies, from a plain backward pass per window."""
+    moe = mixed.moe
     top: list[list[float]] = [[] for _ in moe.layers]
     whole = [0.0] * len(moe.layers)
-    copies = [
-        [rounded_copy(moe.model.get_submodule(layer.experts_name), form) for form in forms]
-        for layer, forms in zip(moe.layers, formats, strict=True)
-    ]
     for window, ids in enumerate(torch.from_numpy(CALIBRATION.ids)):
         found: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
@@ -147,14 +154,38 @@ def test_costs_are_those_of_k_rounded_experts_against_all_in_floats(
         formats=given.formats,
     )
     assert profile.bits == (4, 8)
-    for row, expected in zip(
-        profile.costs, expected_costs(given, metric, redistribution), strict=True
-    ):
+    every = expected_costs(given, nearest_copies(given), metric, redistribution)
+    for row, expected in zip(profile.costs, every, strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
         assert row is not None
         # Of all experts the 4 bits cost something, the 8 bits next to nothing.
         four, eight = row[len(row) // 2 - 1], row[-1]
         assert 0 < eight < four / 50
+
+
+def test_costs_are_those_of_the_values_that_were_chosen_on_the_text(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    def load() -> Mixed:
+        moe = load_model(str(checkpoint("olmoe")))
+        chosen = choose_formats(moe.checkpoint, "int4")
+        formats = mixed_formats(chosen)
+        return Mixed(calibrated(moe, chosen, CALIBRATION, widths=formats), formats)
+
+    given = load()
+    by_width = []
+    for width in zip(*given.formats, strict=True):
+        moe = with_expert_formats(load().moe, width)
+        by_width.append([moe.model.get_submodule(layer.experts_name) for layer in moe.layers])
+    copies = [list(widths) for widths in zip(*by_width, strict=True)]
+    profile = measure_sensitivity(
+        given.moe, CALIBRATION, metric="fisher", redistribution="none", formats=given.formats
+    )
+    every = expected_costs(given, copies, "fisher", "none")
+    nearest = expected_costs(given, nearest_copies(given), "fisher", "none")
+    for row, expected, otherwise in zip(profile.costs, every, nearest, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+        assert row != pytest.approx(otherwise, rel=1e-2)
 
 
 @pytest.mark.parametrize("metric", ["fisher", "output"])
