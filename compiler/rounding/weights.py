@@ -62,6 +62,23 @@ def with_expert_formats(moe: MoeModel, experts: Sequence[BlockFormat]) -> MoeMod
     return moe
 
 
+def with_float_experts(moe: MoeModel) -> MoeModel:
+    """Return the model with its experts in floats again, as before `with_expert_formats`."""
+    assert moe.quantization is not None
+    rounded = stored_formats(moe)
+    quantization = dataclasses.replace(
+        moe.quantization, experts=(), marks=moe.quantization.marks[:-1]
+    )
+    moe = dataclasses.replace(moe, quantization=quantization)
+    stored = stored_formats(moe)
+    if moe.offloading is not None:
+        moe.offloading.source.transform = functools.partial(_read_rounded, moe, stored)
+    for name, parameter in _resident(moe, rounded):
+        if name not in stored:
+            parameter.copy_(moe.checkpoint.reader.read(name, parameter.dtype))
+    return moe
+
+
 @contextlib.contextmanager
 def rounded_experts(moe: MoeModel, name: str, form: BlockFormat) -> Iterator[None]:
     """Let experts, floats until now, compute with rounded weights while the block lasts.

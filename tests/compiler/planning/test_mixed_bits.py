@@ -246,7 +246,10 @@ def test_an_artifact_has_layers_of_both_widths(model: Path, tmp_path: Path) -> N
     assert AllocationPlan.from_json(plan.to_json()) == plan
 
 
-def test_values_are_chosen_on_the_text_in_both_widths(model: Path, tmp_path: Path) -> None:
+def test_values_are_chosen_on_the_text_in_both_widths(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = checkpoint("olmoe")
     output, profile = tmp_path / "out.onnx", tmp_path / "p.json"
     given = ("-q", "--profile", str(profile))
     outcome = compiled(model, output, *given, "--rounding", "gptq")
