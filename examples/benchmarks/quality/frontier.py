@@ -1,9 +1,9 @@
 r"""What plans of equal bytes add to the loss: one width of experts, or both, in one table.
 
 Every plan is made as by --target-bytes: a token reads so much of all weights at most. A cell is the
-loss added to the unrounded full model's on held-out text, in nats per token: the mean over seeds of
-the calibration text, the least and the most. Plans are scored in PyTorch, which has the artifact's
-weights.
+divergence from the unrounded full model on held-out text (KL, nats per token), which has the loss
+added with less noise: the mean over seeds of the calibration text, the least and the most. Plans
+are scored in PyTorch, which has the artifact's weights.
 
     python examples/benchmarks/quality/frontier.py examples/tiny-moe --targets 1.2MB,1.6MB
 """
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
-from rounding import loss, windows_of
+from rounding import windows_of
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate
 from alloc_moe.compiler.choices import byte_count
@@ -60,12 +60,12 @@ class Way:
 
 
 WAYS = (
-    Way("int4, price", "int4", "gptq", "price"),
-    Way("int8, price", "int8", "nearest", "price"),
     Way("int4, threshold", "int4", "gptq"),
+    Way("mixed, other weights int4", "int4", "gptq", mixed=True),
+    Way("int4, price", "int4", "gptq", "price"),
     Way("int8, threshold", "int8", "nearest"),
-    Way("mixed in int4", "int4", "gptq", mixed=True),
-    Way("mixed in int8", "int8", "gptq", mixed=True),
+    Way("int8, price", "int8", "nearest", "price"),
+    Way("mixed, other weights int8", "int8", "gptq", mixed=True),
 )
 
 
@@ -88,8 +88,17 @@ def making(model: str, way: Way, text: CalibrationSet) -> tuple[Making, WeightsR
     return Making(moe, text, options, profile, formats, None, QUIET), reading
 
 
-def planned_loss(moe: MoeModel, planned: Planned, windows: torch.Tensor) -> float:
-    """Return the loss of a plan in nats per token."""
+@torch.inference_mode()
+def said(moe: MoeModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the logarithms of what a model expects of each window [tokens, vocabulary]."""
+    for window in windows:
+        yield moe.model(input_ids=window[None]).logits[0].log_softmax(-1)
+
+
+def divergence(
+    moe: MoeModel, planned: Planned, windows: torch.Tensor, full: list[torch.Tensor]
+) -> float:
+    """Return KL(full || plan) in nats per token."""
     with allocated(
         moe.model,
         moe.layers,
@@ -98,13 +107,20 @@ def planned_loss(moe: MoeModel, planned: Planned, windows: torch.Tensor) -> floa
         weights=planned.plan.weights,
         corrections=planned.corrections,
     ):
-        return loss(moe, windows)
+        pairs = zip(full, said(moe, windows), strict=True)
+        sums = [float((before.exp() * (before - now)).sum(-1).mean()) for before, now in pairs]
+    return sum(sums) / len(sums)
 
 
-def added(
-    model: str, way: Way, text: CalibrationSet, targets: Sequence[str], windows: torch.Tensor
+def divergences(
+    model: str,
+    way: Way,
+    text: CalibrationSet,
+    targets: Sequence[str],
+    windows: torch.Tensor,
+    full: list[torch.Tensor],
 ) -> list[float]:
-    """Return the losses of a way at each target; infinite where it has no plan so small."""
+    """Return the divergence of a way at each target; infinite where it has no plan so small."""
     given, reading = making(model, way, text)
     found = []
     for target in targets:
@@ -115,7 +131,8 @@ def added(
             found.append(math.inf)
             continue
         moe, planned = meet_goal(goal, given, reading, 0.0)
-        found.append(planned_loss(moe, planned, windows))
+        found.append(divergence(moe, planned, windows, full))
+        click.echo(f"{way.name}, seed {text.seed}, {target}: {found[-1]:.5f}", err=True)
         if way.mixed:
             given = dataclasses.replace(given, moe=with_float_experts(moe))
     return found
@@ -128,26 +145,24 @@ def added(
 @click.option("--tokens", default=8192, show_default=True, help="Calibration tokens.")
 @click.option("--seed", "seeds", multiple=True, default=(0, 1, 2), show_default=True)
 def main(model: str, targets: str, text_tokens: int, tokens: int, seeds: tuple[int, ...]) -> None:
-    """Print what plans of each way add to the loss of MODEL at equal bytes."""
-    full = load_model(model)
-    windows = windows_of(full, Path(model) / "heldout.txt", text_tokens)
-    floats = loss(full, windows)
+    """Print how far plans of each way diverge from MODEL at equal bytes."""
+    moe = load_model(model)
+    windows = windows_of(moe, Path(model) / "heldout.txt", text_tokens)
+    full = list(said(moe, windows))
     texts = [
-        calibrate(full.checkpoint, CalibrationOptions(tokens=tokens, seed=seed), QUIET)
+        calibrate(moe.checkpoint, CalibrationOptions(tokens=tokens, seed=seed), QUIET)
         for seed in seeds
     ]
     wanted = targets.split(",")
     print(f"| {Path(model).name} | {' | '.join(wanted)} |\n|---|{'---:|' * len(wanted)}")
     for way in WAYS:
-        each = [
-            [one - floats for one in added(model, way, text, wanted, windows)] for text in texts
-        ]
+        each = [divergences(model, way, text, wanted, windows, full) for text in texts]
         print(f"| {way.name} | {' | '.join(map(_spread, zip(*each, strict=True)))} |", flush=True)
 
 
-def _spread(losses: Sequence[float]) -> str:
-    mean = sum(losses) / len(losses)
-    return f"{mean:+.4f} ({min(losses):+.4f} to {max(losses):+.4f})" if mean < math.inf else "-"
+def _spread(found: Sequence[float]) -> str:
+    mean = sum(found) / len(found)
+    return f"{mean:.4f} ({min(found):.4f} to {max(found):.4f})" if mean < math.inf else "-"
 
 
 if __name__ == "__main__":

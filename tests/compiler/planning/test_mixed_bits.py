@@ -34,7 +34,12 @@ from alloc_moe.compiler.rounding.formats import (
     formats_of_bits,
     mixed_formats,
 )
-from alloc_moe.compiler.rounding.weights import float_weights, quantized, with_expert_formats
+from alloc_moe.compiler.rounding.weights import (
+    float_weights,
+    quantized,
+    with_expert_formats,
+    with_float_experts,
+)
 from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.plan import AllocationPlan
@@ -184,6 +189,18 @@ def test_layers_that_are_read_to_run_have_experts_of_the_bits_chosen(
     assert torch.equal(floats_when_read, floats)
     assert not torch.equal(floats, rounded)
     assert all(torch.equal(found, rounded) for found in outputs())
+    for moe in models:
+        before = with_float_experts(moe)
+        assert before.quantization is not None
+        assert before.quantization.experts == ()
+        other = with_expert_formats(before, formats_of_bits(mixed_formats(chosen), (8, 4)))
+        assert other.fingerprint != moe.fingerprint
+    fresh = load_model(str(checkpoint("deepseek_v2")))
+    fresh = quantized(fresh, choose_formats(fresh.checkpoint, "int4"), round_experts=False)
+    fresh = with_expert_formats(fresh, formats_of_bits(mixed_formats(chosen), (8, 4)))
+    with torch.no_grad():
+        otherwise = fresh.model(input_ids=ids).logits
+    assert all(torch.equal(found, otherwise) for found in outputs())
 
 
 def test_the_disk_has_to_hold_all_experts_in_8_bits(moe_model: Callable[[str], MoeModel]) -> None:
