@@ -145,11 +145,17 @@ class _Search:
     frontier: Frontier
 
     def within_bytes(self) -> tuple[MoeModel, Planned]:
+        """Return the plan that costs least of those that read no more than the goal."""
         room = self.goal.most - self.reading.others
         # What the full model reads has no shifts, which the layers' own choices count.
         full = room >= sum(self.reading.trained) and not self.making.formats
         choice = self.frontier.best() if full else self.frontier.within(room)
         made = self._make(choice, self.making.moe)
+        # Thresholds keep to the sum of all k, not to each: where layers differ that may be more
+        # bytes. One expert in each layer is kept exactly, so this ends.
+        while made.nbytes > self.goal.most:
+            choice = self.frontier.within(choice.nbytes - (made.nbytes - self.goal.most))
+            made = self._make(choice, made.moe)
         return self._told(made, choice, {})
 
     def within_loss(self, full: float, base: float) -> tuple[MoeModel, Planned]:

@@ -21,13 +21,11 @@ from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.model.loading import load_model
-from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.package.space import _SMALL_FILES, needed_space
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import mixed_costs
 from alloc_moe.compiler.planning.mixed_bits import allocate_mixed
 from alloc_moe.compiler.planning.shapes import ExpertShape
-from alloc_moe.compiler.records import CompileOptions, MoeLayer, SensitivityProfile, TargetOptions
+from alloc_moe.compiler.records import MoeLayer, SensitivityProfile
 from alloc_moe.compiler.rounding.formats import (
     MIXED_BITS,
     choose_formats,
@@ -201,36 +199,6 @@ def test_layers_that_are_read_to_run_have_experts_of_the_bits_chosen(
     with torch.no_grad():
         otherwise = fresh.model(input_ids=ids).logits
     assert all(torch.equal(found, otherwise) for found in outputs())
-
-
-def test_the_disk_has_to_hold_all_experts_in_8_bits(moe_model: Callable[[str], MoeModel]) -> None:
-    given = CompileOptions("model", "out.onnx", "0.5")
-    four, mixed, eight = (
-        needed_space(moe_model("olmoe"), dataclasses.replace(given, target=target))
-        for target in (
-            TargetOptions("int4"),
-            TargetOptions("int4", mixed_bits=True),
-            TargetOptions("int8"),
-        )
-    )
-    assert four < mixed == eight
-
-
-def test_the_disk_holds_both_widths_of_values_chosen_for_layers_on_disk(
-    checkpoint: Callable[[str], Path],
-) -> None:
-    moe = load_model(str(checkpoint("olmoe")), offload="always")
-    given = CompileOptions("model", "out.onnx", "0.5")
-    nearest, both = (
-        needed_space(moe, dataclasses.replace(given, target=target))
-        for target in (
-            TargetOptions("int4", mixed_bits=True),
-            TargetOptions("int4", mixed_bits=True, rounding="gptq"),
-        )
-    )
-    in_memory = dataclasses.replace(moe, offloading=None)
-    alone = needed_space(in_memory, dataclasses.replace(given, target=TargetOptions("int4")))
-    assert both - nearest == pytest.approx(alone - _SMALL_FILES, abs=2)
 
 
 @pytest.fixture(scope="module")

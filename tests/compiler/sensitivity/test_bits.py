@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet
-from alloc_moe.compiler.errors import ProfileError
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Metric, SensitivityProfile
@@ -336,42 +335,3 @@ def test_an_interrupted_profile_is_resumed(
     resumed = measure(path=path)
     assert (resumed.costs, resumed.expert_sizes) == (whole.costs, whole.expert_sizes)
     assert SensitivityProfile.from_json(path.read_text(), path=path) == resumed
-
-
-def test_a_profile_of_one_width_is_not_used_for_two(
-    mixed: Callable[[str], Mixed], tmp_path: Path
-) -> None:
-    given = mixed("olmoe")
-    path = tmp_path / "p.json"
-    measure_sensitivity(given.moe, CALIBRATION, metric="output", path=path)
-    with pytest.raises(ProfileError, match=r"the bits of experts \(there none, now 4/8\) changed"):
-        measure_sensitivity(
-            given.moe, CALIBRATION, metric="output", formats=given.formats, path=path
-        )
-
-
-def test_costs_of_the_wrong_number_are_reported(
-    mixed: Callable[[str], Mixed], tmp_path: Path
-) -> None:
-    given = mixed("olmoe")
-    path = tmp_path / "p.json"
-    measure = functools.partial(
-        measure_sensitivity, given.moe, CALIBRATION, metric="output", formats=given.formats
-    )
-    profile = measure()
-    short = tuple(row[:-1] for row in profile.costs if row is not None)
-    path.write_text(dataclasses.replace(profile, costs=short).to_json())
-    with pytest.raises(ProfileError, match="its costs don't fit its layers"):
-        measure(path=path)
-
-
-def test_files_of_earlier_versions_have_no_bits(tmp_path: Path) -> None:
-    import json
-
-    old = SensitivityProfile(
-        "kl", "m", "c", 8, 4, 0, ("l",), (2,), ((1.0, 0.0),), 1.0, 0.0, expert_sizes=(None,)
-    )
-    data = json.loads(old.to_json())
-    del data["bits"]
-    assert SensitivityProfile.from_json(json.dumps(data), path=tmp_path) == old
-    assert old.widths == 1

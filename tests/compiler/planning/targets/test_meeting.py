@@ -26,7 +26,7 @@ from alloc_moe.compiler.records import Compiled, Goal, Planned, PlanOptions
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.compiler.rounding.formats import choose_formats, mixed_formats
-from alloc_moe.compiler.rounding.weights import quantized
+from alloc_moe.compiler.rounding.weights import quantized, with_float_experts
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.passes.blockwise import dequantize, quantize
 from alloc_moe.runtime.artifact.files import find_artifact
@@ -137,6 +137,27 @@ def test_bits_and_experts_of_a_loss_are_those_that_were_measured(
         floats = moe.checkpoint.reader.read(name, torch.float32).numpy()
         expected = torch.from_numpy(dequantize(*quantize(floats, form), form))
         assert torch.equal(moe.model.get_parameter(name), expected)
+
+
+def test_thresholds_that_read_more_than_was_asked_get_less(
+    makings: Callable[..., tuple[Making, WeightsRead, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making, reading, loss = makings("threshold", mixed=True)
+    goal = Goal("bytes", 75_000)
+    moe, first = meet_goal(goal, making, reading, loss)
+    assert first.plan.target["bytes"] <= 75_000
+    making = dataclasses.replace(making, moe=with_float_experts(moe))
+    found, counted = [], WeightsRead.counted
+
+    def more(reading: WeightsRead, *given: Any) -> float:
+        found.append(counted(reading, *given))
+        return found[-1] + 9_000 * (len(found) == 1)
+
+    monkeypatch.setattr(WeightsRead, "counted", more)
+    _, second = meet_goal(goal, making, reading, loss)
+    assert len(found) == 2
+    assert second.plan.target["bytes_predicted"] < first.plan.target["bytes_predicted"]
+    assert second.plan.target["bytes"] == round(found[1]) <= 75_000
 
 
 def test_a_loss_that_no_plan_reaches_is_refused_with_the_nearest(
