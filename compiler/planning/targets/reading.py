@@ -1,7 +1,7 @@
 """Model and formats -> the bytes of weights that one token reads in a decode step.
 
 All parameters of the model as they are stored, values and scales, are read once, but for two: of
-the embeddings one row, unless the head reads the whole of the same matrix; of the routed experts
+the embeddings one row, unless the head reads the whole of that very matrix; of the routed experts
 those that run. A correction adds biases to experts. Caches and activations are no weights.
 """
 
@@ -136,6 +136,10 @@ def _other_bytes(checkpoint: Checkpoint, quantization: Quantization | None, floa
             continue
         form = None if quantization is None else quantization.weights.get(name)
         nbytes = _stored(parameter.numel(), form, floats)
-        one_row = parameter is embeddings and (head is None or head.weight is not embeddings)
-        total += nbytes / len(parameter) if one_row else nbytes
+        tied = head is not None and head.weight is parameter
+        if parameter is not embeddings or tied:
+            total += nbytes
+        # In few bits the head has a matrix of its own, also if it is tied.
+        if parameter is embeddings and not (tied and form is None):
+            total += nbytes / len(parameter)
     return round(total)

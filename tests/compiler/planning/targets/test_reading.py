@@ -34,7 +34,7 @@ def whole_bytes(moe: MoeModel, reading: WeightsRead, row: float) -> float:
     Args:
         moe: The model.
         reading: What a token reads.
-        row: The bytes of a row of the embeddings; 0 if all of them are read.
+        row: The bytes of a row of the embeddings, one of which is read.
     """
     experts = sum(
         layer.num_experts * widths[0]
@@ -62,7 +62,7 @@ def test_with_all_experts_and_rows_it_is_what_the_artifact_has(
     columns = moe.config.hidden_size
     form = None if chosen is None else chosen.weights.get("model.embed_tokens.weight")
     row = 4.0 * columns if form is None else columns * form.bits_per_weight / 8
-    expected = whole_bytes(moe, reading, 0 if moe.config.tie_word_embeddings else row)
+    expected = whole_bytes(moe, reading, row)
     plan = plan_for(moe, [layer.experts_per_token for layer in moe.layers], redistribution="none")
     # A few constants of the graph come on top.
     assert 0 <= stored_bytes(moe, dtype, plan) - expected < 0.01 * expected
