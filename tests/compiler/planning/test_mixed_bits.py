@@ -253,7 +253,7 @@ def test_values_are_chosen_on_the_text_in_both_widths(
 ) -> None:
     model = checkpoint("olmoe")
     output, profile = tmp_path / "out.onnx", tmp_path / "p.json"
-    given = ("-q", "--profile", str(profile))
+    given = ("-q", "--profile", str(profile), "--dtype", "int8")
     outcome = compiled(model, output, *given, "--rounding", "gptq")
     assert outcome.exit_code == 0, outcome.output
     plan = find_artifact(output).plan
