@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -22,9 +23,10 @@ from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
-from alloc_moe.compiler.planning.costs import mixed_costs
-from alloc_moe.compiler.planning.mixed_bits import allocate_mixed
+from alloc_moe.compiler.planning.costs import CostTable, mixed_costs
+from alloc_moe.compiler.planning.mixed_bits import allocate_mixed, mixed_allocation
 from alloc_moe.compiler.planning.shapes import ExpertShape
+from alloc_moe.compiler.planning.targets import making
 from alloc_moe.compiler.records import MoeLayer, SensitivityProfile
 from alloc_moe.compiler.rounding.formats import (
     MIXED_BITS,
@@ -40,7 +42,7 @@ from alloc_moe.compiler.rounding.weights import (
 )
 from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.runtime.artifact.files import find_artifact
-from alloc_moe.runtime.artifact.plan import AllocationPlan
+from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget
 
 Rows = list[tuple[float, ...]]
 
@@ -249,16 +251,22 @@ def test_an_artifact_has_layers_of_both_widths(model: Path, tmp_path: Path) -> N
 
 
 def test_values_are_chosen_on_the_text_in_both_widths(
-    checkpoint: Callable[[str], Path], tmp_path: Path
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def both(
+        profile: SensitivityProfile, layers: list[MoeLayer], _: Budget, costs: CostTable
+    ) -> Any:
+        return mixed_allocation(profile, layers, costs, [7, 3, 8])  # 3, 3 and 4 experts
+
+    monkeypatch.setattr(making, "allocate_mixed", both)
     model = checkpoint("olmoe")
     output, profile = tmp_path / "out.onnx", tmp_path / "p.json"
-    given = ("-q", "--profile", str(profile), "--dtype", "int8")
+    given = ("-q", "--profile", str(profile))
     outcome = compiled(model, output, *given, "--rounding", "gptq")
     assert outcome.exit_code == 0, outcome.output
     plan = find_artifact(output).plan
     assert plan.quantization["rounding"] == "gptq"
-    assert set(plan.quantization["expert_bits"]) == {4, 8}
+    assert plan.quantization["expert_bits"] == [8, 4, 8]
     # Every logit is that of PyTorch with the chosen values: rounded to the nearest it would not be.
     assert plan.verify["max_abs_logit_error"] < 1e-3
     assert "/gptq-4-8:" in json.loads(profile.read_bytes())["model_fingerprint"]
