@@ -15,10 +15,12 @@ from alloc_moe.compiler.choices import (
     MOST_TEXT,
     budget_text,
     check_choice,
+    check_goal,
     check_mixed_bits,
     check_names,
     check_plan,
     check_price_per,
+    chosen_goal,
     chosen_rounding,
     finite,
     whole,
@@ -55,7 +57,9 @@ if TYPE_CHECKING:
 def compile(
     model: str | Path,
     *,
-    budget: float | str = 0.5,
+    budget: float | str | None = None,
+    target_bytes: float | str | None = None,
+    target_loss: float | None = None,
     output: str | Path = "out.onnx",
     calibration: str | Path | None = None,
     tokens: int = 8192,
@@ -92,7 +96,9 @@ def compile(
         model: A folder in the Hugging Face layout, or the id of a model on the hub.
         budget: Expert activations per token: a float is a fraction of the model's, an int their
             number over all layers. Text is as for the command. With another `cost` a fraction of
-            what the model's experts cost.
+            what the model's experts cost. None is 0.5, unless there is a target.
+        target_bytes: Instead of a budget: the bytes of weights that a token reads, at most.
+        target_loss: Instead of a budget: what the loss may rise by, in nats per calibration token.
         output: ``out.onnx``, ``out.pt`` (TorchScript), ``out.pt2`` (torch.export), or ``DIR/`` for
             a bundle.
         calibration: Text file, conversations (``.jsonl``) or dataset on the hub, to calibrate on.
@@ -137,6 +143,9 @@ def compile(
 
     if mixed_bits:
         check_mixed_bits(dtype, cost, allocation, sensitivity, redistribute)
+    goal, given_cost = chosen_goal(target_bytes, target_loss, budget), cost
+    if budget is None:
+        budget = 0.5 if goal is None else 1.0
     cost = cost or ("bytes" if mixed_bits else "activations")
     sized = sensitivity in SIZED or allocation == "uniform"
     if redistribute is None:
@@ -145,6 +154,7 @@ def compile(
         model=str(model),
         output=_with_slash(output),
         budget=budget_text(budget),
+        goal=goal,
         calibration=_calibration(calibration, tokens, seed),
         sensitivity=sensitivity,
         profile=None if profile is None else Path(profile),
@@ -180,6 +190,7 @@ def compile(
             f"doesn't measure. Use {' or '.join(SIZED)}, or another --redistribute."
         )
     check_plan(options.plan)
+    check_goal(goal, options.plan, given_cost, sensitivity)
     check_price_per(options.target, options.plan)
     if cache == "int8" and (device == "cuda" or dtype in ("float16", "bfloat16")):
         raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ from alloc_moe.compiler.records import (
     Device,
     DType,
     Form,
+    Goal,
     Metric,
     OffloadMode,
     PlanOptions,
@@ -36,6 +38,11 @@ from alloc_moe.compiler.records import (
 MOST_TEXT = 1 << 40
 """The most tokens of a text."""
 MOST_SEED = 2**63 - 1
+_MOST_BYTES = 1e18
+_BYTES = re.compile(
+    r"(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18}) ?([KMGT]?)(B?)", re.ASCII | re.IGNORECASE
+)
+_IN_NATS: tuple[Metric, ...] = ("fisher", "kl")
 
 
 def budget_text(budget: Any) -> str:  # whatever a user gives
@@ -175,6 +182,79 @@ def check_price_per(target: TargetOptions, plan: PlanOptions) -> None:
         )
 
 
+def chosen_goal(target_bytes: Any, target_loss: Any, budget: Any) -> Goal | None:
+    """Return what is asked for instead of a budget, if anything is.
+
+    Raises:
+        OptionsError: More than one of the three is, or a target is no number.
+    """
+    given = [budget, target_bytes, target_loss]
+    if sum(each is not None for each in given) > 1:
+        raise OptionsError(
+            "Give one of --budget, --target-bytes and --target-loss: each decides how many experts "
+            "run."
+        )
+    if target_bytes is not None:
+        return Goal("bytes", byte_count("--target-bytes", target_bytes))
+    if target_loss is not None:
+        return Goal("loss", finite("--target-loss", target_loss, 0, 1e3, above=True))
+    return None
+
+
+def byte_count(option: str, value: Any) -> float:
+    """Return a number of bytes; KB, MB and GB are powers of 1000, K, M and G of 1024.
+
+    Raises:
+        OptionsError: It is none.
+    """
+    if not isinstance(value, str):
+        return finite(option, value, 1, _MOST_BYTES)
+    found = _BYTES.fullmatch(value.strip())
+    if found is None:
+        raise OptionsError(
+            f"{option} is {value!r}. Give a number of bytes such as 1500000, 1500KB or 1.5MB "
+            "(powers of 1000), or 1.5M (of 1024)."
+        )
+    number, unit, ending = found.groups()
+    base = 1000 if ending.upper() == "B" else 1024
+    return finite(
+        option, float(number) * base ** " KMGT".index(unit.upper() or " "), 1, _MOST_BYTES
+    )
+
+
+def check_goal(goal: Goal | None, plan: PlanOptions, cost: str | None, sensitivity: str) -> None:
+    """Raise OptionsError for options that a plan for a goal can't go by.
+
+    Args:
+        goal: What is asked for, if anything is.
+        plan: How it is to be met.
+        cost: The --cost that was given, None if none was.
+        sensitivity: The metric.
+    """
+    if goal is None:
+        return
+    name, by_loss = f"--target-{goal.kind}", goal.kind == "loss"
+    for fault, advice in (
+        (cost is not None, "goes by bytes that a token reads, so leave out --cost"),
+        (plan.cost_batch != 1, "is of one token, so leave out --cost-batch"),
+        (
+            by_loss and plan.redistribution in ("top-p", "ratio"),
+            f"predicts what plans cost, which {plan.redistribution} doesn't tell. Use "
+            "--redistribute price, threshold, batch, sequence or none",
+        ),
+        (
+            by_loss and plan.allocation == "uniform",
+            "goes by sensitivities, which --allocation uniform ignores",
+        ),
+        (
+            by_loss and sensitivity not in _IN_NATS,
+            f"needs --sensitivity {' or '.join(_IN_NATS)}; {sensitivity} isn't in nats",
+        ),
+    ):
+        if fault:
+            raise OptionsError(f"{name} {advice}.")
+
+
 def chosen_rounding(rounding: Rounding | None, dtype: str, *, mixed_bits: bool = False) -> Rounding:
     """Return how weights are rounded; None is what is better for the type.
 
@@ -185,11 +265,6 @@ def chosen_rounding(rounding: Rounding | None, dtype: str, *, mixed_bits: bool =
         return rounding or ("gptq" if dtype == "int4" and not mixed_bits else "nearest")
     if dtype not in ("int8", "int4"):
         raise OptionsError(f"--rounding gptq needs --dtype int4 or int8; {dtype} isn't rounded.")
-    if mixed_bits:
-        raise OptionsError(
-            "--mixed-bits tries each layer's experts in two widths, which --rounding gptq would "
-            "round anew for each. Use --rounding nearest."
-        )
     return rounding
 
 

@@ -29,21 +29,26 @@ from alloc_moe.compiler.package.versions import versions
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import measure_costs, mixed_costs
 from alloc_moe.compiler.planning.latency import latency_path
-from alloc_moe.compiler.planning.mixed_bits import allocate_mixed
-from alloc_moe.compiler.planning.plan import make_planned
 from alloc_moe.compiler.planning.refinement import Refinement
 from alloc_moe.compiler.planning.shapes import expert_shapes
+from alloc_moe.compiler.planning.targets.making import Making
+from alloc_moe.compiler.planning.targets.meeting import (
+    by_activations,
+    check_reachable,
+    full_loss,
+    meet_goal,
+)
+from alloc_moe.compiler.planning.targets.reading import weights_read
 from alloc_moe.compiler.programs.build import build, check_program
 from alloc_moe.compiler.records import Compiled, CompileOptions
 from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
 from alloc_moe.compiler.rounding.formats import (
     BITS,
     choose_formats,
-    formats_of_bits,
     mixed_formats,
 )
 from alloc_moe.compiler.rounding.stage import round_model
-from alloc_moe.compiler.rounding.weights import chosen_digest, with_expert_formats
+from alloc_moe.compiler.rounding.weights import chosen_digest
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
@@ -58,7 +63,6 @@ from alloc_moe.runtime.artifact.plan import (
 )
 
 if TYPE_CHECKING:
-    from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.planning.costs import CostTable
     from alloc_moe.compiler.records import (
@@ -110,8 +114,17 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     costs = _costs(moe, options, formats, output, console)
     if costs is not None:
         cost_limit(budget, costs)  # what can't be met is said before the profile is measured
+    goal = options.goal
+    if goal is not None:
+        reading = weights_read(
+            moe.checkpoint, dtype=target.dtype, quantization=chosen, formats=formats
+        )
+        check_reachable(goal, reading, shifted=options.plan.correction == "affine")
     calibration = calibrate(moe.checkpoint, options.calibration, console)
-    moe = round_model(moe, chosen, target.rounding, calibration, console, experts=not formats)
+    loss = 0.0  # not looked at unless it is asked for
+    if goal is not None and goal.kind == "loss":
+        loss = full_loss(moe, calibration, console)
+    moe = round_model(moe, chosen, target.rounding, calibration, console, widths=formats)
     profile_path = None
     profile = None
     if _needs_profile(options, budget):
@@ -126,9 +139,13 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             path=profile_path,
             console=console,
         )
-    moe, planned = _plan(
-        moe, calibration, options, budget, profile, costs, formats, output, console
-    )
+    refinement = _refinement(options, output)
+    making = Making(moe, calibration, options.plan, profile, formats, refinement, console)
+    if goal is None:
+        moe, planned = making.of_budget(budget, costs)
+    else:
+        moe, planned = meet_goal(goal, making, reading, loss)
+    planned = _stated(planned, moe)
     with package.staging(output, note=console.note) as staged:
         make = _build_program if output.is_program else _build
         if output.is_checkpoint:
@@ -205,51 +222,19 @@ def _costs(
 
 def _needs_profile(options: CompileOptions, budget: Budget) -> bool:
     """Whether anything is decided by sensitivities; a dial needs sizes at the full budget too."""
-    if options.target.mixed_bits:
-        return True
     plan = options.plan
+    if options.target.mixed_bits or (options.goal is not None and not by_activations(plan)):
+        return True
     if plan.allocation != "sensitivity" or plan.redistribution in ("top-p", "ratio"):
         return False
     return plan.redistribution == "price" or budget.activations < budget.original
 
 
-def _plan(
-    moe: MoeModel,
-    calibration: CalibrationSet,
-    options: CompileOptions,
-    budget: Budget,
-    profile: SensitivityProfile | None,
-    costs: CostTable | None,
-    formats: Sequence[Sequence[BlockFormat]],
-    output: package.Output,
-    console: Console,
-) -> tuple[MoeModel, Planned]:
-    """Return what will run, with the bits of experts chosen, and the model so rounded."""
-    mixed = None
-    if formats:
-        assert profile is not None
-        assert costs is not None
-        mixed = allocate_mixed(profile, moe.layers, budget, costs)
-        profile, costs = mixed.profile, mixed.costs
-        with console.step("Rounding experts"):
-            moe = with_expert_formats(moe, formats_of_bits(formats, mixed.bits))
-    planned = make_planned(
-        moe,
-        calibration,
-        budget,
-        options.plan,
-        profile=profile,
-        costs=costs,
-        allocation=mixed.ks if mixed else None,
-        refinement=_refinement(options, output),
-        console=console,
-    )
-    plan = dataclasses.replace(
-        mixed.mark(planned.plan) if mixed else planned.plan,
-        versions=versions(),
-        quantization=moe.quantization.to_plan() if moe.quantization else {},
-    )
-    return moe, dataclasses.replace(planned, plan=plan)
+def _stated(planned: Planned, moe: MoeModel) -> Planned:
+    """Return a plan that says what its artifact is made of, and by what."""
+    quantization = moe.quantization.to_plan() if moe.quantization else {}
+    plan = dataclasses.replace(planned.plan, versions=versions(), quantization=quantization)
+    return dataclasses.replace(planned, plan=plan)
 
 
 def _refinement(options: CompileOptions, output: package.Output) -> Refinement | None:

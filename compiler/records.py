@@ -100,12 +100,24 @@ class TargetOptions:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What a plan shall reach at most: ``bytes`` that a token reads, or added ``loss`` in nats."""
+
+    kind: Literal["bytes", "loss"]
+    most: float
+
+
+@dataclass(frozen=True)
 class CompileOptions:
-    """What the user asked `alloc-compile` for; paths and text as typed."""
+    """What the user asked `alloc-compile` for; paths and text as typed.
+
+    With a ``goal`` the budget is found; until then it is that of the full model.
+    """
 
     model: str
     output: str
     budget: str
+    goal: Goal | None = None
     calibration: CalibrationOptions = CalibrationOptions()
     sensitivity: Metric = "fisher"
     profile: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,30 @@ if TYPE_CHECKING:
     cls=Command,
     epilog=examples(
         "alloc-compile examples/tiny-moe --budget 0.5 -o out.onnx",
+        "alloc-compile examples/tiny-moe --target-bytes 1.5MB --dtype int4 -o small.onnx",
         "alloc-compile allenai/OLMoE-1B-7B-0924 --budget 64 --calibration notes.txt -o bundle/",
     ),
 )
 @click.argument("model")
 @click.option(
     "--budget",
-    required=True,
     type=BudgetText(),
     help="Expert activations per token: a fraction of the model's (0.5, 1.0), or their number over "
     "all layers (64). With another --cost: a fraction of what the model's experts cost.",
+)
+@click.option(
+    "--target-bytes",
+    metavar="N",
+    help="Instead of a budget: the bytes of weights that a token reads at most, on average in "
+    "decode: the experts that run and all else. 1.5MB is of 1000s, 1.5M of 1024s.",
+)
+@click.option(
+    "--target-loss",
+    metavar="NATS",
+    type=FiniteRange(0, 1e3, min_open=True),
+    help="Instead of a budget: what the loss may rise by at most, in nats per token of the "
+    "calibration text, against the full model before rounding. The plan that reads the fewest "
+    "bytes is sought, and measured.",
 )
 @click.option(
     "-o",
@@ -160,6 +175,8 @@ def compile_command(console: Console, /, **options: Any) -> None:
             "alloc-compile works in one process. Measure the profile on many with alloc-profile, "
             "then compile with --profile."
         )
+    if all(options[name] is None for name in ("budget", "target_bytes", "target_loss")):
+        raise click.UsageError("Give one of --budget, --target-bytes and --target-loss.")
     with wrong_options():
         compiled = compile(**options, console=console)
     console.result(_summary(compiled), _summary_json(compiled))
@@ -181,9 +198,25 @@ def _summary(compiled: Compiled) -> str:
         f"Wrote {compiled.path}: {budget.activations:.6g} of {budget.original} expert activations "
         f"per token, redistribution {compiled.plan.redistribution}\n"
         f"Experts per layer: {ks}\n"
-        f"{of_bits}{of_cost}"
+        f"{of_bits}{of_cost}{_of_target(compiled.plan.target)}"
         f"Largest logit error against PyTorch: {compiled.verification.max_abs_logit_error:.1e} "
         f"over {compiled.verification.tokens} tokens"
+    )
+
+
+def _of_target(target: Mapping[str, Any]) -> str:
+    """Say what came of a target, if there was one."""
+    if not target:
+        return ""
+    read = (
+        f"Weights read per token: {target['bytes']} bytes, of {target['bytes_original']} in the "
+        "full model"
+    )
+    if target["asked"] == "bytes":
+        return f"{read}, at most {target['most']:.0f}\n"
+    return (
+        f"{read}\nLoss added on the calibration text: {target['added_loss']:.4g} nats per token, "
+        f"predicted {target['added_loss_predicted']:.4g}, at most {target['most']:g}\n"
     )
 
 

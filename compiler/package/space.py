@@ -23,9 +23,12 @@ def needed_space(moe: MoeModel, options: CompileOptions) -> int:
     """
     # With mixed bits all experts of a layer may be stored in 8, however few of them run.
     dtype = "int8" if options.target.mixed_bits else options.target.dtype
-    weights = weights_bytes(moe.checkpoint.skeleton) // 4 * _BYTES[dtype]
+    each = _BYTES[dtype]
     if moe.offloading is not None and dtype in BITS:
-        weights *= 2
+        each *= 2
+        if options.target.mixed_bits and options.target.rounding == "gptq":
+            each += _BYTES["int4"]  # values were chosen for this width too
+    weights = weights_bytes(moe.checkpoint.skeleton) // 4 * each
     states = 0
     if moe.offloading is not None and options.plan.allocation == "sensitivity":
         config = moe.config.get_text_config()

@@ -65,7 +65,16 @@ def allocate_mixed(
             "The sensitivity profile has costs of experts in one width only, and mixed bits need "
             "those of several. Give another path for it."
         )
-    choices = allocate(profile, layers, budget, costs)
+    return mixed_allocation(profile, layers, costs, allocate(profile, layers, budget, costs))
+
+
+def mixed_allocation(
+    profile: SensitivityProfile,
+    layers: Sequence[MoeLayer],
+    costs: CostTable,
+    choices: Sequence[int],
+) -> MixedAllocation:
+    """Return the experts and bits that choices stand for, one per layer, counted as in its rows."""
     most = [layer.experts_per_token for layer in layers]
     found = [divmod(choice - 1, k) for choice, k in zip(choices, most, strict=True)]
     starts = [width * k for (width, _), k in zip(found, most, strict=True)]

@@ -104,7 +104,8 @@ def make_planned(
         allocation=allocation,
     )
     full = plan.budget.activations == plan.budget.original
-    setting = Setting(options.redistribution, options.weights, expert_sizes(plan, profile, moe))
+    sizes = expert_sizes(options.redistribution, profile, moe)
+    setting = Setting(options.redistribution, options.weights, sizes)
     if options.redistribution == "price":
         setting = _with_overlap(
             moe, calibration, setting, options, plan.budget.activations, console
@@ -203,7 +204,7 @@ def _refined(
 
 
 def expert_sizes(
-    plan: AllocationPlan, profile: SensitivityProfile | None, moe: MoeModel
+    redistribution: str, profile: SensitivityProfile | None, moe: MoeModel
 ) -> tuple[tuple[float, ...], ...] | None:
     """Return what ``price`` multiplies each expert's weight by; None for other redistributions.
 
@@ -212,7 +213,7 @@ def expert_sizes(
     Raises:
         ProfileError: The profile's metric measures no sizes.
     """
-    if plan.redistribution != "price":
+    if redistribution != "price":
         return None
     if profile is None:
         return tuple((1.0,) * layer.num_experts for layer in moe.layers)
@@ -283,11 +284,7 @@ def _fit(
     mode: CorrectionMode,
     console: Console,
 ) -> Corrections:
-    # A cap is for single calls; corrections are for the mean.
-    parameters = [dataclasses.replace(given, cap=None) for given in layer_parameters(plan)]
-    # Of calibration windows each is a pool of its own, whoever shares one later.
-    policy = "sequence" if plan.redistribution == "batch" else plan.redistribution
-    running = Running(parameters, policy, plan.weights)  # type: ignore[arg-type]
+    running = running_on_text(plan)
     ids = torch.from_numpy(calibration.ids)
     with console.progress("Correcting", 2 * len(moe.layers), unit="steps") as progress:
         fitted = fit_corrections(moe, ids, running, mode=mode, advance=progress.advance)
@@ -299,6 +296,15 @@ def _fit(
     if plainer:
         console.note(f"Layers where --correct {mode} didn't help: {', '.join(plainer)}")
     return fitted
+
+
+def running_on_text(plan: AllocationPlan) -> Running:
+    """Return how a plan runs on the calibration text."""
+    # A cap is for single calls; what is measured on text is for the mean.
+    parameters = [dataclasses.replace(given, cap=None) for given in layer_parameters(plan)]
+    # Of calibration windows each is a pool of its own, whoever shares one later.
+    policy = "sequence" if plan.redistribution == "batch" else plan.redistribution
+    return Running(parameters, policy, plan.weights)  # type: ignore[arg-type]
 
 
 def _describe(mode: CorrectionMode, fitted: Corrections) -> dict[str, object]:

@@ -150,6 +150,22 @@ def measure_dial(
     return tuple(points)
 
 
+def dropped_costs(moe: MoeModel, ids: torch.Tensor, setting: Setting) -> list[float]:
+    """Return what one threshold for all layers costs, for each number of activations it may keep.
+
+    That is half the sum of the squared scores of what isn't kept, per token: with sizes in nats
+    about what the loss rises by, if nothing makes up for it. First comes one expert per layer, last
+    all of them.
+
+    Arguments are those of `common_threshold`. Takes one pass over the tokens.
+    """
+    found = _observe(moe, ids, setting, [0.0] * len(moe.layers))
+    tokens = found[0].tokens
+    rising = np.sort(np.concatenate([layer.values for layer in found])).astype(np.float64)
+    dropped = np.append(0.0, np.cumsum(rising**2)) / (2 * tokens)
+    return [float(cost) for cost in dropped[::-tokens]]
+
+
 def dial_passes() -> int:
     """The number of passes over the calibration tokens that `measure_dial` takes."""
     return _DIAL_POINTS + 1

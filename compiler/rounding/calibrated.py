@@ -31,6 +31,7 @@ from alloc_moe.compiler.rounding.inputs import LayerInputs
 from alloc_moe.compiler.rounding.vocabulary import SaidTokens, row_groups
 from alloc_moe.compiler.rounding.weights import (
     format_mark,
+    kept_name,
     pack,
     round_in_place,
     round_weights,
@@ -42,11 +43,18 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.records import Quantization
+    from alloc_moe.passes.blockwise import BlockFormat
 
 _SUMS = 1 << 25  # elements of experts' sums that are in memory together: 128 MB
 
 
-def calibrated(moe: MoeModel, quantization: Quantization, calibration: CalibrationSet) -> MoeModel:
+def calibrated(
+    moe: MoeModel,
+    quantization: Quantization,
+    calibration: CalibrationSet,
+    *,
+    widths: Sequence[Sequence[BlockFormat]] = (),
+) -> MoeModel:
     """Return the model with weights rounded so that its products change least on a text.
 
     Its weights are changed in place; those of offloaded layers whenever they are read. Where the
@@ -56,19 +64,28 @@ def calibrated(moe: MoeModel, quantization: Quantization, calibration: Calibrati
         moe: The model, in float32.
         quantization: How weights are stored.
         calibration: The text.
+        widths: Per MoE layer, formats to choose values of its experts for, all from the same sums.
+            The experts themselves stay floats, which later layers are rounded behind, and the
+            returned model's quantisation has no formats of experts.
 
     Raises:
         UnsupportedModelError: The model gives no finite states.
         OutputError: What is kept can't be written.
     """
     text = f"{calibration.sha256}:{calibration.tokens}:{calibration.sequence_length}"
-    mark = f"{format_mark(quantization)}/gptq:{text}:{calibration.seed}"
+    bits = "".join(f"-{form.bits}" for form in widths[0]) if widths else ""
+    mark = f"{format_mark(quantization)}/gptq{bits}:{text}:{calibration.seed}"
     quantization = dataclasses.replace(quantization, marks=(mark,), rounding="gptq")
     moe = dataclasses.replace(moe, quantization=quantization)
     chosen = NamedResults(moe.results, ["chosen", moe.fingerprint])
     moe = dataclasses.replace(moe, chosen=chosen)
     with torch.inference_mode(mode=False), torch.no_grad():
-        _Rounding(moe, chosen).run(LayerInputs(moe, torch.from_numpy(calibration.ids)))
+        rounding = _Rounding(moe, chosen, widths)
+        rounding.run(LayerInputs(moe, torch.from_numpy(calibration.ids)))
+        if widths:
+            moe = dataclasses.replace(
+                moe, quantization=dataclasses.replace(quantization, experts=())
+            )
         round_weights(moe)
     return moe
 
@@ -76,8 +93,12 @@ def calibrated(moe: MoeModel, quantization: Quantization, calibration: Calibrati
 class _Rounding:
     """Rounds the weights of a model, and keeps what they became."""
 
-    def __init__(self, moe: MoeModel, chosen: NamedResults) -> None:
+    def __init__(
+        self, moe: MoeModel, chosen: NamedResults, widths: Sequence[Sequence[BlockFormat]]
+    ) -> None:
         self._model, self._chosen = moe.model, chosen
+        names = (layer.experts_name for layer in moe.layers)
+        self._widths = dict(zip(names, widths, strict=True)) if widths else {}
         self._formats = stored_formats(moe)
         self._experts = {layer.experts_name: layer.num_experts for layer in moe.layers}
         self._layers = find_decoder_layers(moe.model, moe.layers[0])
@@ -96,7 +117,7 @@ class _Rounding:
             with resident(layer):
                 self._round_layer(f"{self._names[id(layer)]}.", inputs)
                 inputs.advance()
-        if head is not None and self._chosen.find(f"{head}.weight") is None:
+        if head is not None and self._find(f"{head}.weight") is None:
             self._round_head(head, inputs)
 
     def _head(self) -> str | None:
@@ -117,7 +138,11 @@ class _Rounding:
             if same[0] in self._experts:
                 hidden, ids, weights = map(torch.cat, zip(*given, strict=True))
                 shares = dense_weights(ids, weights.square(), self._experts[same[0]])
-                self._round_experts(same[0], ExpertSums(hidden, torch.cat(floats), shares))
+                sums = ExpertSums(hidden, torch.cat(floats), shares)
+                if same[0] in self._widths:
+                    self._round_widths(same[0], sums)
+                else:
+                    self._round_experts(same[0], sums)
             else:
                 pairs = zip((first for first, *_ in given), floats, strict=True)
                 self._round_linear(same, pairs)
@@ -148,6 +173,18 @@ class _Rounding:
             rows = (groups == group).nonzero()[:, 0]
             weight[rows] = self._rounded(name, weight[None, rows], [sums])[0]
         self._keep(name)
+
+    def _round_widths(self, name: str, sums: ExpertSums) -> None:
+        """Choose values of experts for each of their widths, and leave them floats."""
+        module: Any = self._model.get_submodule(name)
+        weights = [module.get_parameter(leaf).detach() for leaf in expert_weights(module)]
+        floats = [weight.clone() for weight in weights]
+        for form in self._widths[name]:
+            for leaf in expert_weights(module):
+                self._formats[f"{name}.{leaf}"] = form, bool(module.is_transposed)
+            self._round_experts(name, sums)
+            for weight, trained in zip(weights, floats, strict=True):
+                weight.copy_(trained)
 
     def _round_experts(self, name: str, sums: ExpertSums) -> None:
         """Round experts, some at a time."""
@@ -180,6 +217,10 @@ class _Rounding:
 
     def _keep(self, name: str) -> None:
         """Keep a weight as the values and scales that it is stored as."""
-        self._chosen.keep(
-            name, pack(self._model.get_parameter(name).detach(), *self._formats[name])
-        )
+        form, transposed = self._formats[name]
+        weight = self._model.get_parameter(name).detach()
+        self._chosen.keep(kept_name(name, form), pack(weight, form, transposed))
+
+    def _find(self, name: str) -> list[torch.Tensor] | None:
+        """Return what a weight became, if it was kept."""
+        return self._chosen.find(kept_name(name, self._formats[name][0]))

@@ -9,9 +9,12 @@ from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.weights import quantized
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.records import Quantization, Rounding
+    from alloc_moe.passes.blockwise import BlockFormat
     from alloc_moe.runtime.console import Console
 
 
@@ -22,7 +25,7 @@ def round_model(
     calibration: CalibrationSet,
     console: Console,
     *,
-    experts: bool = True,
+    widths: Sequence[Sequence[BlockFormat]] = (),
 ) -> MoeModel:
     """Return the model with weights rounded to the formats `chosen`, if there are any.
 
@@ -32,13 +35,14 @@ def round_model(
         rounding: ``nearest`` doesn't look at the calibration text.
         calibration: What enters the products is measured on it.
         console: Where progress is told.
-        experts: Whether experts are rounded too; if not, `with_expert_formats` does so later.
+        widths: Formats to choose each MoE layer's experts from, if a plan will; the experts are
+            floats until `with_expert_formats` rounds them.
     """
     if chosen is None:
         return moe
     what = f"Rounding weights to {chosen.dtype}"
     if rounding == "gptq":
         with layers_progress(console, what, moe, passes=1):
-            return calibrated(moe, chosen, calibration)
+            return calibrated(moe, chosen, calibration, widths=widths)
     with console.step(what):
-        return quantized(moe, chosen, round_experts=experts)
+        return quantized(moe, chosen, round_experts=not widths)

@@ -2,7 +2,8 @@
 
 Everything that a plan is measured on runs with the rounded weights, so that sensitivities,
 thresholds and corrections are those of the artifact. Where the plan chooses the bits of each
-layer's experts, these stay floats until it has; see `sensitivity.bits`.
+layer's experts, these stay floats until it has; see `sensitivity.bits`. GPTQ then chose values for
+each of the widths before.
 """
 
 from __future__ import annotations
@@ -61,17 +62,42 @@ def with_expert_formats(moe: MoeModel, experts: Sequence[BlockFormat]) -> MoeMod
     return moe
 
 
-@contextlib.contextmanager
-def rounded_experts(experts: torch.nn.Module, form: BlockFormat) -> Iterator[None]:
-    """Let an experts module compute with rounded weights while the block lasts.
+def with_float_experts(moe: MoeModel) -> MoeModel:
+    """Return the model with its experts in floats again, as before `with_expert_formats`."""
+    assert moe.quantization is not None
+    rounded = stored_formats(moe)
+    quantization = dataclasses.replace(
+        moe.quantization, experts=(), marks=moe.quantization.marks[:-1]
+    )
+    moe = dataclasses.replace(moe, quantization=quantization)
+    stored = stored_formats(moe)
+    if moe.offloading is not None:
+        moe.offloading.source.transform = functools.partial(_read_rounded, moe, stored)
+    for name, parameter in _resident(moe, rounded):
+        if name not in stored:
+            parameter.copy_(moe.checkpoint.reader.read(name, parameter.dtype))
+    return moe
 
-    Takes the memory of its weights once more. Those of an offloaded layer must be in memory.
+
+@contextlib.contextmanager
+def rounded_experts(moe: MoeModel, name: str, form: BlockFormat) -> Iterator[None]:
+    """Let experts, floats until now, compute with rounded weights while the block lasts.
+
+    Takes the memory of their weights once more. Those of an offloaded layer must be in memory.
+
+    Args:
+        moe: The model.
+        name: The experts module's.
+        form: How the weights are stored.
     """
-    module: Any = experts
+    module: Any = moe.model.get_submodule(name)
     floats = {leaf: getattr(module, leaf) for leaf in expert_weights(module)}
+    transposed = bool(module.is_transposed)
     try:
         for leaf, parameter in floats.items():
-            values = _rounded(parameter.detach(), form, bool(module.is_transposed))
+            chosen = _chosen(moe, f"{name}.{leaf}", form)
+            packed = chosen or pack(parameter.detach(), form, transposed)
+            values = _restored(packed, form, transposed)
             setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
         yield
     finally:
@@ -87,16 +113,21 @@ def round_weights(moe: MoeModel, *, rounded: Collection[str] = ()) -> None:
     for name, parameter in _resident(moe, stored):
         if name in rounded:
             continue
-        chosen = _chosen(moe, name)
+        chosen = _chosen(moe, name, stored[name][0])
         if chosen is None:
             round_in_place(parameter, *stored[name])
         else:
             parameter.copy_(_restored(chosen, *stored[name]))
 
 
-def _chosen(moe: MoeModel, name: str) -> list[torch.Tensor] | None:
+def kept_name(name: str, form: BlockFormat) -> str:
+    """Return what a weight's values are kept under, chosen for a format."""
+    return f"{name}.int{form.bits}"
+
+
+def _chosen(moe: MoeModel, name: str, form: BlockFormat) -> list[torch.Tensor] | None:
     """Return packed values and scales of a weight, unless it is rounded to the nearest."""
-    return None if moe.chosen is None else moe.chosen.find(name)
+    return None if moe.chosen is None else moe.chosen.find(kept_name(name, form))
 
 
 def round_in_place(weight: torch.Tensor, form: BlockFormat, transposed: bool) -> None:
@@ -121,7 +152,7 @@ def _read_rounded(
     if name not in stored:
         return read()
     form, transposed = stored[name]
-    if (chosen := _chosen(moe, name)) is not None:
+    if (chosen := _chosen(moe, name, form)) is not None:
         return _restored(chosen, form, transposed)
     inputs = ("rounded", moe.checkpoint.fingerprint, name, form)
     return _restored(
@@ -159,7 +190,7 @@ def weight_reader(moe: MoeModel) -> Callable[[str, torch.dtype], torch.Tensor]:
     stored = stored_formats(moe)
 
     def read(name: str, dtype: torch.dtype) -> torch.Tensor:
-        chosen = _chosen(moe, name) if name in stored else None
+        chosen = _chosen(moe, name, stored[name][0]) if name in stored else None
         if chosen is None:
             return reader.read(name, dtype)
         return _restored(chosen, *stored[name]).to(dtype)
@@ -169,7 +200,10 @@ def weight_reader(moe: MoeModel) -> Callable[[str, torch.dtype], torch.Tensor]:
 
 def chosen_digest(moe: MoeModel) -> str:
     """Return a digest of all weights that aren't just rounded to the nearest; "" without any."""
-    return "" if moe.chosen is None else moe.chosen.digest(stored_formats(moe))
+    if moe.chosen is None:
+        return ""
+    stored = stored_formats(moe).items()
+    return moe.chosen.digest(kept_name(name, form) for name, (form, _) in stored)
 
 
 @contextlib.contextmanager

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 class Rounded:
     """Layers that run some of their candidates, with weights of any of some widths.
 
-    ``formats[l]`` are those of MoE layer l, ``reduced`` what runs of it in each width.
+    ``formats[l]`` are those of MoE layer l of the model, ``reduced`` what runs of it in each width.
     """
 
+    moe_model: MoeModel
     formats: Sequence[Sequence[BlockFormat]]
     reduced: Sequence[Reduced]
 
@@ -52,8 +53,9 @@ class Rounded:
             weights: Their weights [T, K].
         """
         full = all_pairs(experts, hidden, ids, weights).sum(1)
+        name = self.moe_model.layers[layer].experts_name
         for form, reduced in zip(self.formats[layer], self.reduced, strict=True):
-            with rounded_experts(experts, form):
+            with rounded_experts(self.moe_model, name, form):
                 pairs = all_pairs(experts, hidden, ids, weights)
             for k in range(1, ids.shape[1] + 1):
                 yield reduced.outputs(layer, k, pairs, weights, ids) - full
@@ -80,9 +82,9 @@ def make_rounded(
     keep = make_keep(moe_model, batches, redistribution, processes)
     by_width = list(zip(*formats, strict=True))
     if correction == "none":
-        return Rounded(formats, [Reduced(keep)] * len(by_width))
+        return Rounded(moe_model, formats, [Reduced(keep)] * len(by_width))
     fitted = [
         fit_every_k(moe_model, batches, Reduced(keep), correction, processes, width)
         for width in by_width
     ]
-    return Rounded(formats, [Reduced(keep, corrections) for corrections in fitted])
+    return Rounded(moe_model, formats, [Reduced(keep, corrections) for corrections in fitted])

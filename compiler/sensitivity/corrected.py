@@ -8,7 +8,8 @@ over the calibration tokens fits every layer at every k.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,7 @@ def all_pairs(
 class _Seen:
     """What the experts of one layer are given and give."""
 
-    form: BlockFormat | None = None  # of the weights that the pairs are computed with
+    rounded: Callable[[], AbstractContextManager[None]] | None  # in which pairs are computed
     pairs: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K, H]
     weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K]
     ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T, K]
@@ -138,8 +139,12 @@ def fit_every_k(
             states = list(stack.stream(inputs, start=at, stop=layer.decoder_layer))
             at = layer.decoder_layer + 1
             with stack.resident(layer.decoder_layer):
+                rounded = None
+                if formats is not None:
+                    given = (moe_model, layer.experts_name, formats[index])
+                    rounded = functools.partial(rounded_experts, *given)
                 for batch, ids in enumerate(batches):
-                    seen = _Seen(None if formats is None else formats[index])
+                    seen = _Seen(rounded)
                     calls = {layer.experts_name: functools.partial(_watch, seen)}
                     with replaced_experts(moe_model.model, calls):
                         hidden = stack.run(ids, states[batch], start=at - 1, stop=at)
@@ -160,8 +165,8 @@ def _watch(
 ) -> torch.Tensor:
     seen.weights, seen.ids = rank_candidates(weights, ids)
     seen.pairs = full = all_pairs(experts, hidden, seen.ids, seen.weights)
-    if seen.form is not None:
-        with rounded_experts(experts, seen.form):
+    if seen.rounded is not None:
+        with seen.rounded():
             seen.pairs = all_pairs(experts, hidden, seen.ids, seen.weights)
     return full.sum(1)
 

@@ -76,7 +76,7 @@ DROPPED = -1e4
 """What stands in the router probabilities for an expert that is not executed."""
 REDISTRIBUTIONS = ("price", "threshold", "batch", "sequence", "none", "top-p", "ratio")
 """What a plan's redistribution can be."""
-_OPTIONAL = ("price", "overlap", "dial", "cap", "correction", "cost", "quantization")
+_OPTIONAL = ("price", "overlap", "dial", "cap", "correction", "cost", "quantization", "target")
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,10 @@ class AllocationPlan:
     ``cost``, where the budget was one of bytes or milliseconds, holds ``limit``, ``planned`` and
     ``original`` in its ``unit``, for a decode step of ``batch`` tokens. ``quantization``, where
     weights are stored in few bits, holds the ``dtype`` and per MoE layer the ``expert_bits``.
+    ``target``, where ``bytes`` or a ``loss`` were ``asked`` for instead of a budget, holds the
+    ``most`` there may be of them; ``bytes`` of weights that a token reads under the plan, as
+    ``bytes_predicted`` before it was made, and ``bytes_original`` of the full model; ``added_loss``
+    in nats per calibration token, and as ``added_loss_predicted``.
     """
 
     source: str
@@ -145,6 +149,7 @@ class AllocationPlan:
     overlap: float | None = None
     quantization: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sensitivity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    target: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verify: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -239,6 +244,7 @@ _PLAN = record(
         "cost": mapping(anything),
         "quantization": mapping(anything),
         "sensitivity": mapping(anything),
+        "target": mapping(anything),
         "verify": mapping(anything),
         "versions": mapping(string()),
     },

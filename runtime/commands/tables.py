@@ -101,6 +101,7 @@ def _optional(plan: AllocationPlan) -> dict[str, str]:
         "correction": _pairs(plan.correction),
         "cost": _pairs(plan.cost),
         "quantization": _pairs(plan.quantization),
+        "target": _pairs(plan.target),
     }
     return {fact: value for fact, value in facts.items() if value}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alloc_moe.compiler import compile, profile
-from alloc_moe.compiler.choices import budget_text, chosen_rounding, finite, whole
+from alloc_moe.compiler.choices import budget_text, byte_count, chosen_rounding, finite, whole
 from alloc_moe.compiler.errors import OptionsError
 
 
@@ -109,16 +109,13 @@ def test_only_int4_is_rounded_on_the_text_unless_asked_for(
     assert chosen_rounding(None, dtype, mixed_bits=mixed_bits) == rounding
     assert chosen_rounding("nearest", dtype, mixed_bits=mixed_bits) == "nearest"
     assert chosen_rounding("gptq", "int8") == "gptq"
+    assert chosen_rounding("gptq", "int4", mixed_bits=True) == "gptq"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dtype": "float16", "rounding": "gptq"}, "int4 or int8; float16 isn't rounded"),
-        (
-            {"dtype": "int4", "rounding": "gptq", "mixed_bits": True},
-            "--mixed-bits tries each layer's experts in two widths.*Use --rounding nearest",
-        ),
         ({"dtype": "int4", "rounding": "gptp"}, "--rounding can't be 'gptp'. Did you mean gptq"),
     ],
 )
@@ -147,3 +144,27 @@ def test_a_price_per_sequence_that_can_not_be_is_rejected(
     given = {"price_per": "sequence", **options, "output": output}
     with pytest.raises(OptionsError, match=message):
         compile("nothing", **given)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (1500, 1500),
+        ("1500", 1500),
+        ("1.5KB", 1500),
+        ("1.5 kb", 1500),
+        ("1.5K", 1536),
+        ("2M", 2 << 20),
+        ("2MB", 2_000_000),
+        (".5G", 1 << 29),
+        ("3GB", 3_000_000_000),
+    ],
+)
+def test_bytes_with_a_b_are_of_thousands_and_without_of_1024(text: Any, count: int) -> None:
+    assert byte_count("--target-bytes", text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MB", "1.5MiB", "-3", "1e6", 0, True, "nan", float("nan")])
+def test_what_is_no_number_of_bytes_is_rejected(text: Any) -> None:
+    with pytest.raises(OptionsError, match="--target-bytes is"):
+        byte_count("--target-bytes", text)

@@ -87,6 +87,7 @@ def test_any_words_after_any_command(
         (compile_command, ["x", "-o", "x.onnx", "--budget", "0.5"], "--tokens --seed --cost-batch"),
         (compile_command, ["x", "-o", "x.onnx", "--budget", "0.5"], "--cap --refine --block"),
         (compile_command, ["x", "-o", "x.onnx", "--budget", "0.5"], "--refine-minutes --budget"),
+        (compile_command, ["x", "-o", "x.onnx"], "--target-bytes --target-loss"),
         (profile_command, ["x", "-o", "x.json"], "--tokens --seed"),
         (
             sweep_command,

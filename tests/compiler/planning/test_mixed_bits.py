@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -21,23 +22,27 @@ from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.model.loading import load_model
-from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.package.space import needed_space
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
-from alloc_moe.compiler.planning.costs import mixed_costs
-from alloc_moe.compiler.planning.mixed_bits import allocate_mixed
+from alloc_moe.compiler.planning.costs import CostTable, mixed_costs
+from alloc_moe.compiler.planning.mixed_bits import allocate_mixed, mixed_allocation
 from alloc_moe.compiler.planning.shapes import ExpertShape
-from alloc_moe.compiler.records import CompileOptions, MoeLayer, SensitivityProfile, TargetOptions
+from alloc_moe.compiler.planning.targets import making
+from alloc_moe.compiler.records import MoeLayer, SensitivityProfile
 from alloc_moe.compiler.rounding.formats import (
     MIXED_BITS,
     choose_formats,
     formats_of_bits,
     mixed_formats,
 )
-from alloc_moe.compiler.rounding.weights import float_weights, quantized, with_expert_formats
+from alloc_moe.compiler.rounding.weights import (
+    float_weights,
+    quantized,
+    with_expert_formats,
+    with_float_experts,
+)
 from alloc_moe.passes.blockwise import BlockFormat
 from alloc_moe.runtime.artifact.files import find_artifact
-from alloc_moe.runtime.artifact.plan import AllocationPlan
+from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget
 
 Rows = list[tuple[float, ...]]
 
@@ -184,19 +189,18 @@ def test_layers_that_are_read_to_run_have_experts_of_the_bits_chosen(
     assert torch.equal(floats_when_read, floats)
     assert not torch.equal(floats, rounded)
     assert all(torch.equal(found, rounded) for found in outputs())
-
-
-def test_the_disk_has_to_hold_all_experts_in_8_bits(moe_model: Callable[[str], MoeModel]) -> None:
-    given = CompileOptions("model", "out.onnx", "0.5")
-    four, mixed, eight = (
-        needed_space(moe_model("olmoe"), dataclasses.replace(given, target=target))
-        for target in (
-            TargetOptions("int4"),
-            TargetOptions("int4", mixed_bits=True),
-            TargetOptions("int8"),
-        )
-    )
-    assert four < mixed == eight
+    for moe in models:
+        before = with_float_experts(moe)
+        assert before.quantization is not None
+        assert before.quantization.experts == ()
+        other = with_expert_formats(before, formats_of_bits(mixed_formats(chosen), (8, 4)))
+        assert other.fingerprint != moe.fingerprint
+    fresh = load_model(str(checkpoint("deepseek_v2")))
+    fresh = quantized(fresh, choose_formats(fresh.checkpoint, "int4"), round_experts=False)
+    fresh = with_expert_formats(fresh, formats_of_bits(mixed_formats(chosen), (8, 4)))
+    with torch.no_grad():
+        otherwise = fresh.model(input_ids=ids).logits
+    assert all(torch.equal(found, otherwise) for found in outputs())
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +248,31 @@ def test_an_artifact_has_layers_of_both_widths(model: Path, tmp_path: Path) -> N
     assert plan.cost["planned"] == read
     assert f"Bits per layer: {' '.join(map(str, bits))}\n" in outcome.stdout
     assert AllocationPlan.from_json(plan.to_json()) == plan
+
+
+def test_values_are_chosen_on_the_text_in_both_widths(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def both(
+        profile: SensitivityProfile, layers: list[MoeLayer], _: Budget, costs: CostTable
+    ) -> Any:
+        return mixed_allocation(profile, layers, costs, [7, 3, 8])  # 3, 3 and 4 experts
+
+    monkeypatch.setattr(making, "allocate_mixed", both)
+    model = checkpoint("olmoe")
+    output, profile = tmp_path / "out.onnx", tmp_path / "p.json"
+    given = ("-q", "--profile", str(profile))
+    outcome = compiled(model, output, *given, "--rounding", "gptq")
+    assert outcome.exit_code == 0, outcome.output
+    plan = find_artifact(output).plan
+    assert plan.quantization["rounding"] == "gptq"
+    assert plan.quantization["expert_bits"] == [8, 4, 8]
+    # Every logit is that of PyTorch with the chosen values: rounded to the nearest it would not be.
+    assert plan.verify["max_abs_logit_error"] < 1e-3
+    assert "/gptq-4-8:" in json.loads(profile.read_bytes())["model_fingerprint"]
+    outcome = compiled(model, tmp_path / "nearest.onnx", *given)
+    assert outcome.exit_code == 1
+    assert "was measured differently: the model" in " ".join(outcome.stderr.split())
 
 
 def test_layers_that_are_read_to_run_give_the_same_plan(model: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_refined_sizes_are_those_of_the_plan(
         console=QUIET,
         refinement=Refinement(1, 15.0, 0, tmp_path / "refine.json"),
     )
-    given = expert_sizes(planned.plan, profile, moe)
+    given = expert_sizes("price", profile, moe)
     assert given is not None
     factors = []
     for layer, sizes in zip(planned.plan.layers, given, strict=True):

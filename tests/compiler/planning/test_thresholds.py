@@ -21,6 +21,7 @@ from alloc_moe.compiler.planning.thresholds import (
     _Falling,
     common_threshold,
     dial_passes,
+    dropped_costs,
     layer_thresholds,
     measure_dial,
 )
@@ -68,6 +69,36 @@ def executed(
     ):
         moe.model(input_ids=ids)
     return tuple(activations.per_token)
+
+
+def test_what_is_dropped_costs_half_its_squared_scores(
+    moe_model: Models, ids: torch.Tensor
+) -> None:
+    moe = moe_model("olmoe")
+    setting = setting_of(moe, "price")
+    costs = dropped_costs(moe, ids, setting)
+    most = sum(layer.experts_per_token for layer in moe.layers)
+    assert len(costs) == most - len(moe.layers) + 1
+    assert setting.sizes is not None
+    given: list[tuple[torch.Tensor, ...]] = []
+    modules = [moe.model.get_submodule(layer.experts_name) for layer in moe.layers]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+        for module in modules
+    ]
+    with torch.inference_mode():
+        moe.model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    found = []
+    for (_, candidates, weights), sizes in zip(given, setting.sizes, strict=True):
+        ranked = weights.sort(1, descending=True)
+        size = torch.tensor(sizes)[candidates.gather(1, ranked.indices)]
+        found.append((ranked.values * size)[:, 1:].flatten())
+    rising = torch.cat(found).double().sort().values.square() / (2 * ids.numel())
+    for kept in (0, 1, most - len(moe.layers)):
+        dropped = rising[: len(rising) - kept * ids.numel()].sum().item()
+        assert costs[kept] == pytest.approx(dropped, rel=1e-5, abs=1e-12)
 
 
 @pytest.mark.parametrize("redistribution", SCORED)

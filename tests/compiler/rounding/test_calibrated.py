@@ -15,14 +15,16 @@ from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.rounding import calibrated as module
 from alloc_moe.compiler.rounding.calibrated import calibrated
-from alloc_moe.compiler.rounding.formats import choose_formats
+from alloc_moe.compiler.rounding.formats import choose_formats, formats_of_bits, mixed_formats
 from alloc_moe.compiler.rounding.inputs import LayerInputs
 from alloc_moe.compiler.rounding.weights import (
     float_weights,
     pack,
     quantized,
+    rounded_experts,
     stored_formats,
     weight_reader,
+    with_expert_formats,
 )
 from alloc_moe.compiler.workspace.results import SavedResults
 
@@ -138,6 +140,43 @@ def test_layers_on_disk_are_rounded_as_in_memory_and_after_a_kill(
     assert layers == list(range(1, moe.config.get_text_config().num_hidden_layers))
     for weight, values in expected.items():
         assert torch.equal(found[weight], values), weight
+
+
+def test_in_every_width_the_first_experts_are_those_of_that_width_alone(
+    fresh: Callable[..., MoeModel], calibration: CalibrationSet
+) -> None:
+    moe = fresh()
+    chosen = choose_formats(moe.checkpoint, "int4")
+    formats = mixed_formats(chosen)
+    floats = {name: value.clone() for name, value in moe.model.named_parameters()}
+    mixed = calibrated(moe, chosen, calibration, widths=formats)
+    first = moe.layers[0].experts_name
+    for width in zip(*formats, strict=True):
+        alone = calibrated(fresh(), dataclasses.replace(chosen, experts=width), calibration)
+        with rounded_experts(mixed, first, width[0]):
+            for leaf in ("gate_up_proj", "down_proj"):
+                expected = alone.model.get_parameter(f"{first}.{leaf}")
+                assert torch.equal(mixed.model.get_parameter(f"{first}.{leaf}"), expected)
+    experts = [name for name in floats if ".experts." in name]
+    assert experts
+    for name in experts:
+        assert torch.equal(mixed.model.get_parameter(name), floats[name])
+
+
+def test_widths_are_the_same_with_layers_on_disk(
+    fresh: Callable[..., MoeModel], calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    found = []
+    for offload, results in (("never", None), ("always", tmp_path / "passes")):
+        moe = fresh("gpt_oss", offload, results=SavedResults(results))
+        chosen = choose_formats(moe.checkpoint, "int4")
+        formats = mixed_formats(chosen)
+        moe = calibrated(moe, chosen, calibration, widths=formats)
+        bits = [4 if index % 2 else 8 for index in range(len(moe.layers))]
+        found.append(weights_of(with_expert_formats(moe, formats_of_bits(formats, bits))))
+    expected, actual = found
+    for weight, values in expected.items():
+        assert torch.equal(actual[weight], values), weight
 
 
 def test_broken_weights_are_refused(

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet
-from alloc_moe.compiler.errors import ProfileError
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Metric, SensitivityProfile
 from alloc_moe.compiler.reference.experts import replaced_experts, run_pairs
 from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, rank_candidates
+from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.formats import choose_formats, mixed_formats
-from alloc_moe.compiler.rounding.weights import quantized
+from alloc_moe.compiler.rounding.weights import quantized, with_expert_formats
 from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -74,15 +74,21 @@ def rounded_copy(experts: torch.nn.Module, form: BlockFormat) -> torch.nn.Module
     return rounded
 
 
-def expected_costs(mixed: Mixed, metric: Metric, redistribution: str) -> list[list[float]]:
-    """Return the costs of every layer, from a plain backward pass per window."""
-    moe, formats = mixed
+def nearest_copies(mixed: Mixed) -> list[list[torch.nn.Module]]:
+    """Return each layer's experts in each width, rounded to the nearest."""
+    return [
+        [rounded_copy(mixed.moe.model.get_submodule(layer.experts_name), form) for form in forms]
+        for layer, forms in zip(mixed.moe.layers, mixed.formats, strict=True)
+    ]
+
+
+def expected_costs(
+    mixed: Mixed, copies: list[list[torch.nn.Module]], metric: Metric, redistribution: str
+) -> list[list[float]]:
+    """Return the costs of every layer's copies, from a plain backward pass per window."""
+    moe = mixed.moe
     top: list[list[float]] = [[] for _ in moe.layers]
     whole = [0.0] * len(moe.layers)
-    copies = [
-        [rounded_copy(moe.model.get_submodule(layer.experts_name), form) for form in forms]
-        for layer, forms in zip(moe.layers, formats, strict=True)
-    ]
     for window, ids in enumerate(torch.from_numpy(CALIBRATION.ids)):
         found: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
@@ -147,14 +153,38 @@ def test_costs_are_those_of_k_rounded_experts_against_all_in_floats(
         formats=given.formats,
     )
     assert profile.bits == (4, 8)
-    for row, expected in zip(
-        profile.costs, expected_costs(given, metric, redistribution), strict=True
-    ):
+    every = expected_costs(given, nearest_copies(given), metric, redistribution)
+    for row, expected in zip(profile.costs, every, strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
         assert row is not None
         # Of all experts the 4 bits cost something, the 8 bits next to nothing.
         four, eight = row[len(row) // 2 - 1], row[-1]
         assert 0 < eight < four / 50
+
+
+def test_costs_are_those_of_the_values_that_were_chosen_on_the_text(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    def load() -> Mixed:
+        moe = load_model(str(checkpoint("olmoe")))
+        chosen = choose_formats(moe.checkpoint, "int4")
+        formats = mixed_formats(chosen)
+        return Mixed(calibrated(moe, chosen, CALIBRATION, widths=formats), formats)
+
+    given = load()
+    by_width = []
+    for width in zip(*given.formats, strict=True):
+        moe = with_expert_formats(load().moe, width)
+        by_width.append([moe.model.get_submodule(layer.experts_name) for layer in moe.layers])
+    copies = [list(widths) for widths in zip(*by_width, strict=True)]
+    profile = measure_sensitivity(
+        given.moe, CALIBRATION, metric="fisher", redistribution="none", formats=given.formats
+    )
+    every = expected_costs(given, copies, "fisher", "none")
+    nearest = expected_costs(given, nearest_copies(given), "fisher", "none")
+    for row, expected, otherwise in zip(profile.costs, every, nearest, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+        assert row != pytest.approx(otherwise, rel=1e-2)
 
 
 @pytest.mark.parametrize("metric", ["fisher", "output"])
@@ -305,42 +335,3 @@ def test_an_interrupted_profile_is_resumed(
     resumed = measure(path=path)
     assert (resumed.costs, resumed.expert_sizes) == (whole.costs, whole.expert_sizes)
     assert SensitivityProfile.from_json(path.read_text(), path=path) == resumed
-
-
-def test_a_profile_of_one_width_is_not_used_for_two(
-    mixed: Callable[[str], Mixed], tmp_path: Path
-) -> None:
-    given = mixed("olmoe")
-    path = tmp_path / "p.json"
-    measure_sensitivity(given.moe, CALIBRATION, metric="output", path=path)
-    with pytest.raises(ProfileError, match=r"the bits of experts \(there none, now 4/8\) changed"):
-        measure_sensitivity(
-            given.moe, CALIBRATION, metric="output", formats=given.formats, path=path
-        )
-
-
-def test_costs_of_the_wrong_number_are_reported(
-    mixed: Callable[[str], Mixed], tmp_path: Path
-) -> None:
-    given = mixed("olmoe")
-    path = tmp_path / "p.json"
-    measure = functools.partial(
-        measure_sensitivity, given.moe, CALIBRATION, metric="output", formats=given.formats
-    )
-    profile = measure()
-    short = tuple(row[:-1] for row in profile.costs if row is not None)
-    path.write_text(dataclasses.replace(profile, costs=short).to_json())
-    with pytest.raises(ProfileError, match="its costs don't fit its layers"):
-        measure(path=path)
-
-
-def test_files_of_earlier_versions_have_no_bits(tmp_path: Path) -> None:
-    import json
-
-    old = SensitivityProfile(
-        "kl", "m", "c", 8, 4, 0, ("l",), (2,), ((1.0, 0.0),), 1.0, 0.0, expert_sizes=(None,)
-    )
-    data = json.loads(old.to_json())
-    del data["bits"]
-    assert SensitivityProfile.from_json(json.dumps(data), path=tmp_path) == old
-    assert old.widths == 1

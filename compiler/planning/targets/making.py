@@ -1,0 +1,106 @@
+"""What every plan of a compile is made from, and the plans of budgets and of choices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alloc_moe.compiler.planning.mixed_bits import (
+    MixedAllocation,
+    allocate_mixed,
+    mixed_allocation,
+)
+from alloc_moe.compiler.planning.plan import make_planned
+from alloc_moe.compiler.rounding.formats import formats_of_bits
+from alloc_moe.compiler.rounding.weights import with_expert_formats
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.calibration.windows import CalibrationSet
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.planning.costs import CostTable
+    from alloc_moe.compiler.planning.refinement import Refinement
+    from alloc_moe.compiler.records import Planned, PlanOptions, SensitivityProfile
+    from alloc_moe.passes.blockwise import BlockFormat
+    from alloc_moe.runtime.artifact.plan import Budget
+    from alloc_moe.runtime.console import Console
+
+
+@dataclass(frozen=True)
+class Making:
+    """What plans are made from.
+
+    With ``formats``, those that each MoE layer's experts may be stored in, the experts of ``moe``
+    are floats; a plan's own model then has them rounded, in place.
+    """
+
+    moe: MoeModel
+    calibration: CalibrationSet
+    options: PlanOptions
+    profile: SensitivityProfile | None
+    formats: Sequence[Sequence[BlockFormat]]
+    refinement: Refinement | None
+    console: Console
+
+    @property
+    def experts_per_token(self) -> list[int]:
+        """K of each MoE layer."""
+        return [layer.experts_per_token for layer in self.moe.layers]
+
+    def of_budget(self, budget: Budget, costs: CostTable | None) -> tuple[MoeModel, Planned]:
+        """Return the plan that spends a budget best, and the model with the bits it chose.
+
+        Args:
+            budget: As `parse_budget` returned it.
+            costs: What experts use up, where that isn't activations; with formats from
+                `mixed_costs`.
+
+        Raises:
+            BudgetError: The cheapest plan is above the budget.
+            ProfileError: The profile doesn't suit the model or the redistribution.
+        """
+        if not self.formats:
+            return self.moe, self._planned(self.moe, budget, self.profile, costs, None)
+        assert self.profile is not None
+        assert costs is not None
+        return self._mixed(budget, allocate_mixed(self.profile, self.moe.layers, budget, costs))
+
+    def of_choices(
+        self, budget: Budget, costs: CostTable, choices: Sequence[int]
+    ) -> tuple[MoeModel, Planned]:
+        """Return the plan of one choice per layer, counted as in the rows of its costs.
+
+        Arguments and errors are otherwise those of `of_budget`.
+        """
+        if not self.formats:
+            return self.moe, self._planned(self.moe, budget, self.profile, costs, choices)
+        assert self.profile is not None
+        mixed = mixed_allocation(self.profile, self.moe.layers, costs, choices)
+        return self._mixed(budget, mixed)
+
+    def _mixed(self, budget: Budget, mixed: MixedAllocation) -> tuple[MoeModel, Planned]:
+        with self.console.step("Rounding experts"):
+            moe = with_expert_formats(self.moe, formats_of_bits(self.formats, mixed.bits))
+        planned = self._planned(moe, budget, mixed.profile, mixed.costs, mixed.ks)
+        return moe, dataclasses.replace(planned, plan=mixed.mark(planned.plan))
+
+    def _planned(
+        self,
+        moe: MoeModel,
+        budget: Budget,
+        profile: SensitivityProfile | None,
+        costs: CostTable | None,
+        allocation: Sequence[int] | None,
+    ) -> Planned:
+        return make_planned(
+            moe,
+            self.calibration,
+            budget,
+            self.options,
+            profile=profile,
+            costs=costs,
+            allocation=allocation,
+            refinement=self.refinement,
+            console=self.console,
+        )

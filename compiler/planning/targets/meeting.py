@@ -1,0 +1,265 @@
+"""Goal -> the plan that meets it: the best one within bytes, or the smallest within a loss.
+
+Both choose from the same frontier. Its bytes are counted; its costs are sensitivities in nats, for
+one common threshold the squares of the scores that it drops. To these comes what all experts of the
+rounded model add to the loss, which is measured. A loss is measured for every plan that is made,
+and what the next one is predicted to add goes by that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alloc_moe.compiler.correction.trials import CorrectionTrials, Running
+from alloc_moe.compiler.errors import BudgetError
+from alloc_moe.compiler.model.layer_progress import layers_progress
+from alloc_moe.compiler.planning.allocation import parse_budget, profiled_costs
+from alloc_moe.compiler.planning.plan import expert_sizes, running_on_text
+from alloc_moe.compiler.planning.targets.frontier import Choice, Frontier
+from alloc_moe.compiler.planning.thresholds import Setting, dropped_costs
+from alloc_moe.compiler.records import COMMON
+from alloc_moe.compiler.reference.policies import LayerParameters
+from alloc_moe.compiler.rounding.weights import with_float_experts
+from alloc_moe.runtime.artifact.plan import Budget
+
+if TYPE_CHECKING:
+    from alloc_moe.compiler.calibration.windows import CalibrationSet
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.planning.targets.making import Making
+    from alloc_moe.compiler.planning.targets.reading import WeightsRead
+    from alloc_moe.compiler.records import Correction, Goal, Planned, PlanOptions
+    from alloc_moe.runtime.console import Console
+
+_TRIES = 4  # plans made for a loss, at most
+_NEAR = 0.9  # of the loss asked for: not worth another plan
+_TOKENS_PER_BATCH = 4096
+
+
+def by_activations(options: PlanOptions) -> bool:
+    """Whether a number of activations says all of a plan: it is divided by itself, or evenly."""
+    return options.redistribution in COMMON or options.allocation == "uniform"
+
+
+def check_reachable(goal: Goal, reading: WeightsRead, *, shifted: bool) -> None:
+    """Raise BudgetError if a token reads more than the bytes asked for under every plan.
+
+    Args:
+        goal: What was asked for.
+        reading: What a token reads.
+        shifted: Whether experts are corrected by a shift.
+    """
+    least = reading.others + float(reading.costs(shifted=shifted).cheapest)
+    if goal.kind == "bytes" and goal.most < least:
+        raise BudgetError(
+            f"--target-bytes is {goal.most:.0f}, but with one expert in each MoE layer a token "
+            f"reads {math.ceil(least)} bytes of weights already, {reading.others} of them not of "
+            f"routed experts. Give {math.ceil(least)} to {math.ceil(reading.original)}, which the "
+            f"full model reads in {reading.dtype}, or another --dtype."
+        )
+
+
+def full_loss(moe: MoeModel, calibration: CalibrationSet, console: Console) -> float:
+    """Return the loss of a model that runs every expert, in nats per calibration token."""
+    running = Running(
+        [LayerParameters(layer.experts_per_token) for layer in moe.layers], "none", "keep"
+    )
+    with layers_progress(console, "Measuring the full model's loss", moe, passes=1):
+        return _loss(moe, calibration, running, [None] * len(moe.layers))
+
+
+def meet_goal(
+    goal: Goal, making: Making, reading: WeightsRead, loss: float
+) -> tuple[MoeModel, Planned]:
+    """Return the plan that meets a goal, and the model with the bits that it chose.
+
+    Args:
+        goal: What to meet. It is reachable as far as `check_reachable` says.
+        making: What plans are made from.
+        reading: What a token reads.
+        loss: The unrounded full model's, from `full_loss`; for a goal of bytes it isn't looked at.
+
+    Raises:
+        BudgetError: No plan was found that adds so little to the loss.
+        ProfileError: The profile doesn't suit the model or the redistribution.
+    """
+    search = _Search(goal, making, reading, _frontier(goal, making, reading))
+    if goal.kind == "bytes":
+        return search.within_bytes()
+    assert making.profile is not None
+    return search.within_loss(loss, making.profile.baseline_loss - loss)
+
+
+def _frontier(goal: Goal, making: Making, reading: WeightsRead) -> Frontier:
+    table = reading.costs(shifted=making.options.correction == "affine")
+    if not by_activations(making.options):
+        assert making.profile is not None
+        return Frontier(table.prices, profiled_costs(making.profile, making.moe.layers))
+    most = making.experts_per_token
+    nbytes = _bytes_at_most(table.prices)
+    nbytes[-1] = sum(reading.trained)  # nothing is corrected where all experts run
+    costs = [float(sum(most) - n) for n in range(len(most), sum(most) + 1)]
+    if goal.kind == "loss":
+        assert making.profile is not None
+        sizes = expert_sizes(making.options.redistribution, making.profile, making.moe)
+        setting = Setting(making.options.redistribution, making.options.weights, sizes)
+        with layers_progress(making.console, "Predicting losses", making.moe, passes=1):
+            ids = torch.from_numpy(making.calibration.ids)
+            costs = dropped_costs(making.moe, ids, setting)
+    return Frontier([nbytes], [costs])
+
+
+def _bytes_at_most(prices: Sequence[Sequence[float]]) -> list[float]:
+    """Return what numbers of activations read, from one per layer on, in the dearest layers."""
+    found = [sum(row[0] for row in prices)]
+    for more in sorted((row[0] for row in prices for _ in row[1:]), reverse=True):
+        found.append(found[-1] + more)
+    return found
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A plan that was made, its model, and the entries of the plan that tell of the goal."""
+
+    moe: MoeModel
+    planned: Planned
+    nbytes: float
+
+    def told(self, **facts: Any) -> tuple[MoeModel, Planned]:
+        plan = dataclasses.replace(self.planned.plan, target=facts)
+        return self.moe, dataclasses.replace(self.planned, plan=plan)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Makes plans of a frontier's choices until one meets the goal."""
+
+    goal: Goal
+    making: Making
+    reading: WeightsRead
+    frontier: Frontier
+
+    def within_bytes(self) -> tuple[MoeModel, Planned]:
+        """Return the plan that costs least of those that read no more than the goal."""
+        room = self.goal.most - self.reading.others
+        # What the full model reads has no shifts, which the layers' own choices count.
+        full = room >= sum(self.reading.trained) and not self.making.formats
+        choice = self.frontier.best() if full else self.frontier.within(room)
+        made = self._make(choice, self.making.moe)
+        # Thresholds keep to the sum of all k, not to each: where layers differ that may be more
+        # bytes. One expert in each layer is kept exactly, so this ends.
+        while made.nbytes > self.goal.most:
+            choice = self.frontier.within(choice.nbytes - (made.nbytes - self.goal.most))
+            made = self._make(choice, made.moe)
+        return self._told(made, choice, {})
+
+    def within_loss(self, full: float, base: float) -> tuple[MoeModel, Planned]:
+        """Return the plan of the fewest bytes that was measured to add no more than the goal.
+
+        Args:
+            full: The loss of the unrounded full model.
+            base: What the model of the profile adds to it with all experts.
+        """
+        moe, scale = self.making.moe, 1.0
+        tried: dict[Choice, tuple[float, float]] = {}  # what they add, predicted and measured
+        found: tuple[Choice, _Made] | None = None
+        while len(tried) < _TRIES:
+            choice = self.frontier.costing((self.goal.most - base) / scale)
+            choice = choice or self.frontier.best()
+            if choice in tried:
+                break
+            made = self._make(choice, moe)
+            measured = self._added(made, full)
+            tried[choice] = base + scale * choice.cost, measured
+            self.making.console.note(
+                f"A plan of {round(made.nbytes)} bytes per token adds {measured:.4g} nats, "
+                f"predicted {tried[choice][0]:.4g}"
+            )
+            if measured <= self.goal.most and (found is None or made.nbytes < found[1].nbytes):
+                found = choice, made
+            moe = made.moe
+            if _NEAR * self.goal.most <= measured <= self.goal.most:
+                break
+            if choice.cost > 0:
+                scale = max((measured - base) / choice.cost, scale / 4)
+        if found is None:
+            raise self._unreached(tried)
+        choice, made = found
+        predicted, measured = tried[choice]
+        if made.moe is not moe and self.making.formats:
+            made = self._make(choice, moe)  # another plan's bits were tried since
+        facts = {"added_loss_predicted": predicted, "added_loss": measured}
+        return self._told(made, choice, facts)
+
+    def _make(self, choice: Choice, moe: MoeModel) -> _Made:
+        """Make the plan of a choice, of a model whose experts another plan may have rounded."""
+        making = self.making
+        if making.formats and moe.quantization is not None and moe.quantization.experts:
+            making = dataclasses.replace(making, moe=with_float_experts(moe))
+        most = making.experts_per_token
+        if by_activations(making.options):
+            number = len(most) - 1 + choice.choices[0]
+            moe, planned = making.of_budget(parse_budget(number, most), None)
+        else:
+            costs = self.reading.costs(shifted=making.options.correction == "affine")
+            share = math.nextafter(choice.nbytes / float(costs.original), math.inf)
+            budget = Budget(share, len(most), sum(most))
+            moe, planned = making.of_choices(budget, costs, choice.choices)
+        return _Made(moe, planned, self._counted(moe, planned))
+
+    def _counted(self, moe: MoeModel, planned: Planned) -> float:
+        widths = [0] * len(moe.layers)
+        if self.making.formats:
+            assert moe.quantization is not None
+            pairs = zip(self.making.formats, moe.quantization.experts, strict=True)
+            widths = [list(forms).index(form) for forms, form in pairs]
+        return self.reading.counted(planned.plan, planned.corrections, widths)
+
+    def _added(self, made: _Made, full: float) -> float:
+        plan, corrections = made.planned.plan, made.planned.corrections
+        with layers_progress(self.making.console, "Measuring the loss", made.moe, passes=1):
+            running = running_on_text(plan)
+            return _loss(made.moe, self.making.calibration, running, corrections) - full
+
+    def _told(
+        self, made: _Made, choice: Choice, facts: dict[str, float]
+    ) -> tuple[MoeModel, Planned]:
+        return made.told(
+            asked=self.goal.kind,
+            most=self.goal.most,
+            bytes=round(made.nbytes),
+            bytes_predicted=round(self.reading.others + choice.nbytes),
+            bytes_original=round(self.reading.original),
+            **facts,
+        )
+
+    def _unreached(self, tried: dict[Choice, tuple[float, float]]) -> BudgetError:
+        nearest = min(measured for _, measured in tried.values())
+        return BudgetError(
+            f"--target-loss {self.goal.most:g} wasn't reached: of the plans tried ({len(tried)}) "
+            f"the nearest adds {nearest:.4g} nats per token on the calibration text, in "
+            f"{self.reading.dtype}. Give {_above(nearest):g} or more, or another --dtype."
+        )
+
+
+def _above(loss: float) -> float:
+    """Return a loss of three digits that is above the given one."""
+    step = 10.0 ** (math.floor(math.log10(abs(loss) or 1.0)) - 2)
+    return (math.floor(loss / step) + 1) * step
+
+
+@torch.inference_mode()
+def _loss(
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    running: Running,
+    corrections: Sequence[Correction | None],
+) -> float:
+    ids = torch.from_numpy(calibration.ids)
+    trials = CorrectionTrials(moe, ids, running, tokens_per_batch=_TOKENS_PER_BATCH)
+    return trials.losses(corrections).double().mean().item()
