@@ -55,20 +55,21 @@ def calibrated(moe: MoeModel, quantization: Quantization, calibration: Calibrati
     Args:
         moe: The model, in float32.
         quantization: How weights are stored.
-        calibration: The text.
+        calibration: The text, of which the further windows are taken too.
 
     Raises:
         UnsupportedModelError: The model gives no finite states.
         OutputError: What is kept can't be written.
     """
-    text = f"{calibration.sha256}:{calibration.tokens}:{calibration.sequence_length}"
+    ids = torch.from_numpy(calibration.all_ids)
+    text = f"{calibration.sha256}:{ids.numel()}:{calibration.sequence_length}"
     mark = f"{format_mark(quantization)}/gptq:{text}:{calibration.seed}"
     quantization = dataclasses.replace(quantization, marks=(mark,), rounding="gptq")
     moe = dataclasses.replace(moe, quantization=quantization)
     chosen = NamedResults(moe.results, ["chosen", moe.fingerprint])
     moe = dataclasses.replace(moe, chosen=chosen)
     with torch.inference_mode(mode=False), torch.no_grad():
-        _Rounding(moe, chosen).run(LayerInputs(moe, torch.from_numpy(calibration.ids)))
+        _Rounding(moe, chosen).run(LayerInputs(moe, ids))
         round_weights(moe)
     return moe
 
