@@ -147,7 +147,8 @@ def main(
             floats = list(all_said(moe, cut, budgets, text))
             for dtype, rounding in itertools.product(dtypes, ROUNDINGS):
                 each = all_said(rounded(model, dtype, rounding, block, text), cut, budgets, text)
-                row = [costs(*place) for place in zip(each, floats, cut * len(budgets), strict=True)]
+                places = zip(each, floats, cut * len(budgets), strict=True)
+                row = [costs(*place) for place in places]
                 found.setdefault((dtype, rounding), []).append(row)
                 print(f"{model} {seed} {dtype} {rounding}: {row}", file=sys.stderr, flush=True)
         for dtype in dtypes:
