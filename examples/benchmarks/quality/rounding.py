@@ -11,6 +11,7 @@ the texts, against float32 under a plan of the same budget and seed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.plan import make_planned
-from alloc_moe.compiler.records import CalibrationOptions, PlanOptions
+from alloc_moe.compiler.records import CalibrationOptions, CorrectionMode, PlanOptions
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters
 from alloc_moe.compiler.rounding.calibrated import calibrated
@@ -47,21 +48,28 @@ def rounded(model: str, dtype: str, rounding: str, block: int, text: Calibration
 
 
 @contextlib.contextmanager
-def planned(moe: MoeModel, budget: str, text: CalibrationSet) -> Iterator[None]:
-    """Let a model run under its default plan of a budget."""
+def planned(
+    moe: MoeModel, budget: str, text: CalibrationSet, correction: CorrectionMode
+) -> Iterator[None]:
+    """Let a model run under its plan of a budget: the default one, if corrected by ``affine``."""
     if float(budget) == 1:
         yield
         return
     console = Console(quiet=True)
     profile = measure_sensitivity(
-        moe, text, metric="fisher", redistribution="price", console=console
+        moe,
+        text,
+        metric="fisher",
+        redistribution="price",
+        correction=correction,
+        console=console,
     )
     trained = [layer.experts_per_token for layer in moe.layers]
     made = make_planned(
         moe,
         text,
         parse_budget(budget, trained),
-        PlanOptions(dial=False),
+        PlanOptions(dial=False, correction=correction),
         profile=profile,
         console=console,
     )
@@ -84,11 +92,15 @@ def said(moe: MoeModel, windows: torch.Tensor) -> torch.Tensor:
 
 
 def all_said(
-    moe: MoeModel, cut: Sequence[torch.Tensor], budgets: Sequence[str], text: CalibrationSet
+    moe: MoeModel,
+    cut: Sequence[torch.Tensor],
+    budgets: Sequence[str],
+    text: CalibrationSet,
+    correction: CorrectionMode,
 ) -> Iterator[torch.Tensor]:
-    """Yield what is said under budgets on texts, in turn."""
+    """Yield what is said under budgets, planned on a text, on texts in turn."""
     for budget in budgets:
-        with planned(moe, budget, text):
+        with planned(moe, budget, text, correction):
             for windows in cut:
                 yield said(moe, windows)
 
@@ -102,6 +114,12 @@ def costs(
     pairs = zip(rounded, floats, strict=True)  # a window at a time: temporaries are large
     divergence = [float((known.exp() * (known - found)).sum(-1).mean()) for found, known in pairs]
     return float(np.expm1(added)), float(np.mean(divergence))
+
+
+def beginning(text: CalibrationSet, tokens: int) -> CalibrationSet:
+    """Return the first windows of a text, all if it has no more tokens."""
+    ids = text.ids[: max(1, tokens // text.sequence_length)]
+    return dataclasses.replace(text, ids=ids, tokens=ids.size, further=None)
 
 
 def windows_of(moe: MoeModel, text: Path, tokens: int) -> torch.Tensor:
@@ -119,6 +137,8 @@ def windows_of(moe: MoeModel, text: Path, tokens: int) -> torch.Tensor:
 @click.option("--tokens", default=8192, show_default=True, help="Calibration tokens.")
 @click.option("--seeds", default=3, show_default=True, help="Draws of calibration text.")
 @click.option("--dtype", "dtypes", multiple=True, default=("int4", "int8"), show_default=True)
+@click.option("--plan-tokens", default=8192, show_default=True, help="Of these, to plan on.")
+@click.option("--correct", type=click.Choice(["affine", "none"]), default="affine")
 @click.option("--block", default=128, show_default=True, help="Weights that share a scale.")
 @click.option("--budget", "budgets", multiple=True, default=("1.0", "0.5"), show_default=True)
 def main(
@@ -128,6 +148,8 @@ def main(
     tokens: int,
     seeds: int,
     dtypes: tuple[str, ...],
+    plan_tokens: int,
+    correct: CorrectionMode,
     block: int,
     budgets: tuple[str, ...],
 ) -> None:
@@ -144,9 +166,10 @@ def main(
         for seed in range(seeds):
             options = CalibrationOptions(tokens=tokens, seed=seed)
             text = calibrate(moe.checkpoint, options, Console(quiet=True))
-            floats = list(all_said(moe, cut, budgets, text))
+            asked = cut, budgets, beginning(text, plan_tokens), correct
+            floats = list(all_said(moe, *asked))
             for dtype, rounding in itertools.product(dtypes, ROUNDINGS):
-                each = all_said(rounded(model, dtype, rounding, block, text), cut, budgets, text)
+                each = all_said(rounded(model, dtype, rounding, block, text), *asked)
                 places = zip(each, floats, cut * len(budgets), strict=True)
                 row = [costs(*place) for place in places]
                 found.setdefault((dtype, rounding), []).append(row)
