@@ -58,7 +58,7 @@ class _Descent:
     ) -> None:
         self._block, self._end = form.block, 1 << (form.bits - 1)
         self._hessians = hessians
-        blocks = rounded.unflatten(2, (-1, form.block))
+        blocks = rounded.view(*rounded.shape[:2], -1, form.block)
         self._pinned = blocks.abs().argmax(3, keepdim=True)
         self._scales = blocks.gather(3, self._pinned)[..., 0] / -self._end  # [M, R, blocks]
         safe = self._scales.where(self._scales != 0, 1.0)
@@ -67,7 +67,7 @@ class _Descent:
 
     def rounded(self) -> torch.Tensor:
         """Return the weights as they are now."""
-        steps = self._steps.unflatten(2, (-1, self._block))
+        steps = self._steps.view(*self._scales.shape, self._block)
         return (steps * self._scales[..., None]).flatten(2)
 
     def move_scales(self) -> None:
