@@ -1,9 +1,9 @@
 """Coordinate descent: rounded weights and their scales are moved, one by one, to what costs less.
 
 GPTQ decides each column once, when those behind it are still floats. Here all others are fixed
-while one is chosen again: the best of its values, then the best scale of each block, in turn, as in
-CDQuant (arXiv 2406.17542) and QuantEase (2309.01885). What a row costs never rises, and values
-stay on their block's grid.
+while one is chosen again: the best scale of each block, then the best values of each column, in
+turn, as in CDQuant (arXiv 2406.17542) and QuantEase (2309.01885). What a row costs never rises, and
+values stay on their block's grid.
 """
 
 from __future__ import annotations
