@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SEQUENCE_LENGTH = 512
+_FURTHER = 3  # windows drawn behind each one asked for
 _CHARACTERS_PER_TOKEN = 20  # read of a dataset: about five times what the tokens need
 _DATASET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 
@@ -46,6 +47,8 @@ class CalibrationSet:
     """Windows of tokens of a text.
 
     ``tokens == ids.size`` is what there is, near what was asked for; ``sha256`` is of the text.
+    ``further`` are windows drawn behind these, for what overfits to as few: three times as many,
+    fewer if the text is shorter, None if there are no others.
     """
 
     ids: npt.NDArray[np.int64]  # [windows, sequence_length]
@@ -54,6 +57,12 @@ class CalibrationSet:
     tokens: int
     sequence_length: int
     name: str
+    further: npt.NDArray[np.int64] | None = None  # [windows, sequence_length]
+
+    @property
+    def all_ids(self) -> npt.NDArray[np.int64]:
+        """All windows [windows, sequence_length], the further ones last."""
+        return self.ids if self.further is None else np.concatenate([self.ids, self.further])
 
 
 def calibrate(
@@ -119,8 +128,11 @@ def load_calibration(
             available * length,
         )
     windows = encoded[: available * length].reshape(available, length)
-    drawn = windows[np.random.default_rng(seed).permutation(available)[:wanted]]
-    ids = drawn.astype(np.int64)
+    order = np.random.default_rng(seed).permutation(available)
+    ids, further = (
+        windows[part].astype(np.int64)
+        for part in (order[:wanted], order[wanted : (1 + _FURTHER) * wanted])
+    )
     return CalibrationSet(
         ids=ids,
         sha256=text.sha256,
@@ -128,6 +140,7 @@ def load_calibration(
         tokens=ids.size,
         sequence_length=length,
         name=str(source),
+        further=further if len(further) else None,
     )
 
 

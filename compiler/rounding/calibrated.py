@@ -63,7 +63,7 @@ def calibrated(
     Args:
         moe: The model, in float32.
         quantization: How weights are stored.
-        calibration: The text.
+        calibration: The text, of which the further windows are taken too.
         widths: Per MoE layer, formats to choose values of its experts for, all from the same sums.
             The experts themselves stay floats, which later layers are rounded behind, and the
             returned model's quantisation has no formats of experts.
@@ -72,7 +72,8 @@ def calibrated(
         UnsupportedModelError: The model gives no finite states.
         OutputError: What is kept can't be written.
     """
-    text = f"{calibration.sha256}:{calibration.tokens}:{calibration.sequence_length}"
+    ids = torch.from_numpy(calibration.all_ids)
+    text = f"{calibration.sha256}:{ids.numel()}:{calibration.sequence_length}"
     bits = "".join(f"-{form.bits}" for form in widths[0]) if widths else ""
     mark = f"{format_mark(quantization)}/gptq{bits}:{text}:{calibration.seed}"
     quantization = dataclasses.replace(quantization, marks=(mark,), rounding="gptq")
@@ -81,7 +82,7 @@ def calibrated(
     moe = dataclasses.replace(moe, chosen=chosen)
     with torch.inference_mode(mode=False), torch.no_grad():
         rounding = _Rounding(moe, chosen, widths)
-        rounding.run(LayerInputs(moe, torch.from_numpy(calibration.ids)))
+        rounding.run(LayerInputs(moe, ids))
         if widths:
             moe = dataclasses.replace(
                 moe, quantization=dataclasses.replace(quantization, experts=())

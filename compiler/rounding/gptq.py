@@ -11,6 +11,8 @@ weight's, or smaller by one of `RATIOS`, each tried for every row, as rows don't
 The largest weight of a block always takes the end of the range. So the quantiser that rounds to the
 nearest finds the same scale and the same values in the rounded weights: they need no format of
 their own.
+
+What columns got while others were still floats is then chosen again, by `descend`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+
+from alloc_moe.compiler.rounding.descent import descend
 
 if TYPE_CHECKING:
     from alloc_moe.passes.blockwise import BlockFormat
@@ -46,10 +50,14 @@ def round_products(
     Returns:
         [matrices, rows, columns] float32: what `dequantize(*quantize(...))` leaves as it is.
     """
-    order, upper = _factors(hessians)
+    damped = _damped(hessians, _DAMPING)
+    order, upper = _factors(damped)
     rows = max(1, _PART // (len(RATIOS) * weights[:, 0].numel()))
-    parts = torch.split(weights, rows, dim=1)
-    return torch.cat([_round_rows(part, order, upper, form) for part in parts], dim=1)
+    rounded = [
+        descend(part, _round_rows(part, order, upper, form), damped, form)
+        for part in torch.split(weights, rows, dim=1)
+    ]
+    return torch.cat(rounded, dim=1)
 
 
 def restore_products(
@@ -65,18 +73,22 @@ def restore_products(
         hessians: Sums of x x' [matrices, columns, columns].
         drifts: Sums of (y - x) x' [matrices, columns, columns].
     """
-    ridged = hessians.clone()
-    diagonal = ridged.diagonal(dim1=1, dim2=2)
-    diagonal += _RIDGE * diagonal.mean(1, keepdim=True).clamp(min=_TINY)
+    lower = torch.linalg.cholesky(_damped(hessians, _RIDGE))
     missing = (weights @ drifts).mT
-    return weights + torch.cholesky_solve(missing, torch.linalg.cholesky(ridged)).mT
+    return weights + torch.cholesky_solve(missing, lower).mT
 
 
-def _factors(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of columns [M, C], and the upper U [M, C, C] with U'U = inverse of H."""
+def _damped(hessians: torch.Tensor, share: float) -> torch.Tensor:
+    """Return H [M, C, C] with a share of its diagonal's mean added to the diagonal."""
     damped = hessians.clone()
     diagonal = damped.diagonal(dim1=1, dim2=2)
-    diagonal += _DAMPING * diagonal.mean(1, keepdim=True).clamp(min=_TINY)
+    diagonal += share * diagonal.mean(1, keepdim=True).clamp(min=_TINY)
+    return damped
+
+
+def _factors(damped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the order of columns [M, C], and the upper U [M, C, C] with U'U = inverse of H."""
+    diagonal = damped.diagonal(dim1=1, dim2=2)
     order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
     # Flipped, so that the triangle is the upper one: then U is its inverse, and H's isn't needed.
     flipped = order.flip(1)

@@ -64,6 +64,23 @@ def test_windows_do_not_overlap(text: Path) -> None:
     assert sorted(starts) == sorted(text.read_bytes()[: 7 * 512 : 512])
 
 
+def test_further_windows_follow_those_asked_for(text: Path) -> None:
+    few = load(text, tokens=512)  # 7 windows of 512
+    assert few.further is not None
+    assert (few.ids.shape, few.further.shape) == ((1, 512), (3, 512))
+    many = load(text, tokens=3000)
+    assert many.further is not None
+    assert np.array_equal(many.all_ids, np.concatenate([many.ids, many.further]))
+    assert len({window.tobytes() for window in many.all_ids}) == 7  # the text has no others
+    assert np.array_equal(few.all_ids, many.all_ids[:4])
+
+
+def test_a_text_that_is_used_up_has_no_further_windows(text: Path) -> None:
+    drawn = load(text, tokens=3584)
+    assert drawn.further is None
+    assert drawn.all_ids is drawn.ids
+
+
 def test_the_seed_decides_which_windows_are_drawn(text: Path) -> None:
     draws = [load(text, seed=seed).ids.tolist() for seed in range(8)]
     assert draws[3] == load(text, seed=3).ids.tolist()

@@ -108,6 +108,18 @@ def test_the_model_says_how_it_was_rounded(
     assert moe.fingerprint.endswith(f":int4/32/64/gptq:{calibration.sha256}:512:64:0")
 
 
+def test_further_windows_decide_too(
+    fresh: Callable[..., MoeModel], calibration: CalibrationSet
+) -> None:
+    few = dataclasses.replace(calibration, ids=calibration.ids[:4], tokens=256)
+    more = dataclasses.replace(few, further=calibration.ids[4:])
+    found = rounded(fresh(), more)
+    assert found.fingerprint.endswith(f"gptq:{calibration.sha256}:512:64:0")
+    expected = weights_of(rounded(fresh(), calibration))
+    for name, values in weights_of(found).items():
+        assert torch.equal(values, expected[name]), name
+
+
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
 def test_layers_on_disk_are_rounded_as_in_memory_and_after_a_kill(
     fresh: Callable[..., MoeModel],
