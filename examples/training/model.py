@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SEQUENCE_LENGTH = 512
@@ -41,6 +47,19 @@ FAMILIES = {
             "num_key_value_heads": 2,
         },
     ),
+    # Few experts per token, and a shared one of the width of two.
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 24,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 128,
+            "num_hidden_layers": 6,
+            "norm_topk_prob": False,
+            "num_key_value_heads": 2,
+        },
+    ),
 }
 
 
@@ -48,7 +67,7 @@ def build_model(vocab_size: int, family: str = "olmoe") -> PreTrainedModel:
     """Return an untrained model in float32, with experts that are fast to train on a CPU."""
     config_class, own = FAMILIES[family]
     model = AutoModelForCausalLM.from_config(
-        config_class(vocab_size=vocab_size, **_SHARED, **own), dtype=torch.float32
+        config_class(vocab_size=vocab_size, **{**_SHARED, **own}), dtype=torch.float32
     )
     ALL_EXPERTS_FUNCTIONS.register("looped", looped_experts)
     model.set_experts_implementation("looped")

@@ -12,9 +12,12 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.rare
-@pytest.mark.parametrize(("family", "layers"), [("olmoe", 6), ("qwen3_moe", 5)])
+@pytest.mark.parametrize(
+    ("family", "experts_per_token"),
+    [("olmoe", [8] * 6), ("qwen3_moe", [8] * 5), ("qwen2_moe", [4] * 6)],
+)
 def test_training_makes_a_model_that_loads(
-    examples: Path, tmp_path: Path, family: str, layers: int
+    examples: Path, tmp_path: Path, family: str, experts_per_token: list[int]
 ) -> None:
     from alloc_moe.compiler.model.loading import load_model
 
@@ -28,4 +31,4 @@ def test_training_makes_a_model_that_loads(
     subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True)
     moe = load_model(str(tmp_path / "out"))
     assert moe.config.model_type == family
-    assert [layer.experts_per_token for layer in moe.layers] == [8] * layers
+    assert [layer.experts_per_token for layer in moe.layers] == experts_per_token
