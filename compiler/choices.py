@@ -237,6 +237,7 @@ def check_goal(goal: Goal | None, plan: PlanOptions, cost: str | None, sensitivi
     for fault, advice in (
         (cost is not None, "goes by bytes that a token reads, so leave out --cost"),
         (plan.cost_batch != 1, "is of one token, so leave out --cost-batch"),
+        (plan.refine > 0, "chooses the plan by itself, so leave out --refine"),
         (
             by_loss and plan.redistribution in ("top-p", "ratio"),
             f"predicts what plans cost, which {plan.redistribution} doesn't tell. Use "
@@ -262,7 +263,7 @@ def chosen_rounding(rounding: Rounding | None, dtype: str, *, mixed_bits: bool =
         OptionsError: Nothing of that type is rounded so.
     """
     if rounding != "gptq":
-        return rounding or ("gptq" if dtype == "int4" and not mixed_bits else "nearest")
+        return rounding or ("gptq" if dtype == "int4" or mixed_bits else "nearest")
     if dtype not in ("int8", "int4"):
         raise OptionsError(f"--rounding gptq needs --dtype int4 or int8; {dtype} isn't rounded.")
     return rounding

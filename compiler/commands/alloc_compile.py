@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     cls=Command,
     epilog=examples(
         "alloc-compile examples/tiny-moe --budget 0.5 -o out.onnx",
-        "alloc-compile examples/tiny-moe --target-bytes 1.5MB --dtype int4 -o small.onnx",
+        "alloc-compile examples/tiny-moe --target-bytes 1MB --dtype int4 -o small.onnx",
         "alloc-compile allenai/OLMoE-1B-7B-0924 --budget 64 --calibration notes.txt -o bundle/",
     ),
 )

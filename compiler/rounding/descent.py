@@ -22,7 +22,7 @@ _COLUMNS = 64  # whose changes reach all columns in one product
 def descend(
     weights: torch.Tensor, rounded: torch.Tensor, hessians: torch.Tensor, form: BlockFormat
 ) -> torch.Tensor:
-    """Return rounded weights whose products are no further from the given ones', in most rows less.
+    """Return rounded weights whose products are as near to the given ones' or nearer.
 
     The largest value of each block stays at the end of the range, as `round_products` leaves it.
 

@@ -48,14 +48,14 @@ _FORM = 'Give objects such as {"messages": [{"role": "user", "content": "Hi"}]} 
 
 @dataclass(frozen=True)
 class Part:
-    """The text of one object, and what parts it from the next: a template ends a conversation."""
+    """The text of one object, and what follows it: nothing where a template ended it."""
 
     text: str
     after: str
 
 
 def open_text(path: Path, template: ChatTemplate | None = None) -> BinaryIO:
-    """Open a text file, or conversations as text; reading anything else might never end.
+    """Open a text file, or conversations as text.
 
     Args:
         path: The file.
@@ -66,7 +66,7 @@ def open_text(path: Path, template: ChatTemplate | None = None) -> BinaryIO:
 
     Raises:
         OSError: It can't be opened.
-        TextError: It is no regular file.
+        TextError: It is no regular file: reading a pipe or a device might never end.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder can't be opened anyway
@@ -133,7 +133,7 @@ def _message(value: Any, where: str) -> Message:
     if "content" not in found and "tool_calls" not in value:
         raise ShapeError(f"it lacks {where}.content")
     if "content" in found:
-        found["content"] = "".join(found["content"])  # of parts, or of characters
+        found["content"] = "".join(found["content"])  # a text stays what it is
     return {**value, **found}
 
 

@@ -98,12 +98,13 @@ def test_no_compile_begins_with_absurd_numbers(tmp_path: Path, options: dict[str
     ("dtype", "mixed_bits", "rounding"),
     [
         ("int4", False, "gptq"),
-        ("int4", True, "nearest"),
+        ("int4", True, "gptq"),
         ("int8", False, "nearest"),
+        ("int8", True, "gptq"),
         ("float32", False, "nearest"),
     ],
 )
-def test_only_int4_is_rounded_on_the_text_unless_asked_for(
+def test_four_bits_are_chosen_on_the_text_and_eight_are_the_nearest(
     dtype: str, mixed_bits: bool, rounding: str
 ) -> None:
     assert chosen_rounding(None, dtype, mixed_bits=mixed_bits) == rounding

@@ -1,9 +1,9 @@
 """Goal -> the plan that meets it: the best one within bytes, or the smallest within a loss.
 
 Both choose from the same frontier. Its bytes are counted; its costs are sensitivities in nats, for
-one common threshold the squares of the scores that it drops. To these comes what all experts of the
-rounded model add to the loss, which is measured. A loss is measured for every plan that is made,
-and what the next one is predicted to add goes by that.
+one common threshold half the squares of the scores that it drops. To these comes what all experts
+of the rounded model add to the loss, which is measured. A loss is measured for every plan that is
+made, and what the next one is predicted to add goes by that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _TRIES = 4  # plans made for a loss, at most
 _NEAR = 0.9  # of the loss asked for: not worth another plan
+_LEAST_STEP = 1 / 4  # of the scale of predictions, where a correction made up for more than all
 _TOKENS_PER_BATCH = 4096
 
 
@@ -124,15 +125,11 @@ def _bytes_at_most(prices: Sequence[Sequence[float]]) -> list[float]:
 
 @dataclass(frozen=True)
 class _Made:
-    """A plan that was made, its model, and the entries of the plan that tell of the goal."""
+    """A plan that was made, its model, and the bytes that a token reads under it."""
 
     moe: MoeModel
     planned: Planned
     nbytes: float
-
-    def told(self, **facts: Any) -> tuple[MoeModel, Planned]:
-        plan = dataclasses.replace(self.planned.plan, target=facts)
-        return self.moe, dataclasses.replace(self.planned, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ class _Search:
             if _NEAR * self.goal.most <= measured <= self.goal.most:
                 break
             if choice.cost > 0:
-                scale = max((measured - base) / choice.cost, scale / 4)
+                scale = max((measured - base) / choice.cost, scale * _LEAST_STEP)
         if found is None:
             raise self._unreached(tried)
         choice, made = found
@@ -203,10 +200,12 @@ class _Search:
             making = dataclasses.replace(making, moe=with_float_experts(moe))
         most = making.experts_per_token
         if by_activations(making.options):
-            number = len(most) - 1 + choice.choices[0]
+            number = len(most) - 1 + choice.choices[0]  # the first is one expert in each layer
             moe, planned = making.of_budget(parse_budget(number, most), None)
         else:
             costs = self.reading.costs(shifted=making.options.correction == "affine")
+            # The next larger share, as it is multiplied back. What is planned has activations of
+            # its own; these only say that not all run.
             share = math.nextafter(choice.nbytes / float(costs.original), math.inf)
             budget = Budget(share, len(most), sum(most))
             moe, planned = making.of_choices(budget, costs, choice.choices)
@@ -229,14 +228,16 @@ class _Search:
     def _told(
         self, made: _Made, choice: Choice, facts: dict[str, float]
     ) -> tuple[MoeModel, Planned]:
-        return made.told(
-            asked=self.goal.kind,
-            most=self.goal.most,
-            bytes=round(made.nbytes),
-            bytes_predicted=round(self.reading.others + choice.nbytes),
-            bytes_original=round(self.reading.original),
+        target = {
+            "asked": self.goal.kind,
+            "most": self.goal.most,
+            "bytes": round(made.nbytes),
+            "bytes_predicted": round(self.reading.others + choice.nbytes),
+            "bytes_original": round(self.reading.original),
             **facts,
-        )
+        }
+        plan = dataclasses.replace(made.planned.plan, target=target)
+        return made.moe, dataclasses.replace(made.planned, plan=plan)
 
     def _unreached(self, tried: dict[Choice, tuple[float, float]]) -> BudgetError:
         nearest = min(measured for _, measured in tried.values())
