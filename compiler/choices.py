@@ -87,7 +87,10 @@ def finite(option: str, value: Any, least: float, most: float, *, above: bool = 
         OptionsError: It is none.
     """
     number = _scalar(value)
-    real = float(number) if isinstance(number, numbers.Real) else math.nan
+    try:
+        real = float(number) if isinstance(number, numbers.Real) else math.nan
+    except OverflowError:  # of Python's whole numbers, which have no end
+        raise OptionsError(f"{option} is too large a number. Give one up to {most:g}.") from None
     if not least <= real <= most or (above and real == least):
         start = f"above {least:g} and up" if above else f"from {least:g}"
         raise OptionsError(f"{option} is {value!r}. Give a number {start} to {most:g}.")

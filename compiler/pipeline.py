@@ -119,7 +119,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         reading = weights_read(
             moe.checkpoint, dtype=target.dtype, quantization=chosen, formats=formats
         )
-        check_reachable(goal, reading, shifted=options.plan.correction == "affine")
+        check_reachable(goal, reading)
     calibration = calibrate(moe.checkpoint, options.calibration, console)
     loss = 0.0  # not looked at unless it is asked for
     if goal is not None and goal.kind == "loss":

@@ -42,7 +42,15 @@ _CONFIG = record(
     },
 )
 # What a template may run into with messages that it isn't made for.
-_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # as transformers looks for it
 _DAY = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -104,7 +112,7 @@ class ChatTemplate:
 
         try:
             return environment.from_string(self._source)
-        except (TemplateError, RecursionError) as error:
+        except (TemplateError, SyntaxError, *_FAILURES) as error:  # of the Python made of it too
             raise ArtifactError(
                 f"The chat template of {self._name} can't be read: {_reason(error)}. "
                 "Put the model's own there, or give one (--chat-template)."

@@ -198,7 +198,9 @@ def _object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ShapeError(f"it is not UTF-8 from its byte {error.start} on") from error
     except json.JSONDecodeError as error:
-        raise ShapeError(f"it is no JSON: {error.msg} at character {error.pos}") from error
+        raise ShapeError(
+            f"it is no JSON: {error.msg.removesuffix(' at')} at character {error.pos}"
+        ) from error
     except (RecursionError, ValueError) as error:  # of numbers with very many digits
         raise ShapeError("it is nested too deeply, or has a number that is too long") from error
     if not isinstance(found, dict):

@@ -32,6 +32,11 @@ class Frontier:
     nbytes: Rows
     costs: Rows
 
+    @property
+    def least(self) -> float:
+        """The bytes of the choice that reads least."""
+        return sum(map(min, self.nbytes))
+
     def within(self, nbytes: float) -> Choice:
         """Return the choice that costs least of those that read so much at most, exactly.
 

@@ -47,22 +47,23 @@ def by_activations(options: PlanOptions) -> bool:
     return options.redistribution in COMMON or options.allocation == "uniform"
 
 
-def check_reachable(goal: Goal, reading: WeightsRead, *, shifted: bool) -> None:
+def check_reachable(goal: Goal, reading: WeightsRead) -> None:
     """Raise BudgetError if a token reads more than the bytes asked for under every plan.
 
-    Args:
-        goal: What was asked for.
-        reading: What a token reads.
-        shifted: Whether experts are corrected by a shift.
+    A correction's shifts aren't counted: no layer need have them.
     """
-    least = reading.others + float(reading.costs(shifted=shifted).cheapest)
+    least = reading.others + float(reading.costs(shifted=False).cheapest)
     if goal.kind == "bytes" and goal.most < least:
-        raise BudgetError(
-            f"--target-bytes is {goal.most:.0f}, but with one expert in each MoE layer a token "
-            f"reads {math.ceil(least)} bytes of weights already, {reading.others} of them not of "
-            f"routed experts. Give {math.ceil(least)} to {math.ceil(reading.original)}, which the "
-            f"full model reads in {reading.dtype}, or another --dtype."
-        )
+        raise _too_few_bytes(goal, reading, least)
+
+
+def _too_few_bytes(goal: Goal, reading: WeightsRead, least: float) -> BudgetError:
+    return BudgetError(
+        f"--target-bytes is {goal.most:.0f}, but with one expert in each MoE layer a token "
+        f"reads {math.ceil(least)} bytes of weights already, {reading.others} of them not of "
+        f"routed experts. Give {math.ceil(least)} to {math.ceil(reading.most)}, which all experts "
+        "take, or another --dtype."
+    )
 
 
 def full_loss(moe: MoeModel, calibration: CalibrationSet, console: Console) -> float:
@@ -86,7 +87,7 @@ def meet_goal(
         loss: The unrounded full model's, from `full_loss`; for a goal of bytes it isn't looked at.
 
     Raises:
-        BudgetError: No plan was found that adds so little to the loss.
+        BudgetError: No plan was found that adds so little to the loss, or reads so few bytes.
         ProfileError: The profile doesn't suit the model or the redistribution.
     """
     search = _Search(goal, making, reading, _frontier(goal, making, reading))
@@ -144,14 +145,19 @@ class _Search:
     def within_bytes(self) -> tuple[MoeModel, Planned]:
         """Return the plan that costs least of those that read no more than the goal."""
         room = self.goal.most - self.reading.others
-        # What the full model reads has no shifts, which the layers' own choices count.
-        full = room >= sum(self.reading.trained) and not self.making.formats
-        choice = self.frontier.best() if full else self.frontier.within(room)
+        # What the full model reads has no shifts, which the layers' own choices count. Nor may one
+        # expert in each layer get them, though it counts them too.
+        full = self.goal.most >= self.reading.most
+        least = self.frontier.least
+        choice = self.frontier.best() if full else self.frontier.within(max(room, least))
         made = self._make(choice, self.making.moe)
         # Thresholds keep to the sum of all k, not to each: where layers differ that may be more
         # bytes. One expert in each layer is kept exactly, so this ends.
         while made.nbytes > self.goal.most:
-            choice = self.frontier.within(choice.nbytes - (made.nbytes - self.goal.most))
+            if choice.nbytes <= least:
+                raise _too_few_bytes(self.goal, self.reading, made.nbytes)
+            less = choice.nbytes - (made.nbytes - self.goal.most)
+            choice = self.frontier.within(max(less, least))
             made = self._make(choice, made.moe)
         return self._told(made, choice, {})
 
@@ -168,6 +174,10 @@ class _Search:
         while len(tried) < _TRIES:
             choice = self.frontier.costing((self.goal.most - base) / scale)
             choice = choice or self.frontier.best()
+            if (
+                choice in tried
+            ):  # predictions say no more: a correction may do better than they know
+                choice = self._between(found)
             if choice in tried:
                 break
             made = self._make(choice, moe)
@@ -192,6 +202,11 @@ class _Search:
             made = self._make(choice, moe)  # another plan's bits were tried since
         facts = {"added_loss_predicted": predicted, "added_loss": measured}
         return self._told(made, choice, facts)
+
+    def _between(self, found: tuple[Choice, _Made] | None) -> Choice:
+        """Return the smallest choice, or one halfway from there to what was found to do."""
+        least = self.frontier.least
+        return self.frontier.within(least if found is None else (least + found[0].nbytes) / 2)
 
     def _make(self, choice: Choice, moe: MoeModel) -> _Made:
         """Make the plan of a choice, of a model whose experts another plan may have rounded."""

@@ -46,6 +46,12 @@ class WeightsRead:
         """What the full model reads, its experts in the width of ``dtype``."""
         return self.others + sum(self.trained)
 
+    @property
+    def most(self) -> float:
+        """What the full model reads, its experts in their largest width."""
+        pairs = zip(self.experts, self.experts_per_token, strict=True)
+        return self.others + sum(most * max(widths) for widths, most in pairs)
+
     def costs(self, *, shifted: bool) -> CostTable:
         """Return the bytes of experts of every k in every width, with shifts or without."""
         prices = tuple(

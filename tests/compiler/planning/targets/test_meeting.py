@@ -168,6 +168,46 @@ def test_a_loss_that_no_plan_reaches_is_refused_with_the_nearest(
         meet_goal(Goal("loss", 1e-9), making, reading, loss)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_loss_that_predictions_call_out_of_reach_is_sought_with_fewer_experts(
+    makings: Callable[..., tuple[Making, WeightsRead, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    mixed: bool,
+) -> None:
+    making, reading, loss = makings("threshold", mixed=mixed)
+
+    def added(_: object, made: Any, full: float) -> float:
+        return 0.1 if made.nbytes > 0.9 * reading.most else -0.1
+
+    monkeypatch.setattr(meeting._Search, "_added", added)
+    _, planned = meet_goal(Goal("loss", 1e-9), making, reading, loss)
+    assert planned.plan.target["added_loss"] == -0.1
+    assert planned.plan.target["bytes"] <= 0.9 * reading.most
+
+
+def test_all_experts_in_eight_bits_need_no_room_for_shifts(
+    makings: Callable[..., tuple[Making, WeightsRead, float]],
+) -> None:
+    making, reading, loss = makings("threshold", mixed=True)
+    _, planned = meet_goal(Goal("bytes", reading.most), making, reading, loss)
+    assert planned.plan.target["bytes"] == round(reading.most)
+    assert {layer.bits for layer in planned.plan.layers} == {8}
+
+
+def test_bytes_that_shifts_alone_exceed_are_tried(
+    makings: Callable[..., tuple[Making, WeightsRead, float]],
+) -> None:
+    making, reading, loss = makings("threshold")
+    goal = Goal("bytes", reading.others + float(reading.costs(shifted=False).cheapest))
+    meeting.check_reachable(goal, reading)
+    with pytest.raises(BudgetError, match=r"reads \d+ bytes of weights already"):
+        meet_goal(goal, making, reading, loss)
+    options = dataclasses.replace(making.options, correction="none")
+    plain = dataclasses.replace(making, options=options)
+    _, planned = meet_goal(goal, plain, reading, loss)
+    assert planned.plan.target["bytes"] == goal.most
+
+
 def test_bytes_give_the_plan_of_the_largest_budget_that_reads_no_more(
     compile_to: Callable[..., Compiled], tmp_path: Path
 ) -> None:
@@ -232,7 +272,7 @@ def test_too_few_bytes_are_refused_with_the_range(
     assert outcome.exit_code == 1
     words = " ".join(outcome.stderr.split())
     assert "--target-bytes is 1000, but with one expert in each MoE layer a token reads" in words
-    assert "which the full model reads in float32, or another --dtype" in words
+    assert "which all experts take, or another --dtype" in words
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,6 +285,7 @@ def test_too_few_bytes_are_refused_with_the_range(
         (["--target-bytes", "many"], "Give a number of bytes such as 1500000, 1500KB"),
         (["--target-bytes", "9", "--cost", "bytes"], "--target-bytes goes by bytes that a token"),
         (["--target-loss", "1", "--cost-batch", "2"], "is of one token, so leave out --cost-batch"),
+        (["--target-loss", "1", "--refine", "2"], "chooses the plan by itself, so leave out"),
         (["--target-loss", "1", "--redistribute", "ratio"], "which ratio doesn't tell"),
         (["--target-loss", "1", "--allocation", "uniform"], "--allocation uniform ignores"),
         (["--target-loss", "1", "--sensitivity", "output"], "fisher or kl; output isn't in nats"),
