@@ -126,11 +126,11 @@ def divergences(
     for target in targets:
         goal = Goal("bytes", byte_count("target", target))
         try:
-            check_reachable(goal, reading, shifted=True)
+            check_reachable(goal, reading)
+            moe, planned = meet_goal(goal, given, reading, 0.0)
         except BudgetError:
             found.append(math.inf)
             continue
-        moe, planned = meet_goal(goal, given, reading, 0.0)
         found.append(divergence(moe, planned, windows, full))
         click.echo(f"{way.name}, seed {text.seed}, {target}: {found[-1]:.5f}", err=True)
         if way.mixed:
