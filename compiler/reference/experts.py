@@ -9,9 +9,9 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
@@ -22,11 +22,15 @@ from alloc_moe.compiler.reference.policies import (
     Kept,
     LayerParameters,
     adjust_weights,
+    layer_parameters,
     rank_candidates,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.runtime.artifact.plan import AllocationPlan
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 """``watch(layer, weights [T, K], ids [T, K])``, called with each layer's ranked candidates."""
@@ -140,6 +144,37 @@ def allocated(
             yield activations
     finally:
         handle.remove()
+
+
+def under_plan(
+    moe: MoeModel,
+    plan: AllocationPlan,
+    corrections: Sequence[Correction | None] | None = None,
+    *,
+    price: float | None = None,
+    turn: Turn | None = None,
+) -> AbstractContextManager[Activations]:
+    """Let a model run under a plan as `allocated` does, with what the plan says.
+
+    Args:
+        moe: The model.
+        plan: The plan.
+        corrections: What the artifact's experts are changed by, per MoE layer; none by default.
+        price: For plans with the redistribution ``price``: used instead of the plan's own.
+        turn: Asked after each layer decided.
+
+    Raises:
+        ArtifactError: The plan lacks what its redistribution needs.
+    """
+    return allocated(
+        moe.model,
+        moe.layers,
+        layer_parameters(plan, price),
+        redistribution=cast("Redistribution", plan.redistribution),
+        weights=cast("Weights", plan.weights),
+        corrections=corrections,
+        turn=turn,
+    )
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.model.quiet import quiet
 from alloc_moe.compiler.records import SCORED
-from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.rounding.cache_scales import RoundedCache
 from alloc_moe.compiler.verify.batch import BATCH_TOKENS, PromptBatch
 from alloc_moe.compiler.verify.cached_replay import CachedRun, run_by_layers
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
-    from alloc_moe.compiler.records import Correction, Redistribution, Weights
+    from alloc_moe.compiler.records import Correction
     from alloc_moe.compiler.reference.experts import Activations, Turn
     from alloc_moe.compiler.reference.policies import Kept
     from alloc_moe.passes.attention.quantize_cache import CacheScales
@@ -158,16 +157,7 @@ def _in_force(
     corrections: Sequence[Correction | None] | None,
     turn: Turn | None = None,
 ) -> _Plan:
-    return functools.partial(
-        allocated,
-        moe.model,
-        moe.layers,
-        layer_parameters(plan, price),
-        redistribution=cast("Redistribution", plan.redistribution),
-        weights=cast("Weights", plan.weights),
-        corrections=corrections,
-        turn=turn,
-    )
+    return functools.partial(under_plan, moe, plan, corrections, price=price, turn=turn)
 
 
 def _run(

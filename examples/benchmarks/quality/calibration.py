@@ -33,8 +33,7 @@ from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.plan import make_planned
 from alloc_moe.compiler.records import Planned, PlanOptions, SensitivityProfile
-from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.runtime.console import Console
 
@@ -117,14 +116,7 @@ class Bench:
             windows = torch.from_numpy(ids)
             self._full[kind] = windows, [self._log_probabilities(window) for window in windows]
         windows, full = self._full[kind]
-        with allocated(
-            self.moe.model,
-            self.moe.layers,
-            layer_parameters(planned.plan),
-            redistribution="price",
-            weights=planned.plan.weights,
-            corrections=planned.corrections,
-        ) as seen:
+        with under_plan(self.moe, planned.plan, planned.corrections) as seen:
             found = [self._log_probabilities(window) for window in windows]
         divergences = [
             F.kl_div(mine, other, reduction="batchmean", log_target=True)

@@ -46,11 +46,9 @@ from alloc_moe.compiler.records import (
     CalibrationOptions,
     DType,
     PlanOptions,
-    Redistribution,
     SensitivityProfile,
 )
-from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -184,15 +182,7 @@ def _error_beside_ties(path: Path, moe: MoeModel, planned: Planned, batch: Promp
 
 
 def _expected_tokens(moe: MoeModel, planned: Planned, batch: PromptBatch) -> NDArray[np.int64]:
-    plan = planned.plan
-    in_force = allocated(
-        moe.model,
-        moe.layers,
-        layer_parameters(plan),
-        redistribution=cast("Redistribution", plan.redistribution),
-        weights=plan.weights,
-        corrections=planned.corrections,
-    )
+    in_force = under_plan(moe, planned.plan, planned.corrections)
     with torch.inference_mode(), in_force:
         tokens = moe.model.generate(
             torch.from_numpy(batch.prompts),

@@ -37,8 +37,7 @@ from alloc_moe.compiler.records import (
     Redistribution,
     Rounding,
 )
-from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.rounding.formats import choose_formats, mixed_formats
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.rounding.weights import with_float_experts
@@ -99,14 +98,7 @@ def divergence(
     moe: MoeModel, planned: Planned, windows: torch.Tensor, full: list[torch.Tensor]
 ) -> float:
     """Return KL(full || plan) in nats per token."""
-    with allocated(
-        moe.model,
-        moe.layers,
-        layer_parameters(planned.plan),
-        redistribution=planned.plan.redistribution,
-        weights=planned.plan.weights,
-        corrections=planned.corrections,
-    ):
+    with under_plan(moe, planned.plan, planned.corrections):
         pairs = zip(full, said(moe, windows), strict=True)
         sums = [float((before.exp() * (before - now)).sum(-1).mean()) for before, now in pairs]
     return sum(sums) / len(sums)

@@ -28,8 +28,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.plan import make_planned
 from alloc_moe.compiler.records import CalibrationOptions, CorrectionMode, PlanOptions
-from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.formats import choose_formats
 from alloc_moe.compiler.rounding.weights import quantized
@@ -73,14 +72,7 @@ def planned(
         profile=profile,
         console=console,
     )
-    with allocated(
-        moe.model,
-        moe.layers,
-        layer_parameters(made.plan),
-        redistribution=made.plan.redistribution,
-        weights=made.plan.weights,
-        corrections=made.corrections,
-    ):
+    with under_plan(moe, made.plan, made.corrections):
         yield
 
 

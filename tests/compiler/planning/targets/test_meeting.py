@@ -23,8 +23,7 @@ from alloc_moe.compiler.planning.targets.making import Making
 from alloc_moe.compiler.planning.targets.meeting import full_loss, meet_goal
 from alloc_moe.compiler.planning.targets.reading import WeightsRead, weights_read
 from alloc_moe.compiler.records import Compiled, Goal, Planned, PlanOptions
-from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.rounding.formats import choose_formats, mixed_formats
 from alloc_moe.compiler.rounding.weights import quantized, with_float_experts
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -82,14 +81,7 @@ def text_loss(moe: MoeModel, planned: Planned | None, ids: torch.Tensor) -> floa
 
     if planned is None:
         return run()
-    with allocated(
-        moe.model,
-        moe.layers,
-        layer_parameters(planned.plan),
-        redistribution=planned.plan.redistribution,
-        weights=planned.plan.weights,
-        corrections=planned.corrections,
-    ):
+    with under_plan(moe, planned.plan, planned.corrections):
         return run()
 
 
