@@ -250,20 +250,23 @@ def test_onnxruntime_genai_continues_a_hybrid_as_we_do(
 ) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     compile(str(checkpoint(family)), budget=1.0, output=f"{tmp_path}/out/", tokens=256)
-    prompt = np.random.default_rng(0).integers(0, 256, 20)
     model = genai.Model(str(tmp_path / "out"))
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=60, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(prompt.astype(np.int32))
-    tokens = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
     session = open_session(tmp_path / "out", ep="cpu")
-    (ours,) = generate(session, [prompt], max_new_tokens=40)
-    assert ours[: len(tokens)] == tokens
-    assert len(tokens) > 10
+    lengths = []
+    for seed in range(4):  # random models say the end of the text early
+        prompt = np.random.default_rng(seed).integers(0, 256, 20)
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=60, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(prompt.astype(np.int32))
+        tokens = []
+        while not generator.is_done():
+            generator.generate_next_token()
+            tokens.append(int(generator.get_next_tokens()[0]))
+        (ours,) = generate(session, [prompt], max_new_tokens=40)
+        assert ours[: len(tokens)] == tokens
+        lengths.append(len(tokens))
+    assert max(lengths) > 10
 
 
 def test_onnxruntime_genai_shares_a_cache_that_is_appended_to_in_place(
