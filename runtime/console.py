@@ -123,7 +123,12 @@ class Console:
                 task = bar.add_task(description, total=total, completed=done, state="")
 
                 def report(_: str) -> None:
-                    bar.update(task, completed=progress.done, state=progress.state())
+                    bar.update(
+                        task,
+                        completed=progress.done,
+                        total=progress.total,
+                        state=progress.state(),
+                    )
 
                 progress = Progress(
                     description, total, unit=unit, done=done, report=report, every_seconds=0.1
@@ -156,31 +161,36 @@ class Progress:
     ) -> None:
         self.done = done
         self._description = description
-        self._total = total
+        self.total = total
         self._unit = unit
         self._report = report
         self._every_seconds = every_seconds
         self._done_before = done
         self._start = self._last_report = time.monotonic()
 
+    def expect(self, n: int) -> None:
+        """Add n units to the total: work that turned out to be needed. An unknown total stays."""
+        if self.total is not None:
+            self.total += n
+
     def advance(self, n: int = 1) -> None:
         """Count n more units as done."""
         self.done += n
         now = time.monotonic()
-        due = now - self._last_report >= self._every_seconds and self.done != self._total
+        due = now - self._last_report >= self._every_seconds and self.done != self.total
         if self._report and due:  # what is complete is told by the summary
             self._last_report = now
             self._report(f"{self._description}: {self.state()}")
 
     def state(self) -> str:
         """Return count, rate and time left, such as ``12/48 layers, 2.5/s, 14 s left``."""
-        count = f"{self.done}" if self._total is None else f"{self.done}/{self._total}"
+        count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
         rate = (self.done - self._done_before) / max(time.monotonic() - self._start, 1e-9)
         parts = [f"{count} {self._unit}"]
         if rate > 0:
             parts.append(f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each")
-            if self._total is not None and self.done < self._total:
-                parts.append(f"{duration((self._total - self.done) / rate)} left")
+            if self.total is not None and self.done < self.total:
+                parts.append(f"{duration((self.total - self.done) / rate)} left")
         return ", ".join(parts)
 
     def summary(self) -> str:

@@ -326,6 +326,21 @@ def test_each_layer_that_ran_is_reported(
     assert f"Trying: {len(stack) + 2} layers in" in capfd.readouterr().err
 
 
+def test_passes_that_were_not_foreseen_add_to_the_total(
+    checkpoint: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    moe = load_model(str(checkpoint("olmoe")), offload="always")
+    assert moe.offloading is not None
+    layers = len(DecoderStack(moe.model, moe.layers[0]))
+    with layers_progress(Console(), "Trying", moe, passes=1) as progress:
+        for total in (layers, 2 * layers):  # the second pass is that of near-ties, say
+            for _ in range(layers):
+                moe.offloading.source.on_layer(1)
+                assert progress is not None
+                assert progress.total == total
+    assert f"Trying: {2 * layers} layers in" in capfd.readouterr().err
+
+
 def test_a_model_in_memory_is_one_step(
     moe_model: Models, capfd: pytest.CaptureFixture[str]
 ) -> None:
