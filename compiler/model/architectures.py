@@ -43,7 +43,8 @@ UNSUPPORTED: dict[str, str] = {
 """Model type -> why it can't be compiled, as the end of a sentence."""
 
 # What these keep from call to call are keys and values of all tokens, or of a window of the last.
-_CACHED = {"full_attention", "sliding_attention", "chunked_attention", "dummy"}
+_NO_CACHE = "dummy"
+_CACHED = {"full_attention", "sliding_attention", "chunked_attention", _NO_CACHE}
 # And these, states whose size doesn't depend on the number of tokens.
 _STATES = {"conv", "linear_attention"}
 
@@ -65,7 +66,13 @@ _STEP = 1e6
 
 def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
     """Return why the runtimes can't carry a model's cache from call to call, "" if they can."""
-    others = sorted(_layer_kinds(config) - _CACHED - _STATES)
+    kinds = _layer_kinds(config)
+    if kinds and kinds <= _STATES | {_NO_CACHE}:
+        return (
+            f"none of its layers ({' and '.join(sorted(kinds))}) keeps keys and values, by which "
+            "transformers' exporter tells the steps of a text"
+        )
+    others = sorted(kinds - _CACHED - _STATES)
     if not others:
         return ""
     return (
