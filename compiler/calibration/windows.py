@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SEQUENCE_LENGTH = 512
-_FURTHER = 3  # windows drawn behind each one asked for
+_FURTHER = 7  # windows drawn behind each one asked for
 _CHARACTERS_PER_TOKEN = 20  # read of a dataset: about five times what the tokens need
 _DATASET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 
@@ -47,7 +47,7 @@ class CalibrationSet:
     """Windows of tokens of a text.
 
     ``tokens == ids.size`` is what there is, near what was asked for; ``sha256`` is of the text.
-    ``further`` are windows drawn behind these, for what overfits to as few: three times as many,
+    ``further`` are windows drawn behind these, for what overfits to as few: seven times as many,
     fewer if the text is shorter, None if there are no others.
     """
 
@@ -194,7 +194,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     source = found.get("default") if isinstance(found, Mapping) else found
     if source is None:
         return None
-    return ChatTemplate(source, name="the model", tokens=tokenizer.special_tokens_map)
+    return ChatTemplate(
+        source,
+        name="the model",
+        tokens=tokenizer.special_tokens_map,
+        advice="Correct it in the tokenizer's files of the checkpoint.",
+    )
 
 
 def _checked(text: TextIds, source: str | Path, config: PreTrainedConfig) -> npt.NDArray[np.intc]:

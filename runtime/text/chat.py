@@ -66,10 +66,19 @@ class ChatTemplate:
         source: The template.
         name: Where it came from, for messages.
         tokens: Special tokens by name, such as ``{"bos_token": "<s>"}``.
+        advice: What to do if it can't be read, as a sentence.
     """
 
-    def __init__(self, source: str, *, name: str | Path, tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        name: str | Path,
+        tokens: Mapping[str, str],
+        advice: str = "Put the model's own there, or give one (--chat-template).",
+    ) -> None:
         self._source, self._name, self._tokens = source, name, dict(tokens)
+        self._advice = advice
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt that asks for the next answer of a conversation.
@@ -114,8 +123,7 @@ class ChatTemplate:
             return environment.from_string(self._source)
         except (TemplateError, SyntaxError, *_FAILURES) as error:  # of the Python made of it too
             raise ArtifactError(
-                f"The chat template of {self._name} can't be read: {_reason(error)}. "
-                "Put the model's own there, or give one (--chat-template)."
+                f"The chat template of {self._name} can't be read: {_reason(error)}. {self._advice}"
             ) from error
 
 

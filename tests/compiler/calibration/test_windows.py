@@ -65,14 +65,15 @@ def test_windows_do_not_overlap(text: Path) -> None:
 
 
 def test_further_windows_follow_those_asked_for(text: Path) -> None:
-    few = load(text, tokens=512)  # 7 windows of 512
+    text.write_bytes(text.read_bytes()[:3800] * 2)  # 14 windows of 512
+    few = load(text, tokens=512)
     assert few.further is not None
-    assert (few.ids.shape, few.further.shape) == ((1, 512), (3, 512))
+    assert (few.ids.shape, few.further.shape) == ((1, 512), (7, 512))
     many = load(text, tokens=3000)
     assert many.further is not None
     assert np.array_equal(many.all_ids, np.concatenate([many.ids, many.further]))
-    assert len({window.tobytes() for window in many.all_ids}) == 7  # the text has no others
-    assert np.array_equal(few.all_ids, many.all_ids[:4])
+    assert len({window.tobytes() for window in many.all_ids}) == 14  # the text has no others
+    assert np.array_equal(few.all_ids, many.all_ids[:8])
 
 
 def test_a_text_that_is_used_up_has_no_further_windows(text: Path) -> None:
