@@ -160,17 +160,17 @@ class Progress:
         every_seconds: float = _SECONDS_BETWEEN_LINES,
     ) -> None:
         self.done = done
-        self._description = description
         self.total = total
+        self._description = description
         self._unit = unit
         self._report = report
         self._every_seconds = every_seconds
         self._done_before = done
         self._start = self._last_report = time.monotonic()
 
-    def expect(self, n: int) -> None:
-        """Add n units to the total: work that turned out to be needed. An unknown total stays."""
-        if self.total is not None:
+    def expect_more(self, n: int) -> None:
+        """Add n units to a total that is all done: there turned out to be more work."""
+        if self.total is not None and self.done >= self.total:
             self.total += n
 
     def advance(self, n: int = 1) -> None:

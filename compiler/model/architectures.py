@@ -43,10 +43,10 @@ UNSUPPORTED: dict[str, str] = {
 """Model type -> why it can't be compiled, as the end of a sentence."""
 
 # What these keep from call to call are keys and values of all tokens, or of a window of the last.
-_NO_CACHE = "dummy"
-_CACHED = {"full_attention", "sliding_attention", "chunked_attention", _NO_CACHE}
+_CACHED = {"full_attention", "sliding_attention", "chunked_attention"}
 # And these, states whose size doesn't depend on the number of tokens.
 _STATES = {"conv", "linear_attention"}
+_NOTHING = {"dummy"}
 
 TEXT_PARTS = ("mistral3", "qwen3_vl_moe")
 """Models that also take images, whose text part transformers builds under another name."""
@@ -67,18 +67,17 @@ _STEP = 1e6
 def why_cache_is_unsupported(config: PreTrainedConfig) -> str:
     """Return why the runtimes can't carry a model's cache from call to call, "" if they can."""
     kinds = _layer_kinds(config)
-    if kinds and kinds <= _STATES | {_NO_CACHE}:
+    if others := sorted(kinds - _CACHED - _STATES - _NOTHING):
+        return (
+            f"its layers of type {' and '.join(others)} keep other states than keys and values "
+            "from call to call, which the runtimes can't carry"
+        )
+    if kinds and kinds.isdisjoint(_CACHED):
         return (
             f"none of its layers ({' and '.join(sorted(kinds))}) keeps keys and values, by which "
             "transformers' exporter tells the steps of a text"
         )
-    others = sorted(kinds - _CACHED - _STATES)
-    if not others:
-        return ""
-    return (
-        f"its layers of type {' and '.join(others)} keep other states than keys and values from "
-        "call to call, which the runtimes can't carry"
-    )
+    return ""
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from alloc_moe.compiler.model.moe_model import MoeModel
-    from alloc_moe.runtime.console import Console, Progress
+    from alloc_moe.runtime.console import Console
 
 
 def expected_time(moe: MoeModel, *, passes: float, gflop: float) -> str:
@@ -31,7 +31,7 @@ def expected_time(moe: MoeModel, *, passes: float, gflop: float) -> str:
 @contextlib.contextmanager
 def layers_progress(
     console: Console, description: str, moe: MoeModel, *, passes: int
-) -> Iterator[Progress | None]:
+) -> Iterator[None]:
     """Report each decoder layer that an offloaded model has run, while the block lasts.
 
     Args:
@@ -39,26 +39,22 @@ def layers_progress(
         description: What is being done.
         moe: The model; one in memory counts as a single step.
         passes: How often all its layers will run. Each further pass adds to the total.
-
-    Yields:
-        The count of layers; None for a model in memory.
     """
     if moe.offloading is None:
         with console.step(description):
-            yield None
+            yield
         return
     layers = len(find_decoder_layers(moe.checkpoint.skeleton, moe.layers[0]))
     source = moe.offloading.source
     with console.progress(description, passes * layers, unit="layers") as progress:
 
-        def advance(count: int = 1) -> None:
-            if progress.total is not None and progress.done + count > progress.total:
-                progress.expect(layers)  # a pass that wasn't foreseen: near-ties run again
+        def advance(count: int) -> None:
+            progress.expect_more(layers)  # a pass that wasn't foreseen: near-ties run again
             progress.advance(count)
 
         source.on_layer = advance
         try:
-            yield progress
+            yield
         finally:
             source.on_layer = lambda _: None
 

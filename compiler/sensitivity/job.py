@@ -75,7 +75,7 @@ class Job:
                 return make_rounded(*self.setting(profile), self.formats, self.processes)
             return make_reduced(*self.setting(profile), self.processes)
 
-    def _deciding(self, profile: SensitivityProfile) -> contextlib.AbstractContextManager[object]:
+    def _deciding(self, profile: SensitivityProfile) -> contextlib.AbstractContextManager[None]:
         """Report the passes that come before the profile, if they take long."""
         passes, moe_model = _passes_before(profile), self.moe_model
         if not passes or self.console is None or moe_model.offloading is None:

@@ -174,9 +174,8 @@ class _Search:
         while len(tried) < _TRIES:
             choice = self.frontier.costing((self.goal.most - base) / scale)
             choice = choice or self.frontier.best()
-            if (
-                choice in tried
-            ):  # predictions say no more: a correction may do better than they know
+            # Where predictions say no more, a correction may do better than they know.
+            if choice in tried:
                 choice = self._between(found)
             if choice in tried:
                 break

@@ -65,7 +65,7 @@ def test_windows_do_not_overlap(text: Path) -> None:
 
 
 def test_further_windows_follow_those_asked_for(text: Path) -> None:
-    text.write_bytes(text.read_bytes()[:3800] * 2)  # 14 windows of 512
+    text.write_bytes(text.read_bytes() * 2)  # 14 windows of 512
     few = load(text, tokens=512)
     assert few.further is not None
     assert (few.ids.shape, few.further.shape) == ((1, 512), (7, 512))

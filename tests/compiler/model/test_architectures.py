@@ -1,16 +1,18 @@
-"""Gates are told by what they compute."""
+"""Gates are told by what they compute, caches by the kinds of layers."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
-from alloc_moe.compiler.model.architectures import Gate, find_gate
+from alloc_moe.compiler.model.architectures import Gate, find_gate, why_cache_is_unsupported
 
 
 class Experts:
@@ -109,3 +111,15 @@ def test_a_squared_relu_without_a_gate_is_gated_by_itself(square: Any) -> None:
 )
 def test_what_the_operator_can_not_compute_is_no_gate(experts: Experts) -> None:
     assert find_gate(experts) is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "reason"),
+    [
+        (["linear_attention"], r"none of its layers \(linear_attention\) keeps keys and values"),
+        (["linear_attention", "full_attention"], "$"),
+    ],
+)
+def test_some_layer_must_keep_keys_and_values(kinds: list[str], reason: str) -> None:
+    config = AutoConfig.for_model("qwen3_next", num_hidden_layers=len(kinds), layer_types=kinds)
+    assert re.match(reason, why_cache_is_unsupported(config))

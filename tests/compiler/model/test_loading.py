@@ -116,13 +116,6 @@ def test_what_is_known_not_to_work_is_refused(tmp_path: Path, model_type: str, r
         load_model(str(tmp_path))
 
 
-def test_a_model_whose_layers_all_keep_states_is_refused(tmp_path: Path) -> None:
-    folder_of(tmp_path, "qwen3_next", num_hidden_layers=2, layer_types=["linear_attention"] * 2)
-    message = r"none of its layers \(linear_attention\) keeps keys and values"
-    with pytest.raises(UnsupportedModelError, match=message):
-        load_model(str(tmp_path))
-
-
 def test_the_text_part_of_a_model_that_takes_images_is_loaded(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

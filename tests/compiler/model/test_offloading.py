@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from alloc_moe.compiler.calibration.windows import CalibrationSet
 from alloc_moe.compiler.model import offloading as offload
 from alloc_moe.compiler.model.checkpoint import CheckpointReader
-from alloc_moe.compiler.model.layer_progress import forward_gflop, layers_progress
+from alloc_moe.compiler.model.layer_progress import forward_gflop
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.offloading import wants_offloading
@@ -310,40 +310,3 @@ def test_what_a_profile_computes_is_that_of_its_active_weights(offloaded: Models
     # router of 8 by 64 and norms.
     layer = 4 * 3 * 32 * 64 + 4 * 64 * 64 + 8 * 64 + 4 * 64
     assert forward_gflop(offloaded("olmoe"), 1000) == pytest.approx(2e-9 * 3 * layer * 1000)
-
-
-def test_each_layer_that_ran_is_reported(
-    checkpoint: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    moe = load_model(str(checkpoint("olmoe")), offload="always")
-    ids = torch.zeros(1, 3, dtype=torch.long)
-    stack = DecoderStack(moe.model, moe.layers[0])
-    with layers_progress(Console(), "Trying", moe, passes=2):
-        stack.run(ids, None, start=0, stop=len(stack))
-        with stack.resident(0):
-            stack.run(ids, None, start=0, stop=2)
-    stack.run(ids, None, start=0, stop=1)  # no longer counted
-    assert f"Trying: {len(stack) + 2} layers in" in capfd.readouterr().err
-
-
-def test_passes_that_were_not_foreseen_add_to_the_total(
-    checkpoint: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    moe = load_model(str(checkpoint("olmoe")), offload="always")
-    assert moe.offloading is not None
-    layers = len(DecoderStack(moe.model, moe.layers[0]))
-    with layers_progress(Console(), "Trying", moe, passes=1) as progress:
-        for total in (layers, 2 * layers):  # the second pass is that of near-ties, say
-            for _ in range(layers):
-                moe.offloading.source.on_layer(1)
-                assert progress is not None
-                assert progress.total == total
-    assert f"Trying: {2 * layers} layers in" in capfd.readouterr().err
-
-
-def test_a_model_in_memory_is_one_step(
-    moe_model: Models, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with layers_progress(Console(), "Trying", moe_model("olmoe"), passes=2):
-        pass
-    assert "Trying: 1 step in" in capfd.readouterr().err
