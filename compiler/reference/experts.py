@@ -74,12 +74,14 @@ class Activations:
     """What a model executed while `allocated` was in force.
 
     ``executed[l]`` counts the (token, expert) pairs that ran in MoE layer l, ``tokens`` the real
-    tokens; ``margin`` is the closest decision of all (see `Kept`).
+    tokens; ``margin`` is the closest decision of all (see `Kept`). ``lead`` is that of the routers
+    themselves, for whoever watches them.
     """
 
     executed: list[int]
     tokens: int = 0
     margin: float = math.inf
+    lead: float = math.inf
 
     @property
     def per_token(self) -> list[float]:

@@ -39,6 +39,7 @@ class CachedRun:
     logits: list[torch.Tensor] = field(default_factory=list)  # [batch, tokens, vocabulary] per call
     executed: list[int] = field(default_factory=list)  # pairs run, per MoE layer
     margin: float = math.inf
+    lead: float = math.inf
     states: list[torch.Tensor | None] = field(default_factory=list)  # per call, at some layer
 
 
@@ -78,5 +79,6 @@ def _run_layer(moe: MoeModel, stack: DecoderStack, run: CachedRun, layer: int) -
                 ids, run.states[call], start=layer, stop=layer + 1, context=context
             )
         run.margin = min(run.margin, activations.margin)
+        run.lead = min(run.lead, activations.lead)
         pairs = zip(run.executed, activations.executed, strict=True)
         run.executed = [before + now for before, now in pairs]

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -22,12 +22,14 @@ from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.rounding.cache_scales import RoundedCache
 from alloc_moe.compiler.verify.batch import BATCH_TOKENS, PromptBatch
 from alloc_moe.compiler.verify.cached_replay import CachedRun, run_by_layers
+from alloc_moe.compiler.verify.routers import watched_routers
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.records import Correction
     from alloc_moe.compiler.reference.experts import Activations, Turn
     from alloc_moe.compiler.reference.policies import Kept
+    from alloc_moe.compiler.verify.routers import Runs
     from alloc_moe.passes.attention.quantize_cache import CacheScales
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
@@ -43,12 +45,21 @@ _ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch gives for a batch: logits of real tokens, experts run by layer, least margin."""
+    """What PyTorch gives for a batch: logits of real tokens, and experts run by layer.
+
+    ``margin`` is that of the plan's closest decision, ``lead`` that of the routers'.
+    """
 
     batch: PromptBatch
     logits: NDArray[np.float32]
     executed: list[int]
     margin: float
+    lead: float
+
+    @property
+    def closest(self) -> float:
+        """By how much the closest of all decisions was taken."""
+        return min(self.margin, self.lead)
 
 
 def clear_references(
@@ -74,7 +85,7 @@ def clear_references(
     last = text.size - BATCH_TOKENS
     starts = [attempt * BATCH_TOKENS % (last + 1) for attempt in range(_ATTEMPTS)]
     batches = [PromptBatch.of(text[start : start + BATCH_TOKENS]) for start in starts]
-    plans = [_in_force(moe, plan, price, corrections) for price in prices]
+    plans = [functools.partial(_in_force, moe, plan, price, corrections) for price in prices]
     if moe.offloading is None:
         return [
             _clearest(_reference(moe, batch, run, cache_scales) for batch in batches)
@@ -104,7 +115,7 @@ def run_again(
         corrections: What its experts are changed by, per MoE layer.
     """
     pairs = [
-        (given.batch, _in_force(moe, plan, price, corrections))
+        (given.batch, functools.partial(_in_force, moe, plan, price, corrections))
         for given, price in zip(references, prices, strict=True)
     ]
     return _run(moe, pairs, {})
@@ -122,7 +133,8 @@ def with_same_ties(
 ) -> Reference:
     """Run PyTorch on the same batch again, and let it take near-ties as an artifact took them.
 
-    A decision is turned only if it was taken by less than `NEAR_TIE`. Of each token one expert runs
+    A decision is turned only if it was taken by less than `NEAR_TIE`, be it the plan's or a
+    router's. Of each token one expert runs
     at least, and where the plan fixes how many experts run in a call, so many do. What is returned
     has no near-ties: none is left open.
 
@@ -136,7 +148,7 @@ def with_same_ties(
         corrections: What its experts are changed by, per MoE layer.
         cache_scales: Of an int8 cache.
     """
-    calls = [iter(layer) for layer in chosen]
+    calls, routed = ([iter(layer) for layer in chosen] for _ in range(2))
     fixed = plan.redistribution not in SCORED or plan.cap is not None
 
     def turn(layer: int, ids: torch.Tensor, kept: Kept) -> torch.Tensor:
@@ -145,19 +157,28 @@ def with_same_ties(
         turned = torch.where(turned.any(1, keepdim=True), turned, kept.mask)
         return kept.mask if fixed and turned.sum() != kept.mask.sum() else turned
 
-    run = _in_force(moe, plan, price, corrections, turn)
+    def runs(layer: int) -> torch.Tensor:
+        return torch.from_numpy(next(routed[layer]))
+
+    run = functools.partial(_in_force, moe, plan, price, corrections, turn, runs)
     (found,) = _run(moe, [(reference.batch, run)], cache_scales)
-    return dataclasses.replace(found, margin=math.inf)
+    return dataclasses.replace(found, margin=math.inf, lead=math.inf)
 
 
+@contextmanager
 def _in_force(
     moe: MoeModel,
     plan: AllocationPlan,
     price: float | None,
     corrections: Sequence[Correction | None] | None,
     turn: Turn | None = None,
-) -> _Plan:
-    return functools.partial(under_plan, moe, plan, corrections, price=price, turn=turn)
+    runs: Runs | None = None,
+) -> Iterator[Activations]:
+    with (
+        under_plan(moe, plan, corrections, price=price, turn=turn) as activations,
+        watched_routers(moe.model, moe.layers, activations, near=NEAR_TIE, runs=runs),
+    ):
+        yield activations
 
 
 def _run(
@@ -170,7 +191,11 @@ def _run(
     run_by_layers(moe, runs)
     return [
         Reference(
-            batch, batch.real([logits.numpy() for logits in run.logits]), run.executed, run.margin
+            batch,
+            batch.real([logits.numpy() for logits in run.logits]),
+            run.executed,
+            run.margin,
+            run.lead,
         )
         for (batch, _), run in zip(pairs, runs, strict=True)
     ]
@@ -208,4 +233,6 @@ def _reference(
             )
             cache = output.past_key_values
             logits.append(output.logits.float().numpy())
-    return Reference(batch, batch.real(logits), activations.executed, activations.margin)
+    return Reference(
+        batch, batch.real(logits), activations.executed, activations.margin, activations.lead
+    )

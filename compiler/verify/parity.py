@@ -71,10 +71,10 @@ def verify_artifact(
     """Run the artifact at `path` and compare every logit of real tokens with PyTorch's.
 
     A left-padded batch of three prompts is prefilled, then decoded token by token with the cache; a
-    plan with a dial is run at another of its prices too. Text in which some choice of experts hangs
-    on a near-tie is passed over: there, two correct computations may choose differently. Where all
-    texts have one, PyTorch takes it as the artifact does. If the model's layers are read when they
-    run, the artifact is run segment by segment as well.
+    plan with a dial is run at another of its prices too. Text in which some choice of the plan
+    hangs on a near-tie is passed over: there, two correct computations may choose differently.
+    Where all texts have one, or a router has, PyTorch takes it as the artifact does. If the model's
+    layers are read when they run, the artifact is run segment by segment as well.
 
     Args:
         artifact: An .onnx file whose metadata hold a plan, or one of torch with its metadata.
@@ -211,7 +211,7 @@ def _settle_ties(
     settled = []
     for price, run in zip(_prices(plan), runs, strict=True):
         reference, logits, counted = run
-        if reference.margin < NEAR_TIE and not (
+        if reference.closest < NEAR_TIE and not (
             _logits_agree(run, limit) and _counts_agree(reference, counted, plan, exact=exact)
         ):
             again = ArtifactRun(reference.batch.steps(), price)
@@ -264,7 +264,7 @@ def _check_logits(runs: _Runs, result: Verification, dtype: str, limit: float) -
             "This is a fault of the compiler or of onnxruntime for this architecture; "
             "please report it with the model's config.json."
         )
-        margin = max(run[0].margin for run in runs if not _logits_agree(run, limit))
+        margin = max(run[0].closest for run in runs if not _logits_agree(run, limit))
         if margin < NEAR_TIE and np.isfinite(result.max_abs_logit_error):
             why = (
                 "In every text that was tried some choice of experts is a tie but for "

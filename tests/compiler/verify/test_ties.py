@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -12,8 +14,10 @@ import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from alloc_moe.compiler.errors import VerificationError
+from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
@@ -187,6 +191,38 @@ def test_a_tie_where_it_is_unknown_which_experts_run_is_told(
         r"of a router's weight, which may be all of it: give another --calibration text or --seed",
     ):
         verified(cheaper(plan, 2 * NEAR), device="cuda")
+
+
+def with_twins(checkpoint: Path, folder: Path, *, more: float) -> str:
+    """Copy a checkpoint, in one layer of which the last expert's weight is the first's and more."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    router = tensors["model.layers.1.mlp.gate.weight"]
+    router[-1] = router[0] * (1 + more)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("offload", ["never", "always"])
+def test_a_tie_for_a_routers_last_place_is_no_fault(
+    checkpoint: Callable[[str], Path],
+    plan_for: Plans,
+    token_ids: NDArray[np.int64],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    offload: Literal["never", "always"],
+) -> None:
+    made = load_model(with_twins(checkpoint("olmoe"), tmp_path / "made", more=NEAR))
+    told = load_model(
+        with_twins(checkpoint("olmoe"), tmp_path / "told", more=-NEAR), offload=offload
+    )
+    plan = plan_for(told, [layer.experts_per_token for layer in told.layers])
+    path = written(export_model(made, dtype="float32"), plan, plan, tmp_path / "out.onnx")
+    verify_plan = functools.partial(verify_artifact, path, told, plan, token_ids, dtype="float32")
+    assert verify_plan().max_abs_logit_error < 1e-4
+    monkeypatch.setattr(verify, "NEAR_TIE", 0.0)
+    with pytest.raises(VerificationError, match=FAULT):
+        verify_plan()
 
 
 def test_a_token_for_which_an_artifact_runs_no_expert_is_not_taken_over(
