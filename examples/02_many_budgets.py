@@ -26,8 +26,15 @@ def main(model: str, folder: str, text: str, *, tokens: int = 8192) -> None:
     paths = {budget: target / f"budget-{budget}.onnx" for budget in BUDGETS}
     for budget, path in paths.items():
         start = time.perf_counter()
-        options = {"tokens": tokens, "profile": profile, "force": True, "console": console}
-        compile(model, budget=budget, output=path, **options)
+        compile(
+            model,
+            budget=budget,
+            output=path,
+            tokens=tokens,
+            profile=profile,
+            force=True,
+            console=console,
+        )
         print(f"{path.name} made in {time.perf_counter() - start:.0f} s")
 
     ids = load(paths[0.5]).encode(Path(text).read_text("utf-8"))[:4096]

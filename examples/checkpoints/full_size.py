@@ -125,7 +125,7 @@ def write_checkpoint(
             size = 0
         shards[-1].append((name, shape))
         size += 2 * math.prod(shape)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     random = torch.Generator().manual_seed(seed)
     for index, tensors in enumerate(shards, start=1):
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"

@@ -35,7 +35,9 @@ SETTINGS = ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}, {"temperat
 SERVE = "from alloc_moe.runtime.commands.alloc_serve import serve_command; serve_command()"
 
 
-def questions(count: int, *, most_characters: int = 300, most_new: int = 40) -> list[dict]:
+def questions(
+    count: int, *, most_characters: int = 300, most_new: int = 40
+) -> list[dict[str, Any]]:
     """Return requests of many lengths and settings."""
     draw, text = random.Random(0), TEXT.read_text("utf-8")
     starts = [draw.randrange(len(text) - most_characters) for _ in range(count)]
@@ -51,7 +53,7 @@ def questions(count: int, *, most_characters: int = 300, most_new: int = 40) -> 
     ]
 
 
-def expected(artifact: str, asked: Sequence[dict]) -> list[str]:
+def expected(artifact: str, asked: Sequence[dict[str, Any]]) -> list[str]:
     """Return what `generate` answers to each request alone."""
     model = load(artifact, ep="cpu", threads=1)
     answers = []
@@ -81,10 +83,12 @@ def server(artifact: str, *options: str) -> Iterator[tuple[str, psutil.Process]]
         assert process.returncode == 0, process.returncode
 
 
-def answers(url: str, asked: Sequence[dict], clients: int) -> tuple[list[Any], list[float], float]:
+def answers(
+    url: str, asked: Sequence[dict[str, Any]], clients: int
+) -> tuple[list[Any], list[float], float]:
     """Return the answers to requests by so many clients, their seconds, and those of all."""
 
-    def answer(question: dict) -> tuple[Any, float]:
+    def answer(question: dict[str, Any]) -> tuple[Any, float]:
         own = {"budget": question["budget"]}
         known = {name: value for name, value in question.items() if name not in own}
         began = time.perf_counter()
@@ -111,7 +115,8 @@ def main() -> None:
     with server(arguments.artifact, "--threads", "1") as (url, process):
         replies, _, seconds = answers(url, asked[: max(1, len(asked) // 10)], 1)
         one = sum(reply.usage.completion_tokens for reply in replies) / seconds
-        memory, wrong, took, tokens, seconds = [], 0, [], 0, 0.0
+        took: list[float] = []
+        memory, wrong, tokens, seconds = [], 0, 0, 0.0
         for part in range(4):  # to see the memory in between
             share = slice(part * len(asked) // 4, (part + 1) * len(asked) // 4)
             replies, each, all_seconds = answers(url, asked[share], arguments.clients)

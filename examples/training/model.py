@@ -85,13 +85,16 @@ def looped_experts(
     experts_per_token = top_k_index.shape[-1]
     flat_index = top_k_index.reshape(-1)
     order = torch.argsort(flat_index)
-    counts = torch.bincount(flat_index, minlength=module.num_experts).tolist()
+    gate_up, down = module.gate_up_proj, module.down_proj
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    counts = torch.bincount(flat_index, minlength=len(down)).tolist()
     token = order // experts_per_token
     parts = []
     for states, gate_up_proj, down_proj in zip(
         hidden_states[token].split(counts),
-        module.gate_up_proj.unbind(0),
-        module.down_proj.unbind(0),
+        gate_up.unbind(0),
+        down.unbind(0),
         strict=True,
     ):
         gate, up = functional.linear(states, gate_up_proj).chunk(2, dim=-1)
@@ -108,7 +111,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         hidden, weight, labels = inputs
         target = labels[:, None]
         logits = hidden @ weight.T  # [tokens, vocabulary]
@@ -120,9 +123,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return hidden_grad * grads[0], weight_grad * grads[0], None
 

@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self._pool = pool
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         assert closure is None, "Muon evaluates no closure."
         jobs = [(p, group) for group in self.param_groups for p in group["params"]]

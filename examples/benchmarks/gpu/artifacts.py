@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.runtime.execution.session import ArtifactSession, open_session
+from alloc_moe.runtime.execution.calls import Session
+from alloc_moe.runtime.execution.session import open_session
 
 SEED = 0
 FRACTIONS = {"full": 1.0, "half": 0.5, "quarter": 0.25}
@@ -33,16 +34,14 @@ class Sizes:
     tokens: int = 1000
 
 
-def open_artifact(
-    path: Path, device: str, *, capture: bool = True, count: bool = False
-) -> ArtifactSession:
+def open_artifact(path: Path, device: str, *, capture: bool = True, count: bool = False) -> Session:
     """Return a session; on the GPU, with or without our captured decode step."""
     ep: Any = device
     options: dict[str, Any] = {"capture": capture} if device == "cuda" else {}
     return open_session(path, ep=ep, count_activations=count, **options)
 
 
-def marked(result: dict[str, Any], session: ArtifactSession) -> dict[str, Any]:
+def marked(result: dict[str, Any], session: Session) -> dict[str, Any]:
     """Return a result that is wrong if the session has no captured step, on the GPU."""
     if session.device == "cuda" and not getattr(session, "captures", None):
         note = f"NOT CAPTURED, see the log; {result.get('note', '')}"
@@ -55,14 +54,14 @@ def release() -> None:
     gc.collect()
 
 
-def random_tokens(session: ArtifactSession, batch: int, columns: int, seed: int = SEED) -> Any:
+def random_tokens(session: Session, batch: int, columns: int, seed: int = SEED) -> Any:
     """Return token ids [batch, columns], the same every time."""
     random = np.random.default_rng(seed)
     return random.integers(3, session.vocabulary or 256, (batch, columns))
 
 
 def price_for(
-    counting: ArtifactSession, fraction: float, ids: NDArray[np.int64], *, rounds: int = 10
+    counting: Session, fraction: float, ids: NDArray[np.int64], *, rounds: int = 10
 ) -> float:
     """Return the price at which a fraction of the experts runs in the mean, on these tokens.
 
@@ -85,7 +84,7 @@ def price_for(
 
 
 def decode_seconds(
-    session: ArtifactSession, sizes: Sizes, *, batch: int = 1, price: float | None = None
+    session: Session, sizes: Sizes, *, batch: int = 1, price: float | None = None
 ) -> tuple[float, Any]:
     """Return the median seconds of a step after a prompt, and the last logits.
 
@@ -99,7 +98,7 @@ def decode_seconds(
     return statistics.median(seconds[_WARM:]), logits
 
 
-def steps(session: ArtifactSession, sizes: Sizes, *, batch: int, price: float | None) -> Any:
+def steps(session: Session, sizes: Sizes, *, batch: int, price: float | None) -> Any:
     """Yield of every step its seconds and its output, warm-up included."""
     columns = sizes.past + _WARM + sizes.steps
     ids = random_tokens(session, batch, columns)
@@ -112,9 +111,7 @@ def steps(session: ArtifactSession, sizes: Sizes, *, batch: int, price: float | 
         yield time.perf_counter() - start, output
 
 
-def decode_kept(
-    counting: ArtifactSession, sizes: Sizes, *, batch: int, price: float | None
-) -> list[float]:
+def decode_kept(counting: Session, sizes: Sizes, *, batch: int, price: float | None) -> list[float]:
     """Return the experts per token that each layer executes in the steps of `decode_seconds`."""
     rows = [
         output.activations
@@ -125,7 +122,7 @@ def decode_kept(
 
 
 def prefill_seconds(
-    session: ArtifactSession, sizes: Sizes, *, price: float | None = None
+    session: Session, sizes: Sizes, *, price: float | None = None
 ) -> tuple[float, float, Any]:
     """Return the median seconds of one prompt, those of prompts never seen, and the logits.
 
@@ -140,14 +137,14 @@ def prefill_seconds(
     return statistics.median(seconds[2:]), new, others[-1][1]
 
 
-def _prompt(session: ArtifactSession, ids: Any, price: float | None) -> tuple[float, Any]:
+def _prompt(session: Session, ids: Any, price: float | None) -> tuple[float, Any]:
     cache = session.empty_cache(1, capacity=ids.shape[1])
     start = time.perf_counter()
     output = session.run(ids, cache=cache, price=price, logits_to_keep=1)
     return time.perf_counter() - start, output.logits
 
 
-def prompt_kept(counting: ArtifactSession, sizes: Sizes, *, price: float | None) -> list[float]:
+def prompt_kept(counting: Session, sizes: Sizes, *, price: float | None) -> list[float]:
     """Return the experts per token that each layer executes in `prefill_seconds`."""
     ids = random_tokens(counting, 1, sizes.prompt)
     output = counting.run(ids, price=price, logits_to_keep=1)

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 from cases import LARGE, SMALL, Case, tiny
@@ -47,8 +47,8 @@ def write_case(case: Case, folder: Path) -> None:
     """Write a model's graphs and its description."""
     config = AutoConfig.for_model(**case.settings)
     checkpoint = random_checkpoint(config)
-    cuda = {"device": "cuda"}
-    form = choose_formats(checkpoint, case.dtype, **cuda) if case.dtype in BITS else None
+    device: Literal["cuda"] = "cuda"
+    form = choose_formats(checkpoint, case.dtype, device=device) if case.dtype in BITS else None
     graph = export_graph(checkpoint, dtype=form.activations if form else case.dtype)
     normalize_passes(form.weights if form else {})(graph)
     length = {"eos_token_id": None, "context_length": config.max_position_embeddings}
@@ -57,7 +57,7 @@ def write_case(case: Case, folder: Path) -> None:
     described: dict[str, Any] = {}
     for plan in case.plans:
         wanted = make_plan(checkpoint.layers, plan, form)
-        model = specialize(graph, wanted, quantization=form, **cuda)
+        model = specialize(graph, wanted, quantization=form, device=device)
         store.detach(model, folder)
         path = folder / f"{case.name}-{plan}.onnx"
         ir.save(model, path)
@@ -125,7 +125,7 @@ class _Store:
                 if not isinstance(tensor, ir.LazyTensor) or _COMPUTED.search(name):
                     value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
                     continue
-                shape = [int(size) for size in tensor.shape]
+                shape = [*tensor.shape.numpy()]
                 value.const_value = ir.ExternalTensor(
                     self.name,
                     self._place(name, tensor.dtype, shape, tensor.nbytes),

@@ -7,6 +7,7 @@ it is told to skip it skips, so that after a crash the rest goes on in a new pro
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -85,10 +86,10 @@ def _peer(description: dict[str, Any], device: str, sizes: Sizes) -> Iterator[Me
     name = description["name"]
     for budget, fraction in (("full", 1.0), ("half", 0.5)):
         path = "transformers"
-        yield Measurement(f"{name}/prefill/{budget}/{path}", lambda f=fraction: prefill(f))
+        yield Measurement(f"{name}/prefill/{budget}/{path}", functools.partial(prefill, fraction))
     for budget, fraction in (("full", 1.0), ("half", 0.5)):
         path = "transformers, compiled"
-        yield Measurement(f"{name}/decode/{budget}/{path}", lambda f=fraction: decode(f))
+        yield Measurement(f"{name}/decode/{budget}/{path}", functools.partial(decode, fraction))
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ import csv
 import pydoc_data.topics
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -164,11 +165,14 @@ def read(path: Path) -> list[Run]:
     """Return the runs in a file; there may be no file."""
     if not path.exists():
         return []
-    kinds = {"tokens": int, "seed": int} | dict.fromkeys(
-        ("full", "loss", "divergence", "experts"), float
-    )
+    kinds: dict[str, Callable[[str], Any]] = {
+        **dict.fromkeys(("tokens", "seed"), int),
+        **dict.fromkeys(("full", "loss", "divergence", "experts"), float),
+    }
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [{k: kinds.get(k, str)(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows: list[dict[str, Any]] = [
+            {k: kinds.get(k, str)(v) for k, v in row.items()} for row in csv.DictReader(file)
+        ]
     return [Run(**row) for row in rows]
 
 
@@ -181,7 +185,7 @@ def measure(bench: Bench, model: str, draw: Draw, budgets: Sequence[str], report
         return
     for budget, planned in zip(missing, plans(bench, bench.draw(draw), missing), strict=True):
         for text in draw.scored:
-            found = bench.score(planned, text)
+            found: Any = bench.score(planned, text)
             kept.append(Run(model, *_of(draw), budget, text, **found))
         with report.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, [each.name for each in fields(Run)], lineterminator="\n")

@@ -19,7 +19,8 @@ import click
 from alloc_moe.compiler import compile
 from alloc_moe.compiler.model.checkpoint import open_checkpoint
 from alloc_moe.compiler.sweep.methods import Method, parse_method
-from alloc_moe.runtime import ArtifactSession, open_session, price_of
+from alloc_moe.runtime import open_session, price_of
+from alloc_moe.runtime.execution.calls import Session
 from alloc_moe.runtime.measure.evaluate import Evaluation, evaluate_artifact
 
 DECODED = ("uniform", "batch", "threshold", "price", "default")
@@ -33,7 +34,7 @@ class Compiler:
     def __init__(self, model: str, *, tokens: int, folder: Path) -> None:
         self._model, self._tokens, self._folder = model, tokens, folder
 
-    def artifact(self, method: Method, budget: str) -> ArtifactSession:
+    def artifact(self, method: Method, budget: str) -> Session:
         """Return the artifact of a method and a budget, loaded."""
         measured = f"{method.metric}-{method.redistribution}"
         path = self._folder / f"{measured}-{method.correction}-{budget}.onnx"

@@ -170,7 +170,7 @@ def _error_beside_ties(path: Path, moe: MoeModel, planned: Planned, batch: Promp
     run_by_segments(path, [run], limit=SEGMENT_BYTES)
     actual = batch.real(run.logits)
     reference = with_same_ties(
-        Reference(batch, actual, run.executed, 0.0),
+        Reference(batch, actual, run.executed, margin=0.0, lead=0.0),
         run.chosen,
         moe=moe,
         plan=planned.plan,

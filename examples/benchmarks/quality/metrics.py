@@ -28,11 +28,8 @@ from predictors import Predictor, choices, correlations, predictor
 from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate, load_calibration
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.planning.allocation import (
-    parse_budget,
-    solve_allocation,
-    uniform_allocation,
-)
+from alloc_moe.compiler.planning.allocation import parse_budget, uniform_allocation
+from alloc_moe.compiler.planning.knapsack import solve_allocation
 from alloc_moe.compiler.records import (
     CalibrationOptions,
     CorrectionMode,

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet
-from alloc_moe.compiler.correction.fitting import Running, fit_corrections
+from alloc_moe.compiler.correction.fitting import fit_corrections
+from alloc_moe.compiler.correction.trials import Running
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Correction, CorrectionMode, Redistribution
 from alloc_moe.compiler.reference.experts import allocated

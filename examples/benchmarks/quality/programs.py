@@ -72,6 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sessions = [open_session(path, ep="cpu", threads=1) for path in arguments.artifacts]
     own = sessions[0]
+    assert own.vocabulary is not None
     given = prompts(own.vocabulary)
     tokens = np.array(generate(own, given, max_new_tokens=NEW, eos_ids=()))
     expected = forced_logits(own, given, tokens)

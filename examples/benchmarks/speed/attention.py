@@ -91,9 +91,13 @@ def stack(shape: Shape, way: Way) -> ir.Model:
         past = [ir.val(f"past.{layer}.{s}", cache, shape.cache("batch", "past")) for s in SLOTS]
         inputs += past
         if grouped:
-            given = [query, *new, *past, *lengths, None, None, None, *(masks or [None])]
+            given: list[ir.Value | None] = [query, *new, *past, *lengths, None, None, None]
+            given += masks or [None]
             given += [None, scale, scale] if quantized else []
-            attributes = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
+            attributes: dict[str, int | str] = {
+                "num_heads": shape.heads,
+                "kv_num_heads": shape.kv_heads,
+            }
             kinds = {"k_quant_type": way.quantization, "v_quant_type": way.quantization}
             attributes |= {**kinds, "kv_cache_bit_width": 8} if quantized else {}
         else:

@@ -44,7 +44,8 @@ def linear(shape: Shape, block: int) -> Callable[[int], Callable[[], object]]:
     rows, columns = 3 * shape.hidden, shape.hidden
     tokens = ir.val("tokens", ir.DataType.FLOAT, ["t", columns])
     attributes = {"K": columns, "N": rows, "bits": BITS, "block_size": block, "accuracy_level": 4}
-    weights, nodes = [], []
+    weights: list[ir.Value] = []
+    nodes: list[ir.Node] = []
     for copy in range(_COPIES):
         parts = _weights(f"{copy}", (rows, columns // block), block // 2)
         weights += parts
@@ -105,7 +106,9 @@ def _weights(
     scales = random.uniform(0.001, 0.01, blocks).astype(np.float32)
     tensors = ir.tensor(packed, name=f"{name}.values"), ir.tensor(scales, name=f"{name}.scales")
     values, steps = (
-        ir.Value(name=t.name, shape=t.shape, type=ir.TensorType(t.dtype), const_value=t)
+        ir.Value(
+            name=t.name, shape=ir.Shape(t.shape.numpy()), type=ir.TensorType(t.dtype), const_value=t
+        )
         for t in tensors
     )
     return values, steps

@@ -15,7 +15,8 @@ import onnx
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.artifact.dial import price_of
-from alloc_moe.runtime.execution.session import Cache, open_session
+from alloc_moe.runtime.execution.cache import Cache
+from alloc_moe.runtime.execution.session import open_session
 from contenders import protocol
 
 _CAPACITY = 1024  # columns at first; it grows
@@ -61,8 +62,9 @@ class Artifact:
     def forward(self, ids: NDArray[np.int64]) -> None:
         """Run one call."""
         # Of the last token alone, as generation asks and as the other contenders do.
-        last = {"price": self._price, "logits_to_keep": 1}
-        output = self._session.run(ids[np.newaxis], cache=self._cache, **last)
+        output = self._session.run(
+            ids[np.newaxis], cache=self._cache, price=self._price, logits_to_keep=1
+        )
         if len(ids) != self._length:  # count calls of one kind, not what went before them
             self._ran, self._tokens, self._length = 0, 0, len(ids)
         self._ran += sum(output.activations or ())

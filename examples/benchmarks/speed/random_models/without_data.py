@@ -19,7 +19,7 @@ _INLINE = 256  # bytes up to which a weight is in the graph itself
 _ALIGNED = 4096
 _PIECE = 1 << 24  # values that are made at a time
 _STEPS = {4: 0.02 / 4.6, 8: 0.02 / 74}  # scales of bits that give weights of that deviation
-_TYPES = {
+_TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
