@@ -22,6 +22,7 @@ import torch
 
 from alloc_moe.compiler.errors import UnsupportedModelError
 from alloc_moe.compiler.model.architectures import expert_weights
+from alloc_moe.compiler.model.layer_progress import forward_gflop
 from alloc_moe.compiler.model.layer_weights import resident
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.reference.experts import dense_weights
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import Quantization
     from alloc_moe.passes.blockwise import BlockFormat
 
+_GFLOP = 20_000  # of one pass over the text: 65,536 tokens of 150 million active parameters
 _SUMS = 1 << 25  # elements of experts' sums that are in memory together: 128 MB
 
 
@@ -63,7 +65,8 @@ def calibrated(
     Args:
         moe: The model, in float32.
         quantization: How weights are stored.
-        calibration: The text, of which the further windows are taken too.
+        calibration: The text, of which the further windows are taken too, as many as don't take
+            hours.
         widths: Per MoE layer, formats to choose values of its experts for, all from the same sums.
             The experts themselves stay floats, which later layers are rounded behind, and the
             returned model's quantisation has no formats of experts.
@@ -72,7 +75,7 @@ def calibrated(
         UnsupportedModelError: The model gives no finite states.
         OutputError: What is kept can't be written.
     """
-    ids = torch.from_numpy(calibration.all_ids)
+    ids = torch.from_numpy(calibration.all_ids[: _windows(moe, calibration)])
     text = f"{calibration.sha256}:{ids.numel()}:{calibration.sequence_length}"
     bits = "".join(f"-{form.bits}" for form in widths[0]) if widths else ""
     mark = f"{format_mark(quantization)}/gptq{bits}:{text}:{calibration.seed}"
@@ -89,6 +92,12 @@ def calibrated(
             )
         round_weights(moe)
     return moe
+
+
+def _windows(moe: MoeModel, calibration: CalibrationSet) -> int:
+    """Return how many windows of a text to round on: those of the plan at least."""
+    most = _GFLOP / forward_gflop(moe, calibration.sequence_length)
+    return max(len(calibration.ids), int(most))
 
 
 class _Rounding:

@@ -6,7 +6,8 @@ an order of columns (the authors' "act-order").
 What counts is the error of a product: for inputs x the squares of (W - rounded) x, which depend on
 the inputs through H = sum of x x' alone. Columns go in the order of their size in H, the largest
 first, while most others are left to make up for them. A block's scale is fixed before: the largest
-weight's, or smaller by one of `RATIOS`, each tried for every row, as rows don't depend on others.
+weight's, or smaller by one of `RATIOS`, whichever rounds the block best by itself. Narrow matrices
+take no time, so there each ratio is tried on whole rows too, as rows don't depend on others.
 
 The largest weight of a block always takes the end of the range. So the quantiser that rounds to the
 nearest finds the same scale and the same values in the rounded weights: they need no format of
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.rounding.descent import descend
+from alloc_moe.compiler.rounding.descent import descend, in_blocks
 
 if TYPE_CHECKING:
     from alloc_moe.passes.blockwise import BlockFormat
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 RATIOS = (1.0, 0.95, 0.9, 0.85)
 """Scales to try, relative to the one that reaches a block's largest weight."""
 
+THOROUGH = 512
+"""Columns up to which a matrix is rounded in every way there is; wider ones take hours so."""
+
 _DAMPING = 0.01  # added to H's diagonal, relative to its mean: the paper's
 _RIDGE = 0.1  # the same, of products to restore
 _COLUMNS = 64  # whose errors reach the columns behind in one product
-_PART = 1 << 24  # weights rounded at a time, all ratios counted: some 100 MB with temporaries
+_PART = 1 << 22  # weights rounded at a time: some 100 MB with temporaries
+_ROUNDS = 3  # of descent
 _TINY = 1e-20
 
 
@@ -50,14 +55,23 @@ def round_products(
     Returns:
         [matrices, rows, columns] float32: what `dequantize(*quantize(...))` leaves as it is.
     """
-    damped = _damped(hessians, _DAMPING)
-    order, upper = _factors(damped)
-    rows = max(1, _PART // (len(RATIOS) * weights[:, 0].numel()))
-    rounded = [
-        descend(part, _round_rows(part, order, upper, form), damped, form)
-        for part in torch.split(weights, rows, dim=1)
-    ]
-    return torch.cat(rounded, dim=1)
+    rounds = _ROUNDS if weights.shape[2] <= THOROUGH else 1
+    rounded = torch.empty_like(weights)
+    for some in _slices(len(weights), weights[0].numel()):
+        damped = _damped(hessians[some], _DAMPING)
+        order, upper = _factors(damped)
+        for part in _slices(weights.shape[1], weights.shape[2]):
+            # Columns one after the other, as they are chosen.
+            wanted = weights[some, part].mT.contiguous()
+            first = _round_columns(wanted, damped, order, upper, form)
+            rounded[some, part] = descend(wanted, first, damped, form, rounds=rounds).mT
+    return rounded
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    """Return which of things of a size go together."""
+    step = max(1, _PART // size)
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def restore_products(
@@ -98,54 +112,84 @@ def _factors(damped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return order, torch.linalg.solve_triangular(lower.flip(1, 2), one, upper=True)
 
 
-def _round_rows(
-    weights: torch.Tensor, order: torch.Tensor, upper: torch.Tensor, form: BlockFormat
-) -> torch.Tensor:
-    """Round rows [M, R, C] with each of the ratios, and return the best of every row."""
-    matrices, rows, columns = weights.shape
-    end = 1 << (form.bits - 1)
-    blocks = weights.view(matrices, rows, -1, form.block)
-    largest = blocks.abs().argmax(3, keepdim=True)  # [M, R, blocks, 1]
-    full = (blocks.gather(3, largest)[..., 0] / -end).mT
-    scales = torch.cat([full * ratio for ratio in RATIOS], dim=2)  # [M, blocks, ratios * R]
-    places = largest[..., 0] + form.block * torch.arange(blocks.shape[2])
-    pinned = places.mT.repeat(1, 1, len(RATIOS))
-    there = order[:, :, None].expand(-1, -1, rows)
-    sorted_columns = weights.mT.gather(1, there).repeat(1, 1, len(RATIOS))
-    losses = _round_columns(sorted_columns, scales, pinned, order, upper, form)
-    best = losses.view(matrices, 1, len(RATIOS), rows).argmin(2, keepdim=True)
-    tried = sorted_columns.view(matrices, columns, len(RATIOS), rows)
-    chosen = tried.gather(2, best.expand(-1, columns, -1, -1))[:, :, 0]
-    return torch.empty_like(chosen).scatter_(1, there, chosen).mT.contiguous()
-
-
 def _round_columns(
+    weights: torch.Tensor,
+    damped: torch.Tensor,
+    order: torch.Tensor,
+    upper: torch.Tensor,
+    form: BlockFormat,
+) -> torch.Tensor:
+    """Return weights [M, C, R] rounded, with the scales that cost least of those to try."""
+    end = 1 << (form.bits - 1)
+    blocks = in_blocks(weights, form.block)
+    largest = blocks.abs().argmax(2, keepdim=True)
+    full = blocks.gather(2, largest) / -end  # [M, blocks, 1, R]
+    pinned = torch.zeros_like(blocks, dtype=torch.bool).scatter_(2, largest, True)
+    tries = [_scales_alone(blocks, full, pinned, damped, end)]
+    if weights.shape[1] <= THOROUGH:
+        tries += [full * ratio for ratio in RATIOS]
+    best = weights
+    least = torch.full_like(weights[:, :1], torch.inf)
+    there = order[:, :, None].expand_as(weights)
+    sorted_columns, pins = (each.gather(1, there) for each in (weights, pinned.flatten(1, 2)))
+    for scales in tries:
+        rounded, loss = _compensate(
+            sorted_columns.clone(), scales[:, :, 0], pins, order, upper, form
+        )
+        best, least = torch.where(loss < least, rounded, best), torch.minimum(loss, least)
+    return torch.empty_like(best).scatter_(1, there, best)
+
+
+def _scales_alone(
+    blocks: torch.Tensor,
+    full: torch.Tensor,
+    pinned: torch.Tensor,
+    damped: torch.Tensor,
+    end: int,
+) -> torch.Tensor:
+    """Return for each block the scale [M, blocks, 1, R] by which it is best rounded to the nearest.
+
+    Columns are weighed by H's diagonal; ``full`` are the scales of the largest weights.
+    """
+    importance = damped.diagonal(dim1=1, dim2=2).view(*blocks.shape[:3], 1)
+    best, least = full, torch.full_like(full, torch.inf)
+    for ratio in RATIOS:
+        scale = full * ratio
+        steps = (blocks / scale.where(scale != 0, 1.0)).round_().clamp_(-end, end - 1)
+        errors = blocks - steps.masked_fill_(pinned, -end).mul_(scale)
+        loss = (errors.square_() * importance).sum(2, keepdim=True)
+        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
+    return best
+
+
+def _compensate(
     weights: torch.Tensor,
     scales: torch.Tensor,
     pinned: torch.Tensor,
     order: torch.Tensor,
     upper: torch.Tensor,
     form: BlockFormat,
-) -> torch.Tensor:
-    """Round [M, C, R], columns in their order, in place, and return what that costs rows [M, R]."""
-    each = torch.arange(len(weights))
-    end = 1 << (form.bits - 1)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round [M, C, R], columns in their order, in place, and say what that costs rows [M, 1, R].
+
+    Scales are of blocks [M, blocks, R], in the order of before; ``pinned`` are the largest weights.
+    """
+    inverse = scales.where(scales != 0, 1.0).reciprocal()
+    each, end = torch.arange(len(weights)), 1 << (form.bits - 1)
     losses = torch.zeros_like(weights[:, 0])
     for start in range(0, weights.shape[1], _COLUMNS):
         stop = min(start + _COLUMNS, weights.shape[1])
         errors = torch.empty_like(weights[:, start:stop])
         for column in range(start, stop):
-            index = order[:, column]
-            scale = scales[each, index // form.block]  # [M, R]
+            block = order[:, column] // form.block
             wanted = weights[:, column]
-            steps = (wanted / scale.where(scale != 0, 1.0)).round_().clamp_(-end, end - 1)
-            steps[pinned[each, index // form.block] == index[:, None]] = -end
-            rounded = steps.mul_(scale)
-            error = (wanted - rounded).div_(upper[:, column, column, None])
+            steps = (wanted * inverse[each, block]).round_().clamp_(-end, end - 1)
+            rounded = steps.masked_fill_(pinned[:, column], -end).mul_(scales[each, block])
+            error = errors[:, column - start]
+            torch.sub(wanted, rounded, out=error).div_(upper[:, column, column, None])
             weights[:, column] = rounded
-            errors[:, column - start] = error
             losses.addcmul_(error, error)
             ahead = slice(column + 1, stop)
-            weights[:, ahead].baddbmm_(upper[:, column, ahead, None], error[:, None], alpha=-1)
+            weights[:, ahead].addcmul_(upper[:, column, ahead, None], error[:, None], value=-1)
         weights[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1)
-    return losses
+    return weights, losses[:, None]

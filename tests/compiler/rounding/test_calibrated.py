@@ -11,6 +11,7 @@ import torch
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet
 from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.model.layer_progress import forward_gflop
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.rounding import calibrated as module
@@ -118,6 +119,17 @@ def test_further_windows_decide_too(
     expected = weights_of(rounded(fresh(), calibration))
     for name, values in weights_of(found).items():
         assert torch.equal(values, expected[name]), name
+
+
+def test_a_model_that_is_slow_to_run_is_rounded_on_the_windows_of_plans(
+    fresh: Callable[..., MoeModel], calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = dataclasses.replace(calibration, ids=calibration.ids[:4], tokens=256)
+    more = dataclasses.replace(few, further=calibration.ids[4:])
+    for windows in (6, 0):
+        monkeypatch.setattr(module, "_GFLOP", windows * forward_gflop(fresh(), 64) + 1e-9)
+        tokens = 64 * max(windows, 4)
+        assert rounded(fresh(), more).fingerprint.endswith(f":{tokens}:64:0")
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])

@@ -25,6 +25,13 @@ def drawn(seed: int, size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     return weights, mixed.mT @ mixed + 5 * torch.eye(128)
 
 
+def descended(
+    weights: torch.Tensor, start: torch.Tensor, sums: torch.Tensor, form: BlockFormat
+) -> torch.Tensor:
+    """Return what weights become [matrices, rows, columns]."""
+    return descend(weights.mT, start.mT, sums, form, rounds=3).mT
+
+
 def costs(rounded: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """Return what each row costs [matrices, rows]."""
     missing = (rounded - weights).double()
@@ -46,7 +53,7 @@ def test_no_row_costs_more_and_the_format_holds_it(
         weights[:, 1, : form.block] = 0
         weights[:, 2] = 0
     start = nearest(weights, form)
-    rounded = descend(weights, start, sums, form)
+    rounded = descended(weights, start, sums, form)
     before = costs(start, weights, sums)
     assert (costs(rounded, weights, sums) <= before * (1 + 1e-5)).all()
     assert torch.equal(nearest(rounded, form), rounded)
@@ -59,7 +66,7 @@ def test_no_row_costs_more_and_the_format_holds_it(
 def test_columns_that_go_together_make_up_for_each_other(form: BlockFormat) -> None:
     weights, sums = drawn(0)
     start = nearest(weights, form)
-    left = costs(descend(weights, start, sums, form), weights, sums) / costs(start, weights, sums)
+    left = costs(descended(weights, start, sums, form), weights, sums) / costs(start, weights, sums)
     assert left.max() < 0.6
 
 
@@ -67,11 +74,11 @@ def test_columns_that_go_together_make_up_for_each_other(form: BlockFormat) -> N
 def test_what_is_stored_without_an_error_stays(form: BlockFormat) -> None:
     weights, sums = drawn(1)
     stored = nearest(weights, form)
-    torch.testing.assert_close(descend(stored, stored, sums, form), stored)
+    torch.testing.assert_close(descended(stored, stored, sums, form), stored)
 
 
 def test_a_wrong_scale_is_put_right() -> None:
     form = FORMATS[0]
     weights = nearest(drawn(2)[0], form)
     alone = torch.eye(128).expand(2, 128, 128)
-    torch.testing.assert_close(descend(weights, 0.9 * weights, alone, form), weights)
+    torch.testing.assert_close(descended(weights, 0.9 * weights, alone, form), weights)

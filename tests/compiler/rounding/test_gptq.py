@@ -36,6 +36,14 @@ def inputs() -> torch.Tensor:
     return few + 0.2 * torch.randn(3, 200, 64, generator=random)
 
 
+@pytest.fixture(params=["narrow", "wide"])
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let 64 columns count as few and as many."""
+    if request.param == "wide":
+        monkeypatch.setattr(gptq, "THOROUGH", 32)
+
+
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_products_of_correlated_inputs_keep_more_than_with_the_nearest_values(
     weights: torch.Tensor, inputs: torch.Tensor, form: BlockFormat
@@ -45,6 +53,7 @@ def test_products_of_correlated_inputs_keep_more_than_with_the_nearest_values(
     assert left.max() < 0.5
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_independent_columns_are_no_worse_than_the_nearest(
     weights: torch.Tensor, form: BlockFormat
@@ -79,6 +88,7 @@ def test_the_stored_format_holds_what_was_rounded(
         assert not rounded[:, 2].any()
 
 
+@pytest.mark.usefixtures("width")
 def test_rows_are_rounded_alike_together_and_apart(
     weights: torch.Tensor, inputs: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
