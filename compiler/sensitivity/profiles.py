@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from alloc_moe.runtime.artifact.shapes import ShapeError, read_file
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet
+
+_SHOWN = 12  # characters of a long value
 
 COMPARED = {
     "metric": "the metric",
@@ -104,10 +107,16 @@ def read_profile(
 
 
 def _both(found: object, expected: object) -> str:
-    """Show two short values."""
+    """Show two values, long ones from where they part."""
     if isinstance(found, tuple):
         return ""
-    return f" (there {found!s:.12}, now {expected!s:.12})"
+    pairs = enumerate(zip_longest(str(found), str(expected)))
+    same = next(place for place, (one, other) in pairs if one != other)
+    there, now = (
+        str(value)[:_SHOWN] if same < _SHOWN else f"...{str(value)[same:][:_SHOWN]}"
+        for value in (found, expected)
+    )
+    return f" (there {there}, now {now})"
 
 
 def _in_words(profile: SensitivityProfile, name: str) -> object:

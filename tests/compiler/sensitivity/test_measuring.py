@@ -243,6 +243,10 @@ def saved(moe_model: Models, tmp_path: Path) -> Path:
             {"sha256": "fedcba9876543210"},
             r"the calibration text \(there 0123456789ab, now fedcba98",
         ),
+        (
+            {"sha256": "0123456789abcdefX"},
+            r"the calibration text \(there \.\.\., now \.\.\.X\) changed",
+        ),
         ({"seed": 1}, r"the seed \(there 0, now 1\) changed"),
         ({"tokens": 96}, r"the number of tokens \(there 120, now 96\)"),
         ({"sequence_length": 12}, r"the sequence length \(there 24, now 12\)"),
