@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,7 @@ from alloc_moe.compiler.rounding.weights import (
     stored_formats,
 )
 from alloc_moe.compiler.workspace.results import NamedResults
+from alloc_moe.runtime.console import Console
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet
@@ -56,6 +57,7 @@ def calibrated(
     calibration: CalibrationSet,
     *,
     widths: Sequence[Sequence[BlockFormat]] = (),
+    console: Console | None = None,
 ) -> MoeModel:
     """Return the model with weights rounded so that its products change least on a text.
 
@@ -70,6 +72,7 @@ def calibrated(
         widths: Per MoE layer, formats to choose values of its experts for, all from the same sums.
             The experts themselves stay floats, which later layers are rounded behind, and the
             returned model's quantisation has no formats of experts.
+        console: Where progress is told, matrix by matrix.
 
     Raises:
         UnsupportedModelError: The model gives no finite states.
@@ -84,7 +87,7 @@ def calibrated(
     chosen = NamedResults(moe.results, ["chosen", moe.fingerprint])
     moe = dataclasses.replace(moe, chosen=chosen)
     with torch.inference_mode(mode=False), torch.no_grad():
-        rounding = _Rounding(moe, chosen, widths)
+        rounding = _Rounding(moe, chosen, widths, console or Console(quiet=True))
         rounding.run(LayerInputs(moe, ids))
         if widths:
             moe = dataclasses.replace(
@@ -104,15 +107,21 @@ class _Rounding:
     """Rounds the weights of a model, and keeps what they became."""
 
     def __init__(
-        self, moe: MoeModel, chosen: NamedResults, widths: Sequence[Sequence[BlockFormat]]
+        self,
+        moe: MoeModel,
+        chosen: NamedResults,
+        widths: Sequence[Sequence[BlockFormat]],
+        console: Console,
     ) -> None:
-        self._model, self._chosen = moe.model, chosen
+        self._model, self._chosen, self._console = moe.model, chosen, console
+        self._dtype = moe.quantization.dtype if moe.quantization else ""
         names = (layer.experts_name for layer in moe.layers)
         self._widths = dict(zip(names, widths, strict=True)) if widths else {}
         self._formats = stored_formats(moe)
         self._experts = {layer.experts_name: layer.num_experts for layer in moe.layers}
         self._layers = find_decoder_layers(moe.model, moe.layers[0])
         self._names = {id(module): name for name, module in moe.model.named_modules()}
+        self._count: Callable[[int], None]
 
     def run(self, inputs: LayerInputs) -> None:
         """Round everything."""
@@ -122,13 +131,26 @@ class _Rounding:
             if name in self._formats and not name.startswith((inside, f"{head}.")):
                 round_in_place(parameter.detach(), *self._formats[name])
         inputs.resume()
-        while inputs.layer < len(self._layers):
-            layer = self._layers[inputs.layer]
-            with resident(layer):
-                self._round_layer(f"{self._names[id(layer)]}.", inputs)
-                inputs.advance()
+        prefixes = [f"{self._names[id(layer)]}." for layer in self._layers]
+        sizes = [self._matrices(prefix) for prefix in prefixes]
+        done, what = sum(sizes[: inputs.layer]), f"Rounding weights to {self._dtype}"
+        with self._console.progress(what, sum(sizes), unit="matrices", done=done) as progress:
+            self._count = progress.advance
+            while inputs.layer < len(self._layers):
+                with resident(self._layers[inputs.layer]):
+                    self._round_layer(prefixes[inputs.layer], inputs)
+                    inputs.advance()
         if head is not None and self._find(f"{head}.weight") is None:
             self._round_head(head, inputs)
+
+    def _matrices(self, prefix: str) -> int:
+        """Return how many matrices are rounded of the weights whose names begin so."""
+        names = [name for name in self._formats if name.startswith(prefix)]
+        count = len(names)
+        for experts, number in self._experts.items():
+            of_these = sum(name.rpartition(".")[0] == experts for name in names)
+            count += of_these * (number * max(1, len(self._widths.get(experts, ()))) - 1)
+        return count
 
     def _head(self) -> str | None:
         """Return the name of the head, if it has weights of its own and is stored in few bits."""
@@ -159,6 +181,7 @@ class _Rounding:
             left = [name for name in left if name.rpartition(".")[0] not in same]
         for name in left:  # the model never runs them
             self._keep(name)
+            self._count(self._matrices(name))
 
     def _round_linear(
         self, names: Sequence[str], given: Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -179,9 +202,12 @@ class _Rounding:
         tokens = SaidTokens.together(
             SaidTokens.of(*given, groups) for given in inputs.entering_head(head)
         )
-        for group, sums in enumerate(tokens.sums()):
-            rows = (groups == group).nonzero()[:, 0]
-            weight[rows] = self._rounded(name, weight[None, rows], [sums])[0]
+        what, count = f"Rounding the head to {self._dtype}", int(groups.max()) + 1
+        with self._console.progress(what, count, unit="groups of rows") as progress:
+            self._count = progress.advance
+            for group, sums in enumerate(tokens.sums()):
+                rows = (groups == group).nonzero()[:, 0]
+                weight[rows] = self._rounded(name, weight[None, rows], [sums])[0]
         self._keep(name)
 
     def _round_widths(self, name: str, sums: ExpertSums) -> None:
@@ -223,7 +249,9 @@ class _Rounding:
             )
         form, _ = self._formats[name]
         wanted = restore_products(weights, sums.hessian, sums.drift)
-        return round_products(wanted, sums.hessian, form)
+        rounded = round_products(wanted, sums.hessian, form)
+        self._count(len(rounded))
+        return rounded
 
     def _keep(self, name: str) -> None:
         """Keep a weight as the values and scales that it is stored as."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from alloc_moe.compiler.model.layer_progress import layers_progress
 from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.weights import quantized
 
@@ -40,9 +39,7 @@ def round_model(
     """
     if chosen is None:
         return moe
-    what = f"Rounding weights to {chosen.dtype}"
     if rounding == "gptq":
-        with layers_progress(console, what, moe, passes=1):
-            return calibrated(moe, chosen, calibration, widths=widths)
-    with console.step(what):
+        return calibrated(moe, chosen, calibration, widths=widths, console=console)
+    with console.step(f"Rounding weights to {chosen.dtype}"):
         return quantized(moe, chosen, round_experts=not widths)

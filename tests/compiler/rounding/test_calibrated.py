@@ -28,6 +28,7 @@ from alloc_moe.compiler.rounding.weights import (
     with_expert_formats,
 )
 from alloc_moe.compiler.workspace.results import SavedResults
+from alloc_moe.runtime.console import Console
 
 
 @pytest.fixture
@@ -211,6 +212,22 @@ def test_broken_weights_are_refused(
         moe.model.get_parameter("model.layers.0.self_attn.v_proj.weight")[0] = torch.inf
     with pytest.raises(UnsupportedModelError, match=r"What model\.layers\.0\.self_attn\.o_proj"):
         rounded(moe, calibration)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_every_matrix_is_counted(
+    fresh: Callable[..., MoeModel],
+    calibration: CalibrationSet,
+    capsys: pytest.CaptureFixture[str],
+    mixed: bool,
+) -> None:
+    moe = fresh("qwen2_moe")
+    chosen = choose_formats(moe.checkpoint, "int4")
+    widths = mixed_formats(chosen) if mixed else ()
+    calibrated(moe, chosen, calibration, widths=widths, console=Console())
+    # 3 MoE layers of 8 experts, 4 projections of attention, 3 of an expert or MLP all share.
+    matrices = 3 * 8 * 2 * (1 + mixed) + 4 * 4 + 3 * 4
+    assert f"Rounding weights to int4: {matrices} matrices in " in capsys.readouterr().err
 
 
 def test_experts_are_rounded_alike_one_at_a_time(
