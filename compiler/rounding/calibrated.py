@@ -171,6 +171,7 @@ class _Rounding:
                 hidden, ids, weights = map(torch.cat, zip(*given, strict=True))
                 shares = dense_weights(ids, weights.square(), self._experts[same[0]])
                 sums = ExpertSums(hidden, torch.cat(floats), shares)
+                _check_finite(same[0], sums.common)
                 if same[0] in self._widths:
                     self._round_widths(same[0], sums)
                 else:
@@ -191,7 +192,7 @@ class _Rounding:
         sums = functools.reduce(operator.add, parts)
         for name in names:
             weight = self._model.get_submodule(name).weight.detach()
-            weight.copy_(self._rounded(f"{name}.weight", weight[None], [sums])[0])
+            weight.copy_(self._restored(f"{name}.weight", weight[None], [sums])[0])
             self._keep(f"{name}.weight")
 
     def _round_head(self, head: str, inputs: LayerInputs) -> None:
@@ -207,7 +208,7 @@ class _Rounding:
             self._count = progress.advance
             for group, sums in enumerate(tokens.sums()):
                 rows = (groups == group).nonzero()[:, 0]
-                weight[rows] = self._rounded(name, weight[None, rows], [sums])[0]
+                weight[rows] = self._restored(name, weight[None, rows], [sums])[0]
         self._keep(name)
 
     def _round_widths(self, name: str, sums: ExpertSums) -> None:
@@ -231,25 +232,24 @@ class _Rounding:
         columns = max(each.shape[2] for each in rows)
         for part in torch.split(torch.arange(len(gate_up)), max(1, _SUMS // columns**2)):
             trained = gate_up[part]
-            of_gate_up = [sums.gate_up(int(expert)) for expert in part]
-            rows[0][part] = self._rounded(f"{name}.{names[0]}", rows[0][part], of_gate_up)
+            wanted = rows[0][part] @ sums.restoring
+            hessians = torch.stack([sums.gate_up(int(expert)) for expert in part])
+            rows[0][part] = self._round(f"{name}.{names[0]}", wanted, hessians)
             pairs = zip(part, trained, strict=True)
             of_down = [sums.down(module, int(expert), each) for expert, each in pairs]
-            rows[1][part] = self._rounded(f"{name}.{names[1]}", rows[1][part], of_down)
+            rows[1][part] = self._restored(f"{name}.{names[1]}", rows[1][part], of_down)
         for leaf in names:
             self._keep(f"{name}.{leaf}")
 
-    def _rounded(self, name: str, weights: torch.Tensor, each: Sequence[Sums]) -> torch.Tensor:
-        """Return matrices [matrices, rows, columns] of the parameter `name` as rounded."""
+    def _restored(self, name: str, weights: torch.Tensor, each: Sequence[Sums]) -> torch.Tensor:
+        """Return matrices [matrices, rows, columns] of the parameter `name`, moved and rounded."""
         sums = Sums.stacked(each)
-        if not sums.finite():
-            raise UnsupportedModelError(
-                f"What {name} is multiplied by on the calibration text isn't finite: the model's "
-                "weights are broken."
-            )
-        form, _ = self._formats[name]
+        _check_finite(name, sums)
         wanted = restore_products(weights, sums.hessian, sums.drift)
-        rounded = round_products(wanted, sums.hessian, form)
+        return self._round(name, wanted, sums.hessian)
+
+    def _round(self, name: str, wanted: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
+        rounded = round_products(wanted, hessians, self._formats[name][0])
         self._count(len(rounded))
         return rounded
 
@@ -262,3 +262,12 @@ class _Rounding:
     def _find(self, name: str) -> list[torch.Tensor] | None:
         """Return what a weight became, if it was kept."""
         return self._chosen.find(kept_name(name, self._formats[name][0]))
+
+
+def _check_finite(name: str, sums: Sums) -> None:
+    """Raise UnsupportedModelError unless what the weights of a name are multiplied by is finite."""
+    if not sums.finite():
+        raise UnsupportedModelError(
+            f"What {name} is multiplied by on the calibration text isn't finite: the model's "
+            "weights are broken."
+        )

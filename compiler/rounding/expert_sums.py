@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from alloc_moe.compiler.model.architectures import first_projection
+from alloc_moe.compiler.rounding.gptq import restore_products
 
 _OF_ALL = 0.5  # what the layer's mean expert adds to each one's own sums
 _SAMPLE = 512  # tokens that stand for all of a layer, spread evenly
@@ -50,6 +52,8 @@ class Sums:
 class ExpertSums:
     """Sums over the inputs of single experts, each token with its share.
 
+    ``common`` are what the layer's mean expert adds to those of each.
+
     Args:
         hidden: What the experts' layer is given [T, H].
         floats: What it was given before anything was rounded [T, H].
@@ -59,14 +63,24 @@ class ExpertSums:
     def __init__(self, hidden: torch.Tensor, floats: torch.Tensor, shares: torch.Tensor) -> None:
         self._hidden, self._floats, self._shares = hidden, floats, shares
         mean = _OF_ALL * shares.mean(1)
-        self._common = Sums.over(hidden, floats, mean)
+        self.common = Sums.over(hidden, floats, mean)
         self._sample = torch.linspace(0, len(hidden) - 1, min(_SAMPLE, len(hidden))).long()
         self._sample_share = mean.sum() / len(self._sample)
 
-    def gate_up(self, expert: int) -> Sums:
-        """Return the sums over what an expert is given."""
+    @functools.cached_property
+    def restoring(self) -> torch.Tensor:
+        """The product [H, H] that gives first projections what `restore_products` does.
+
+        It is one for all experts: what enters them drifted alike.
+        """
+        one = torch.eye(len(self.common.hessian))[None]
+        return restore_products(one, self.common.hessian[None], self.common.drift[None])[0]
+
+    def gate_up(self, expert: int) -> torch.Tensor:
+        """Return the sum of x x' over what an expert is given [H, H]."""
         sent, shares = self._sent(expert)
-        return Sums.over(self._hidden[sent], self._floats[sent], shares) + self._common
+        hidden = self._hidden[sent]
+        return hidden.mT @ (hidden * shares[:, None]) + self.common.hessian
 
     def down(self, experts: Any, expert: int, gate_up: torch.Tensor) -> Sums:
         """Return the sums over what its down projection is given.
