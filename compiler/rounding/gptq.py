@@ -18,6 +18,9 @@ What columns got while others were still floats is then chosen again, by `descen
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +39,8 @@ THOROUGH = 512
 _DAMPING = 0.01  # added to H's diagonal, relative to its mean: the paper's
 _RIDGE = 0.1  # the same, of products to restore
 _COLUMNS = 64  # whose errors reach the columns behind in one product
-_PART = 1 << 22  # weights rounded at a time: some 100 MB with temporaries
+_PART = 1 << 22  # weights rounded at a time: some 150 MB with temporaries
+_MOST_WORKERS = 8  # each has a part
 _ROUNDS = 3  # of descent
 _TINY = 1e-20
 
@@ -57,7 +61,8 @@ def round_products(
     """
     rounds = _ROUNDS if weights.shape[2] <= THOROUGH else 1
     rounded = torch.empty_like(weights)
-    for some in _slices(len(weights), weights[0].numel()):
+
+    def round_some(some: slice) -> None:
         damped = _damped(hessians[some], _DAMPING)
         order, upper = _factors(damped)
         for part in _slices(weights.shape[1], weights.shape[2]):
@@ -65,7 +70,27 @@ def round_products(
             wanted = weights[some, part].mT.contiguous()
             first = _round_columns(wanted, damped, order, upper, form)
             rounded[some, part] = descend(wanted, first, damped, form, rounds=rounds).mT
+
+    with _workers() as workers:
+        for _ in workers.map(round_some, _slices(len(weights), weights[0].numel())):
+            pass  # what failed is raised here
     return rounded
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Yield a thread per core, each of which computes alone.
+
+    Single columns are too little to be shared out: threads that wait for each other at every one
+    took ten times as long beside other work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, _MOST_WORKERS)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _slices(count: int, size: int) -> list[slice]:
