@@ -19,8 +19,8 @@ from alloc_moe.compiler.reference.policies import (
     adjust_weights,
     keep_mask,
     rank_candidates,
-    scores,
 )
+from alloc_moe.compiler.reference.scores import scores
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS, add_initializer
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.lower import PRICE_INPUT, Allocation
