@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 _TEXT = 4  # in calibration tokens: more numbers are fitted than sizes are
 _TOKENS_PER_BATCH = 4096
-_EPOCHS = 12
+_EPOCHS = 12  # or more, on little text
+_LEAST_STEPS = 300
 _TOKENS_PER_STEP = 1024
 _RATE = 3e-3
 _DECAY = 1e-2
@@ -140,11 +141,12 @@ def _trained(
     tokens = len(inputs) - len(inputs) // _HELD_OUT
     held_out = (inputs[tokens:], ids[tokens:], squares[tokens:])
     size = min(_TOKENS_PER_STEP, tokens)
+    epochs = max(_EPOCHS, _LEAST_STEPS // (tokens // size))
     optimizer = torch.optim.AdamW([weights, bias], lr=_RATE, weight_decay=_DECAY)
-    steps = _EPOCHS * (tokens // size)
+    steps = epochs * (tokens // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps + 1)
     least = _cost(*best, *held_out)
-    for _ in range(_EPOCHS):
+    for _ in range(epochs):
         order = torch.randperm(tokens, generator=generator)
         for start in range(0, tokens - size + 1, size):
             chosen = order[start : start + size]
