@@ -4,8 +4,9 @@ An expert's size is a mean over tokens. For a single token the square of g . f_e
 that mean times what a linear map of the hidden state says, which is fitted here: with z the square
 over the mean, and u the logarithm of the factor on the size, it minimises the mean of
 z exp(-2 u) + 2 u. That is the likelihood of a normal g . f_e of that variance, so u tells the
-expected square: how much the token minds, and how much the expert adds. Text that the fit doesn't
-see says when to stop, and whether anything is better than nothing.
+expected square: how much the token minds, and how much the expert adds. Text that isn't fitted to
+says when to stop, and whether anything is better than nothing. That is the calibration text itself,
+if there is further text: what is measured on it later is then as on any other.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.runtime.console import Console
 
-_TEXT = 4  # in calibration tokens: more numbers are fitted than sizes are
+_FURTHER = 4  # in calibration tokens: more numbers are fitted than sizes are
 _TOKENS_PER_BATCH = 4096
 _EPOCHS = 12  # or more, on little text
 _LEAST_STEPS = 300
 _TOKENS_PER_STEP = 1024
 _RATE = 3e-3
 _DECAY = 1e-2
-_HELD_OUT = 8  # of so many tokens the last one, from the end, tells when to stop
+_HELD_OUT = 8  # without further text, one of so many tokens tells when to stop
 _LEAST_SPREAD = 1e-2  # of a dimension, in the mean of all: what hardly varies tells nothing
 _MOST_WEIGHTS = 20_000_000  # in all layers: they are text in the plan
 
@@ -74,7 +75,12 @@ def fit_token_sizes(
         sizes: Of each layer's experts [experts], in nats.
         console: Where progress is told.
     """
-    ids = torch.from_numpy(calibration.all_ids)[: _TEXT * len(calibration.ids)]
+    ids = torch.from_numpy(calibration.ids)
+    held_out = ids.numel() // _HELD_OUT
+    if calibration.further is not None:
+        held_out = ids.numel()
+        further = torch.from_numpy(calibration.further)
+        ids = torch.cat([further[: _FURTHER * len(ids)], ids])
     batches = torch.split(ids, max(1, _TOKENS_PER_BATCH // calibration.sequence_length))
     seen = [_Seen() for _ in moe.layers]
 
@@ -96,7 +102,7 @@ def fit_token_sizes(
             progress.advance()
         for layer, given in zip(seen, sizes, strict=True):
             generator = torch.Generator().manual_seed(calibration.seed)
-            found.append(_fit(layer, torch.tensor(given), generator))
+            found.append(_fit(layer, torch.tensor(given), held_out, generator))
             progress.advance()
     return tuple(found)
 
@@ -115,12 +121,13 @@ class _Seen:
         self.squares.append(squares.float())
 
 
-def _fit(seen: _Seen, sizes: torch.Tensor, generator: torch.Generator) -> TokenSizes:
+def _fit(seen: _Seen, sizes: torch.Tensor, held_out: int, generator: torch.Generator) -> TokenSizes:
     hidden, ids = torch.cat(seen.hidden).float(), torch.cat(seen.ids)
     squares = torch.cat(seen.squares) / sizes.square().clamp(min=1e-30)[ids]
     center, spread = hidden.mean(0), hidden.std(0)
     spread = spread.clamp(min=float(_LEAST_SPREAD * spread.mean()) or 1.0)
-    weights, bias = _trained((hidden - center) / spread, ids, squares, len(sizes), generator)
+    inputs, tokens = (hidden - center) / spread, len(hidden) - held_out
+    weights, bias = _trained(inputs, ids, squares, tokens, len(sizes), generator)
     weights = weights / spread[:, None]
     return TokenSizes.of(weights.numpy(), (bias - center @ weights).numpy())
 
@@ -129,23 +136,24 @@ def _trained(
     inputs: torch.Tensor,
     ids: torch.Tensor,
     squares: torch.Tensor,
+    tokens: int,
     experts: int,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights [H, E] and bias [E] that are best on the last of the tokens, zeros if none is.
+    """Return weights [H, E] and bias [E], fitted to so many first tokens and best on the others.
 
     ``inputs`` [T, H] have mean 0 and variance 1; ``squares`` [T, K] are relative to their means.
+    Where nothing is better than zeros, it is zeros.
     """
     best = torch.zeros(inputs.shape[1], experts), torch.zeros(experts)
     weights, bias = (array.clone().requires_grad_() for array in best)
-    tokens = len(inputs) - len(inputs) // _HELD_OUT
-    held_out = (inputs[tokens:], ids[tokens:], squares[tokens:])
+    others = (inputs[tokens:], ids[tokens:], squares[tokens:])
     size = min(_TOKENS_PER_STEP, tokens)
     epochs = max(_EPOCHS, _LEAST_STEPS // (tokens // size))
     optimizer = torch.optim.AdamW([weights, bias], lr=_RATE, weight_decay=_DECAY)
     steps = epochs * (tokens // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps + 1)
-    least = _cost(*best, *held_out)
+    least = _cost(*best, *others)
     for _ in range(epochs):
         order = torch.randperm(tokens, generator=generator)
         for start in range(0, tokens - size + 1, size):
@@ -156,7 +164,7 @@ def _trained(
                 cost.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-        if (cost := _cost(weights, bias, *held_out)) < least:
+        if (cost := _cost(weights, bias, *others)) < least:
             least, best = cost, (weights.detach().clone(), bias.detach().clone())
     return best
 
