@@ -51,7 +51,7 @@ from alloc_moe.compiler.rounding.formats import (
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.rounding.weights import chosen_digest
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes import check_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes import check_room
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.runtime.artifact.files import ArtifactFiles
@@ -105,7 +105,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     if not output.is_checkpoint:
         check_target(moe.config, options.target, program=output.is_program)
     if options.plan.token_sizes:
-        check_token_sizes(moe)
+        check_room(moe)
     # Torch copies a program's weights from the file that they are written to.
     package.check_space(output, needed_space(moe, options) * (2 if output.is_program else 1))
     target = options.target

@@ -44,7 +44,7 @@ _LEAST_SPREAD = 1e-2  # of a dimension, in the mean of all: what hardly varies t
 _MOST_WEIGHTS = 20_000_000  # in all layers: they are text in the plan
 
 
-def check_token_sizes(moe: MoeModel) -> None:
+def check_room(moe: MoeModel) -> None:
     """Raise UnsupportedModelError if a model has no token sizes, for its size."""
     if moe.offloading is not None:
         raise UnsupportedModelError(
@@ -74,6 +74,9 @@ def fit_token_sizes(
             random choices.
         sizes: Of each layer's experts [experts], in nats.
         console: Where progress is told.
+
+    Raises:
+        UnsupportedModelError: Some are beyond float16.
     """
     ids = torch.from_numpy(calibration.ids)
     held_out = ids.numel() // _HELD_OUT
@@ -129,7 +132,13 @@ def _fit(seen: _Seen, sizes: torch.Tensor, held_out: int, generator: torch.Gener
     inputs, tokens = (hidden - center) / spread, len(hidden) - held_out
     weights, bias = _trained(inputs, ids, squares, tokens, len(sizes), generator)
     weights = weights / spread[:, None]
-    return TokenSizes.of(weights.numpy(), (bias - center @ weights).numpy())
+    try:
+        return TokenSizes.of(weights.numpy(), (bias - center @ weights).numpy())
+    except ValueError as error:
+        raise UnsupportedModelError(
+            "--token-sizes are stored in float16, which doesn't hold those of this model: what "
+            f"enters its experts varies by {float(spread.mean()):.2g} only. Leave it out."
+        ) from error
 
 
 def _trained(

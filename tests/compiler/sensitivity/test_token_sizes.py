@@ -17,7 +17,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import SensitivityProfile
 from alloc_moe.compiler.sensitivity import token_sizes
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes import check_token_sizes, fit_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes import check_room, fit_token_sizes
 from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 from alloc_moe.runtime.console import Console
 
@@ -74,6 +74,13 @@ def test_what_is_worse_on_text_it_has_not_seen_is_left_out() -> None:
     weights, bias = fitted(found).arrays()
     assert not weights.any()
     assert not bias.any()
+
+
+def test_what_float16_does_not_hold_is_told() -> None:
+    given = seen(0.03 * torch.ones(HIDDEN, EXPERTS))
+    given.hidden = [1e-8 * hidden for hidden in given.hidden]
+    with pytest.raises(UnsupportedModelError, match=r"varies by 3e-08 only. Leave it out"):
+        fitted(given)
 
 
 def test_a_layer_is_seen_with_what_its_sizes_are_made_of(
@@ -142,8 +149,8 @@ def test_a_model_without_room_for_them_is_refused() -> None:
         found = SimpleNamespace(config=config, layers=[layer] * layers, offloading=offloading)
         return cast("MoeModel", found)
 
-    check_token_sizes(model(200))
+    check_room(model(200))
     with pytest.raises(UnsupportedModelError, match="would put 20100000 numbers into"):
-        check_token_sizes(model(201))
+        check_room(model(201))
     with pytest.raises(UnsupportedModelError, match="needs the whole model in memory"):
-        check_token_sizes(model(1, offloading=object()))
+        check_room(model(1, offloading=object()))
