@@ -170,6 +170,19 @@ def check_plan(plan: PlanOptions) -> None:
         raise OptionsError(f"--redistribute {policy} leaves nothing to refine.")
 
 
+def check_token_sizes(plan: PlanOptions, sensitivity: Metric) -> None:
+    """Raise OptionsError if there are no sizes in nats for tokens to multiply."""
+    if not plan.token_sizes:
+        return
+    for fault, advice in (
+        (plan.redistribution != "price", f"--redistribute price, not {plan.redistribution}"),
+        (sensitivity != "fisher", f"--sensitivity fisher, not {sensitivity}"),
+        (plan.allocation != "sensitivity", f"--allocation sensitivity, not {plan.allocation}"),
+    ):
+        if fault:
+            raise OptionsError(f"--token-sizes needs {advice}.")
+
+
 def check_price_per(target: TargetOptions, plan: PlanOptions) -> None:
     """Raise OptionsError if an artifact can't have a price of each sequence that is asked for."""
     if target.price_per == "call":
@@ -241,6 +254,7 @@ def check_goal(goal: Goal | None, plan: PlanOptions, cost: str | None, sensitivi
         (cost is not None, "goes by bytes that a token reads, so leave out --cost"),
         (plan.cost_batch != 1, "is of one token, so leave out --cost-batch"),
         (plan.refine > 0, "chooses the plan by itself, so leave out --refine"),
+        (plan.token_sizes, "predicts by sizes of all tokens, so leave out --token-sizes"),
         (
             by_loss and plan.redistribution in ("top-p", "ratio"),
             f"predicts what plans cost, which {plan.redistribution} doesn't tell. Use "

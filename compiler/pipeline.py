@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.calibration.windows import calibrate
 from alloc_moe.compiler.checkpoints.build import build_checkpoint, check_checkpoint
+from alloc_moe.compiler.errors import OptionsError
 from alloc_moe.compiler.export.normalize import export_model, generation_metadata
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.checks.targets import check_target
@@ -50,6 +51,7 @@ from alloc_moe.compiler.rounding.formats import (
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.rounding.weights import chosen_digest
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.sensitivity.token_sizes import check_room
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.runtime.artifact.files import ArtifactFiles
@@ -85,6 +87,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         AllocMoeError: Anything that the user can act on; no output file was touched then.
     """
     output = package.parse_output(options.output, force=options.force, form=options.target.form)
+    if options.plan.token_sizes and (output.is_checkpoint or output.is_program):
+        raise OptionsError("--token-sizes is for ONNX artifacts. Leave it out, or end -o in .onnx.")
     if output.is_checkpoint:
         check_checkpoint(options)
     elif output.is_program:
@@ -100,6 +104,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     )
     if not output.is_checkpoint:
         check_target(moe.config, options.target, program=output.is_program)
+    if options.plan.token_sizes:
+        check_room(moe)
     # Torch copies a program's weights from the file that they are written to.
     package.check_space(output, needed_space(moe, options) * (2 if output.is_program else 1))
     target = options.target

@@ -65,8 +65,8 @@ class CalibrationOptions:
 class PlanOptions:
     """How a budget is spent.
 
-    ``overlaps`` are tried for ``price``; the plan takes that of the least divergence. ``refine`` is
-    the number of plans to measure as a whole, for ``refine_seconds`` at most.
+    ``overlaps`` are tried for ``price``; that of the least divergence stays. With ``token_sizes``
+    each token has its own. ``refine`` plans are measured whole, for ``refine_seconds`` at most.
     """
 
     redistribution: Redistribution = "price"
@@ -78,6 +78,7 @@ class PlanOptions:
     cap: float | None = None
     dial: bool = True
     overlaps: tuple[float, ...] = (0.0, 0.5)
+    token_sizes: bool = False
     refine: int = 0
     refine_seconds: float = 600.0
 

@@ -31,6 +31,7 @@ from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.records import Correction, CorrectionMode
 from alloc_moe.compiler.reference.experts import correct, replaced_experts, run_kept
 from alloc_moe.compiler.reference.policies import POLICIES, adjust_weights, rank_candidates
+from alloc_moe.compiler.reference.token_sizes import for_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -255,7 +256,7 @@ class _Tap:
     ) -> torch.Tensor:
         """Stand for the experts' forward: an `ExpertsCall`."""
         ranked, self.ids = rank_candidates(weights, ids)
-        keep = torch.cat(list(self._masks(ranked)))
+        keep = torch.cat(list(self._masks(ranked, hidden)))
         self.weights = adjust_weights(self.running.weights, ranked, keep)
         self.outputs = run_kept(experts, hidden, self.ids, self.weights, keep)
         if self.run_all:
@@ -264,13 +265,11 @@ class _Tap:
             return correct(self.correction, self.outputs, self.ids, self.weights)
         return self.outputs + self.shift
 
-    def _masks(self, ranked: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _masks(self, ranked: torch.Tensor, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield which candidates run, window by window: each is a call of its own."""
         real = torch.ones(1, self.window, dtype=torch.bool, device=ranked.device)
         policy = POLICIES[self.running.redistribution]
         parameters = self.running.parameters[self.layer]
-        parts = zip(
-            torch.split(ranked, self.window), torch.split(self.ids, self.window), strict=True
-        )
-        for weights, ids in parts:
-            yield policy(weights, ids, real, parameters).mask
+        windows = (torch.split(part, self.window) for part in (ranked, self.ids, hidden))
+        for weights, ids, states in zip(*windows, strict=True):
+            yield policy(weights, ids, real, for_tokens(parameters, states)).mask

@@ -14,7 +14,7 @@ from alloc_moe.passes.attention.group_query_rotary import right_padded_rows
 from alloc_moe.passes.attention.latent import latent_caches
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.correct import ExpertCorrection
-from alloc_moe.passes.experts.lower import Allocation
+from alloc_moe.passes.experts.lower import Allocation, TokenFactors
 from alloc_moe.passes.interface.stamp_plan import StampPlanPass
 from alloc_moe.runtime.artifact.plan import (
     GENERATION_KEY,
@@ -23,13 +23,14 @@ from alloc_moe.runtime.artifact.plan import (
     PLAN_KEY,
     SHARED_CACHE_KEY,
 )
+from alloc_moe.runtime.artifact.token_sizes import LIMIT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from alloc_moe.compiler.records import Correction, PricePer, Quantization
     from alloc_moe.passes.attention.quantize_cache import CacheScales
-    from alloc_moe.runtime.artifact.plan import AllocationPlan
+    from alloc_moe.runtime.artifact.plan import AllocationPlan, PlannedLayer
 
 
 def specialize(
@@ -58,6 +59,7 @@ def specialize(
         plan.weights,
         thresholds=[float(given.threshold) for given in parameters],
         sizes=[layer.sizes for layer in plan.layers],
+        token_factors=[_token_factors(layer) for layer in plan.layers],
         overlap=plan.overlap or 0.0,
         cap=plan.cap,
         dial=plan.takes_price,
@@ -93,6 +95,12 @@ def specialize(
             "model doesn't have. Use --cache float32."
         )
     return model
+
+
+def _token_factors(layer: PlannedLayer) -> TokenFactors | None:
+    if layer.token_sizes is None:
+        return None
+    return TokenFactors(*layer.token_sizes.arrays(), LIMIT)
 
 
 def _cache_type(past: ir.Value | None) -> str:

@@ -48,11 +48,10 @@ class Divergence:
 
     def of_price(self, setting: Setting, activations: float) -> float:
         """Return the divergence of ``price`` where it keeps `activations` in the mean."""
-        assert setting.sizes is not None
         found = common_threshold(self._moe, self._windows, setting, activations)
         parameters = [
-            LayerParameters(k, threshold, sizes, overlap=setting.overlap)
-            for k, threshold, sizes in zip(found.ks, found.values, setting.sizes, strict=True)
+            setting.parameters(layer, k, threshold)
+            for layer, (k, threshold) in enumerate(zip(found.ks, found.values, strict=True))
         ]
         # Plans that happen to use a little less than others would look a little worse.
         return self.measure(parameters, setting) * (found.activations / activations) ** 2

@@ -44,6 +44,7 @@ from alloc_moe.compiler.records import (
     PlanOptions,
 )
 from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.compiler.sensitivity.token_sizes import fit_token_sizes
 from alloc_moe.runtime.artifact.plan import DialPoint
 
 if TYPE_CHECKING:
@@ -106,6 +107,10 @@ def make_planned(
     full = plan.budget.activations == plan.budget.original
     sizes = expert_sizes(options.redistribution, profile, moe)
     setting = Setting(options.redistribution, options.weights, sizes)
+    if options.token_sizes:
+        assert sizes is not None
+        found = fit_token_sizes(moe, calibration, sizes, console)
+        setting = dataclasses.replace(setting, token_sizes=found)
     if options.redistribution == "price":
         setting = _with_overlap(
             moe, calibration, setting, options, plan.budget.activations, console
@@ -245,10 +250,12 @@ def _with_thresholds(
         found = _thresholds(moe, calibration, wanted, setting, advance=progress.advance)
     by_price = setting.redistribution == "price"
     sizes = setting.sizes or (None,) * len(wanted.layers)
+    of_tokens = setting.token_sizes or (None,) * len(wanted.layers)
     values = [None] * len(wanted.layers) if by_price else found.values
+    given = zip(found.ks, values, sizes, of_tokens, strict=True)
     layers = tuple(
-        dataclasses.replace(layer, k=k, threshold=value, sizes=row)
-        for layer, k, value, row in zip(wanted.layers, found.ks, values, sizes, strict=True)
+        dataclasses.replace(layer, k=k, threshold=value, sizes=row, token_sizes=factors)
+        for layer, (k, value, row, factors) in zip(wanted.layers, given, strict=True)
     )
     return dataclasses.replace(
         wanted,

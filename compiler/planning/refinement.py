@@ -158,5 +158,6 @@ def _fingerprint(
         setting.overlap,
         values,
         activations,
+        *(dataclasses.asdict(given) for given in setting.token_sizes or ()),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

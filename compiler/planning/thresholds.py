@@ -18,12 +18,14 @@ import torch
 
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import LayerParameters, scores
+from alloc_moe.compiler.reference.policies import LayerParameters
+from alloc_moe.compiler.reference.scores import scores
 from alloc_moe.runtime.artifact.plan import DialPoint
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.records import Correction, Redistribution, Weights
+    from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +41,8 @@ _ABOVE_ALL = 1e30  # above every score
 class Setting:
     """How a model runs while thresholds are sought: all of a plan but the thresholds.
 
-    ``sizes[l][e]`` are the expert sizes for ``price``, None for the other policies; ``overlap`` is
-    what `scores` says.
+    ``sizes[l][e]`` are the expert sizes for ``price``, None for the other policies, ``token_sizes``
+    what tokens multiply these by, if they do; ``overlap`` is what `scores` says.
     """
 
     redistribution: Redistribution
@@ -48,6 +50,13 @@ class Setting:
     sizes: tuple[tuple[float, ...], ...] | None = None
     overlap: float = 0.0
     corrections: tuple[Correction | None, ...] | None = None
+    token_sizes: tuple[TokenSizes, ...] | None = None
+
+    def parameters(self, layer: int, k: float, threshold: float) -> LayerParameters:
+        """Return what a layer is given where it keeps k in the mean by this threshold."""
+        sizes = None if self.sizes is None else self.sizes[layer]
+        of_tokens = None if self.token_sizes is None else self.token_sizes[layer]
+        return LayerParameters(k, threshold, sizes, overlap=self.overlap, token_sizes=of_tokens)
 
 
 def keep_all(redistribution: Redistribution) -> float:
@@ -268,15 +277,16 @@ def _scores(
     moe: MoeModel, ids: torch.Tensor, setting: Setting, thresholds: Sequence[float]
 ) -> list[torch.Tensor]:
     parts: list[list[torch.Tensor]] = [[] for _ in moe.layers]
-    sizes = setting.sizes or (None,) * len(moe.layers)
 
-    def watch(layer: int, weights: torch.Tensor, candidates: torch.Tensor) -> None:
-        found = scores(setting.redistribution, weights, candidates, sizes[layer], setting.overlap)
+    def watch(
+        layer: int, weights: torch.Tensor, candidates: torch.Tensor, given: LayerParameters
+    ) -> None:
+        found = scores(setting.redistribution, weights, candidates, given.sizes, setting.overlap)
         parts[layer].append(found[:, 1:].flatten().cpu())
 
     parameters = [
         # A cap is for single calls: means are set without it.
-        LayerParameters(layer.experts_per_token, threshold, sizes[index], overlap=setting.overlap)
+        setting.parameters(index, layer.experts_per_token, threshold)
         for index, (layer, threshold) in enumerate(zip(moe.layers, thresholds, strict=True))
     ]
     stack = DecoderStack(moe.model, moe.layers[0])

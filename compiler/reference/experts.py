@@ -25,6 +25,7 @@ from alloc_moe.compiler.reference.policies import (
     layer_parameters,
     rank_candidates,
 )
+from alloc_moe.compiler.reference.token_sizes import for_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.runtime.artifact.plan import AllocationPlan
 
-Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""``watch(layer, weights [T, K], ids [T, K])``, called with each layer's ranked candidates."""
+Watch = Callable[[int, torch.Tensor, torch.Tensor, LayerParameters], None]
+"""``watch(layer, weights [T, K], ids [T, K], parameters)``, called with each layer's ranked
+candidates, and what the layer is given for these tokens."""
 
 Turn = Callable[[int, torch.Tensor, Kept], torch.Tensor]
 """``turn(layer, ids [T, K], kept) -> mask [T, K]``: which ranked candidates run in place of those
@@ -216,8 +218,9 @@ def _run_allocated(
     weights: torch.Tensor,
 ) -> torch.Tensor:
     ranked, ranked_ids = rank_candidates(weights, ids)
+    parameters = for_tokens(parameters, hidden)
     if watch is not None:
-        watch(index, ranked, ranked_ids)
+        watch(index, ranked, ranked_ids, parameters)
     kept = POLICIES[redistribution](ranked, ranked_ids, call.real, parameters)
     keep = kept.mask if turn is None else turn(index, ranked_ids, kept)
     call.activations.executed[index] += int(keep.sum())

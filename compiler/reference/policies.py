@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from alloc_moe.compiler.records import SCORED, Redistribution, Weights
+from alloc_moe.compiler.reference.scores import TINY, scores, sizes_of, sums_after
 from alloc_moe.runtime.artifact.plan import AllocationPlan, PlannedLayer
+from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 from alloc_moe.runtime.errors import ArtifactError
-
-_TINY = 1e-30  # keeps 0 / 0 out where a token's weights are all zero
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class LayerParameters:
 
     ``k`` is the mean number of experts per real token. The policies in `SCORED` keep scores of
     ``threshold`` or more, whatever ``k`` is; ``sizes[e]`` multiplies the weights of expert e under
-    ``price``, and ``overlap`` is what `scores` says. ``cap`` limits each call to that multiple of
+    ``price``, or ``sizes[t, e]`` those of token t once `for_tokens` made them of ``token_sizes``;
+    ``overlap`` is what `scores` says. ``cap`` limits each call to that multiple of
     ``k``. A threshold that is known only when the model runs is a tensor without dimensions.
     """
 
@@ -37,6 +38,7 @@ class LayerParameters:
     sizes: torch.Tensor | tuple[float, ...] | None = None
     cap: float | None = None
     overlap: float = 0.0
+    token_sizes: TokenSizes | None = None
 
     def quota(self, candidates: int) -> float:
         """Return how many experts besides the first a capped call may run per real token."""
@@ -82,7 +84,12 @@ def layer_parameters(plan: AllocationPlan, price: float | None = None) -> list[L
             raise ArtifactError("The plan redistributes by price but lacks it. Compile again.")
     return [
         LayerParameters(
-            layer.k, _threshold(plan, layer, price), layer.sizes, plan.cap, plan.overlap or 0.0
+            layer.k,
+            _threshold(plan, layer, price),
+            layer.sizes,
+            plan.cap,
+            plan.overlap or 0.0,
+            layer.token_sizes,
         )
         for layer in plan.layers
     ]
@@ -130,62 +137,6 @@ def keep_mask(
         the policies in `SCORED` the first and all that reach the threshold.
     """
     return POLICIES[redistribution](weights, ids, real, parameters).mask
-
-
-def scores(
-    redistribution: Redistribution,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    sizes: torch.Tensor | Sequence[float] | None = None,
-    overlap: float = 0.0,
-) -> torch.Tensor:
-    """Return what each candidate is kept by [tokens, candidates], float32.
-
-    Dropping a token's candidates i costs the loss about the square of the sum of what they add.
-    With s = size times weight, that is s^2 for one alone; where those ranked after it, of sum t,
-    are dropped already, one more costs s (s + 2 overlap t), overlap being the cosine between what
-    two experts add. ``price`` compares the root of that.
-
-    The first candidate has a score too, but runs in any case. The artifact does the same float32
-    operations in the same order.
-
-    Args:
-        redistribution: One of `SCORED`.
-        weights: Router weights [tokens, candidates], ranked by `rank_candidates`.
-        ids: The candidates' experts [tokens, candidates].
-        sizes: For ``price``: what the weights of each expert are multiplied by [experts].
-        overlap: For ``price``: 0 takes what experts add for uncorrelated, 1 for parallel.
-    """
-    weights = weights.float()
-    match redistribution:
-        case "threshold":
-            return weights
-        case "ratio":
-            return weights / weights[:, :1].clamp(min=_TINY)
-        case "top-p":
-            before = [torch.zeros_like(weights[:, 0])]
-            for column in weights[:, :-1].unbind(1):  # torch.cumsum adds in double precision
-                before.append(before[-1] + column)
-            return -torch.stack(before, dim=1)
-        case "price":
-            added = _sizes(sizes, ids) * weights
-            if overlap == 0:
-                return added
-            return (added * (added + _after(added) * (2 * overlap))).sqrt()
-    raise ValueError(f"{redistribution!r} compares no scores; {', '.join(SCORED)} do.")
-
-
-def _sizes(sizes: torch.Tensor | Sequence[float] | None, ids: torch.Tensor) -> torch.Tensor:
-    assert sizes is not None
-    return torch.as_tensor(sizes, dtype=torch.float32, device=ids.device)[ids]
-
-
-def _after(values: torch.Tensor) -> torch.Tensor:
-    """The sum of the columns after each [tokens, candidates]."""
-    sums = [torch.zeros_like(values[:, 0])]
-    for column in reversed(values[:, 1:].unbind(1)):  # torch.cumsum adds in double precision
-        sums.append(sums[-1] + column)
-    return torch.stack(sums[::-1], dim=1)
 
 
 def _none(
@@ -289,16 +240,16 @@ def _slopes(
     ones = torch.ones_like(weights, dtype=torch.float32)
     match redistribution:
         case "price":
-            sizes, overlap = _sizes(parameters.sizes, ids), parameters.overlap
+            sizes, overlap = sizes_of(parameters.sizes, ids), parameters.overlap
             if overlap == 0:
                 return sizes
             added = sizes * weights
             score = scores("price", weights, ids, parameters.sizes, overlap)
             # Its own weight's part and that of the weights after it.
-            own = sizes * (added + overlap * _after(added))
-            return (own + overlap * added * _after(sizes)) / score.clamp(min=_TINY)
+            own = sizes * (added + overlap * sums_after(added))
+            return (own + overlap * added * sums_after(sizes)) / score.clamp(min=TINY)
         case "ratio":
-            return ones / weights[:, :1].clamp(min=_TINY)
+            return ones / weights[:, :1].clamp(min=TINY)
     return ones
 
 

@@ -35,12 +35,17 @@ from alloc_moe.compiler.sensitivity.sums import LayerSums
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Observe = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""``observe(layer, hidden [T, H], ids [T, K], squares [T, K])``: what enters a layer's experts, its
+candidates, and the squares of what each adds to the loss, to first order, at a weight of 1."""
+
 _LOGITS_PER_BATCH = 2**22  # 16 MB in float32
 
 
 class _Seen(NamedTuple):
-    """A layer's candidates, and tensors of zeros whose gradients are wanted."""
+    """A layer's input and candidates, and tensors of zeros whose gradients are wanted."""
 
+    hidden: torch.Tensor  # [tokens, hidden]
     weights: torch.Tensor  # [tokens, candidates]
     ids: torch.Tensor  # [tokens, candidates]
     probe: torch.Tensor  # [tokens, candidates]; its gradient is that of the weights
@@ -48,15 +53,30 @@ class _Seen(NamedTuple):
 
 
 class FisherRun:
-    """Adds up the costs and expert sizes of every MoE layer, some calibration windows at a time."""
+    """Adds up the costs and expert sizes of every MoE layer, some calibration windows at a time.
 
-    def __init__(self, moe_model: MoeModel, reduced: Reduced | Rounded, *, seed: int) -> None:
+    Args:
+        moe_model: The model.
+        reduced: What costs are those of.
+        seed: Of the labels.
+        observe: Called with what each layer gives.
+    """
+
+    def __init__(
+        self,
+        moe_model: MoeModel,
+        reduced: Reduced | Rounded,
+        *,
+        seed: int,
+        observe: Observe | None = None,
+    ) -> None:
         self._model = moe_model.model
         self._layers = moe_model.layers
         self._stack = DecoderStack(self._model, self._layers[0])
         self._vocabulary = moe_model.config.get_text_config().vocab_size
         self._reduced = reduced
         self._seed = seed
+        self._observe = observe
         self._seen: dict[int, _Seen] = {}
 
     def add(self, ids: torch.Tensor, first: int, sums: Sequence[LayerSums]) -> float:
@@ -132,7 +152,7 @@ class FisherRun:
         reduced = self._reduced
         if isinstance(reduced, Reduced) and reduced.corrections is not None:
             changes = torch.zeros_like(ranked[:, 1:], requires_grad=True)
-        self._seen[index] = _Seen(ranked.detach(), ranked_ids, probe, changes)
+        self._seen[index] = _Seen(hidden.detach(), ranked.detach(), ranked_ids, probe, changes)
         # Their activations, most of the model's, are computed again when the gradient gets here.
         outputs: torch.Tensor = checkpoint(
             functools.partial(_outputs, reduced, index),
@@ -152,9 +172,12 @@ class FisherRun:
         return outputs
 
     def _add_layer(self, index: int, sums: LayerSums) -> None:
-        weights, ids, probe, changes = self._seen[index]
+        hidden, weights, ids, probe, changes = self._seen[index]
         assert probe.grad is not None
-        sums.add_pairs(ids, probe.grad.double().square())
+        squares = probe.grad.double().square()
+        if self._observe is not None:
+            self._observe(index, hidden, ids, squares)
+        sums.add_pairs(ids, squares)
         sums.whole += 2 * len(weights)
         if isinstance(self._reduced, Rounded):
             return  # costs were added on the way back

@@ -11,12 +11,8 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.model.replay import DecoderStack
 from alloc_moe.compiler.records import SCORED, Redistribution
 from alloc_moe.compiler.reference.experts import library_experts, replaced_experts
-from alloc_moe.compiler.reference.policies import (
-    LayerParameters,
-    keep_mask,
-    rank_candidates,
-    scores,
-)
+from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, rank_candidates
+from alloc_moe.compiler.reference.scores import scores
 from alloc_moe.compiler.workspace.processes import Processes
 
 Keep = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]

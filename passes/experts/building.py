@@ -59,7 +59,10 @@ class Builder:
         self._named: dict[str, int] = {}
 
     def constant(
-        self, name: str, value: float | Sequence[float], dtype: type[np.floating] = np.float32
+        self,
+        name: str,
+        value: float | Sequence[float] | np.ndarray,
+        dtype: type[np.floating] = np.float32,
     ) -> ir.Value:
         """Add an initializer."""
         return add_initializer(

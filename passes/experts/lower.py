@@ -32,6 +32,7 @@ from alloc_moe.passes.experts.policies.scored import (
     cap_call,
     keep_scored,
     keep_scored_by_row,
+    scale_by_token,
     score_overlapping,
 )
 from alloc_moe.passes.experts.policies.static import cap_call_static
@@ -41,6 +42,18 @@ ROUTER_WEIGHTS = "alloc_moe.router_weights.{layer}"
 PRICE_INPUT = "alloc_moe.price"
 
 
+@dataclass(frozen=True, eq=False)
+class TokenFactors:
+    """What a token's hidden state h [hidden] multiplies its experts' sizes by [experts].
+
+    That is ``exp(clip(h @ matrix + bias))``, the logarithm clipped to ``limit`` up and down.
+    """
+
+    matrix: np.ndarray  # [hidden, experts] float32
+    bias: np.ndarray  # [experts] float32
+    limit: float
+
+
 @dataclass(frozen=True)
 class Allocation:
     """What the lowering needs of a plan.
@@ -48,9 +61,10 @@ class Allocation:
     ``experts_per_token[l]`` is the k of layer l, ``redistribution`` a name in `POLICIES` or
     `SCORES`. For the latter, scores of ``thresholds[l]`` or more are kept, and ``cap`` limits calls
     to that multiple of k. ``sizes[l]`` are those of the experts, for ``price``, whose threshold is
-    the same in all layers; ``overlap`` is how far what two of them add points the same way. With
-    ``dial`` the price is an input of the graph that may be left out: a scalar, or with
-    ``price_per_sequence`` one of each sequence [batch], or of all [1].
+    the same in all layers, and ``token_factors[l]``, if any, what tokens multiply these by;
+    ``overlap`` is how far what two of them add points the same way. With ``dial`` the price is an
+    input of the graph that may be left out: a scalar, or with ``price_per_sequence`` one of each
+    sequence [batch], or of all [1].
     """
 
     experts_per_token: Sequence[float]
@@ -58,6 +72,7 @@ class Allocation:
     weights: str = "keep"
     thresholds: Sequence[float] = ()
     sizes: Sequence[Sequence[float] | None] = ()
+    token_factors: Sequence[TokenFactors | None] = ()
     overlap: float = 0.0
     cap: float | None = None
     dial: bool = False
@@ -125,11 +140,12 @@ class LowerExpertsPass(ir.passes.InPlacePass):
         ranked, ids = rank(builder, node, trained)
         given = allocation.sizes[layer] if layer < len(allocation.sizes) else None
         sizes = None if given is None else builder.constant(f"sizes.{layer}", given)
+        weights = self._scaled(builder, node, ranked, ids)
         if allocation.overlap:
             overlap = builder.constant(f"overlap.{layer}", 2 * allocation.overlap)
-            (scores,) = builder.call(score_overlapping, [ranked, ids, sizes, overlap])
+            (scores,) = builder.call(score_overlapping, [weights, ids, sizes, overlap])
         else:
-            (scores,) = builder.call(SCORES[allocation.redistribution], [ranked, ids, sizes])
+            (scores,) = builder.call(SCORES[allocation.redistribution], [weights, ids, sizes])
         threshold = self._threshold(builder, layer)
         compare = keep_scored_by_row if allocation.price_per_sequence else keep_scored
         (keep,) = builder.call(compare, [scores, real, threshold], others=[trained - 1])
@@ -141,6 +157,24 @@ class LowerExpertsPass(ir.passes.InPlacePass):
             limit = builder.constant(f"quota.{layer}", quota, np.float64)
             (keep,) = builder.call(self._cap, [scores, keep, real, limit])
         return Routing(ranked, ids, keep, real, trained, layer, dropped=True)
+
+    def _scaled(
+        self, builder: Builder, node: ir.Node, weights: ir.Value, ids: ir.Value
+    ) -> ir.Value:
+        """Return the weights that are scored: the router's, as large as the token makes them."""
+        given, layer = self._allocation.token_factors, layer_of(node)
+        factors = given[layer] if layer < len(given) else None
+        if factors is None:
+            return weights
+        hidden = node.inputs[0]
+        assert hidden is not None
+        if hidden.dtype != ir.DataType.FLOAT:
+            (hidden,) = builder.op("Cast", [hidden], attributes={"to": int(ir.DataType.FLOAT)})
+        constants = [
+            builder.constant(f"token_{field.name}.{layer}", getattr(factors, field.name))
+            for field in dataclasses.fields(factors)
+        ]
+        return builder.call(scale_by_token, [weights, ids, hidden, *constants])[0]
 
     def _threshold(self, builder: Builder, layer: int) -> ir.Value:
         threshold = self._allocation.thresholds[layer]

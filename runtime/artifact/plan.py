@@ -21,6 +21,7 @@ from alloc_moe.runtime.artifact.shapes import (
     string,
     whole,
 )
+from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 from alloc_moe.runtime.errors import ArtifactError
 
 FORMAT = 1
@@ -87,7 +88,8 @@ class PlannedLayer:
     is whole where the redistribution executes it exactly; where candidates are kept by their score
     it is the mean over the calibration tokens. ``threshold`` is the least score kept, where each
     layer has its own; ``sizes[e]``, for ``price``, multiplies the weight of expert e in its score.
-    ``bits`` are those of the experts' weights, where the plan chose them.
+    ``token_sizes``, if any, multiplies these by what each token's hidden state says. ``bits`` are
+    those of the experts' weights, where the plan chose them.
     """
 
     name: str
@@ -96,6 +98,7 @@ class PlannedLayer:
     k: float
     threshold: float | None = None
     sizes: tuple[float, ...] | None = None
+    token_sizes: TokenSizes | None = None
     bits: int | None = None
 
 
@@ -204,6 +207,7 @@ class AllocationPlan:
             ) from error
 
 
+_MOST_TEXT = 64 << 20  # what a whole plan may have
 _MOST = 1 << 20  # experts, layers times experts per token, and more of either than any model has
 _FORMAT = record({"format": whole()})
 _PLAN = record(
@@ -229,6 +233,14 @@ _PLAN = record(
                 {
                     "threshold": optional(number()),
                     "sizes": optional(rows(number(0), most=_MOST)),
+                    "token_sizes": optional(
+                        record(
+                            {
+                                "hidden": whole(1, _MOST),
+                                "values": string(_MOST_TEXT),
+                            }
+                        )
+                    ),
                     "bits": optional(whole(1, 64)),
                 },
             ),
@@ -261,7 +273,8 @@ def _budget(data: Mapping[str, Any]) -> Budget:
 
 
 def _layer(data: Mapping[str, Any], where: str) -> PlannedLayer:
-    layer = PlannedLayer(**data)
+    given = data.get("token_sizes")
+    layer = PlannedLayer(**{**data, "token_sizes": given and TokenSizes(**given)})
     if not layer.k <= layer.k_original <= layer.experts:
         raise ShapeError(
             f"{where} gives k {layer.k} of {layer.k_original}, with {layer.experts} experts; "
@@ -269,6 +282,8 @@ def _layer(data: Mapping[str, Any], where: str) -> PlannedLayer:
         )
     if layer.sizes is not None and len(layer.sizes) != layer.experts:
         raise ShapeError(f"{where}.sizes has {len(layer.sizes)} items for {layer.experts} experts")
+    if layer.token_sizes is not None and not layer.token_sizes.fits(layer.experts):
+        raise ShapeError(f"{where}.token_sizes doesn't hold what {layer.experts} experts need")
     return layer
 
 

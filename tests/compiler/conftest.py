@@ -173,7 +173,8 @@ def score_plan(token_ids: NDArray[np.int64]) -> Callable[..., AllocationPlan]:
     import torch
 
     from alloc_moe.compiler.reference.experts import library_experts, replaced_experts
-    from alloc_moe.compiler.reference.policies import rank_candidates, scores
+    from alloc_moe.compiler.reference.policies import rank_candidates
+    from alloc_moe.compiler.reference.scores import scores
     from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget, DialPoint, PlannedLayer
 
     def make(

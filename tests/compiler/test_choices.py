@@ -148,6 +148,27 @@ def test_a_price_per_sequence_that_can_not_be_is_rejected(
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"redistribute": "threshold"}, "needs --redistribute price, not threshold"),
+        ({"cost": "bytes"}, "needs --redistribute price, not threshold"),
+        ({"sensitivity": "output"}, "needs --sensitivity fisher, not output"),
+        ({"allocation": "uniform"}, "needs --allocation sensitivity, not uniform"),
+        ({"target_loss": 0.01}, "--target-loss predicts by sizes of all tokens, so leave out"),
+        ({"output": "out.pt"}, "is for ONNX artifacts. Leave it out, or end -o in .onnx"),
+        ({"output": "out/", "target": "checkpoint"}, "--token-sizes is for ONNX artifacts"),
+    ],
+    ids=str,
+)
+def test_token_sizes_that_can_not_be_are_rejected(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    output = f"{tmp_path}/{options.get('output', 'out.onnx')}"
+    with pytest.raises(OptionsError, match=message):
+        compile("nothing", **{"token_sizes": True, **options, "output": output})
+
+
+@pytest.mark.parametrize(
     ("text", "count"),
     [
         (1500, 1500),

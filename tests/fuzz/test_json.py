@@ -33,6 +33,14 @@ PLAN = {
     "layers": [
         {"name": "l.0", "experts": 4, "k_original": 4, "k": 1.75, "sizes": [1.0, 2.0, 0.5, 1.0]},
         {"name": "l.1", "experts": 4, "k_original": 4, "k": 1.75, "threshold": 0.25, "bits": 4},
+        {
+            "name": "l.2",
+            "experts": 1,
+            "k_original": 1,
+            "k": 1,
+            "sizes": [1.0],
+            "token_sizes": {"hidden": 2, "values": "ADwAPAA8"},
+        },
     ],
     "sensitivity": {"metric": "fisher", "tokens": 8192, "calibration_sha256": "0" * 64},
     "verify": {"max_abs_logit_error": 1e-6, "tokens": 108},

@@ -59,6 +59,24 @@ def score_overlapping(
 
 
 @script(OPSET, default_opset=op)
+def scale_by_token(
+    weights: FLOAT[...],
+    ids: INT64[...],
+    hidden: FLOAT[...],
+    matrix: FLOAT[...],
+    bias: FLOAT[...],
+    limit: FLOAT[...],
+) -> FLOAT[...]:
+    """Multiply weights [T, K] by what hidden states [T, H] make of the sizes of their experts.
+
+    That is the exponential of h A + b, which the limit bounds up and down; A is the ``matrix``
+    [H, E].
+    """
+    logs = op.Clip(op.Add(op.MatMul(hidden, matrix), bias), op.Neg(limit), limit)
+    return op.Mul(weights, op.Exp(op.GatherElements(logs, ids, axis=1)))
+
+
+@script(OPSET, default_opset=op)
 def keep_scored(
     scores: FLOAT[...], real: BOOL[...], threshold: FLOAT[...], others: Sequence[int]
 ) -> BOOL[...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alloc_moe.passes.experts.lower import Allocation
 from alloc_moe.passes.experts.policies import SCORES
+from alloc_moe.passes.step.matching import NotExpressibleError
 from alloc_moe.passes.step.parts import Keep
 
 SIZES = "alloc_moe.sizes.{layer}"
@@ -38,6 +39,8 @@ def weights_of(allocation: Allocation, layer: int, trained: int) -> str:
 def _scored(allocation: Allocation, layer: int, trained: int) -> Keep:
     policy = allocation.redistribution
     priced = policy == "price"
+    if any(allocation.token_factors):
+        raise NotExpressibleError("each token has sizes of its own")
     given = allocation.sizes[layer] if layer < len(allocation.sizes) else None
     quota = None
     if allocation.cap is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -24,7 +25,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.rounding.formats import choose_formats
 from alloc_moe.compiler.rounding.weights import quantized
 from alloc_moe.passes.default import specialize_passes
-from alloc_moe.passes.experts.lower import Allocation
+from alloc_moe.passes.experts.lower import Allocation, TokenFactors
 from alloc_moe.runtime.execution.step_programs.programs import step_program
 
 FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe"]
@@ -271,6 +272,17 @@ def test_prices_can_be_dialled(
     model = specialized(graphs("olmoe"), allocation)
     kept = check(model, step_interpreter, price=price)
     assert 0 < np.mean(kept) < 1
+
+
+def test_tokens_with_sizes_of_their_own_have_no_program(
+    graphs: Callable[..., ir.Model], models: Models
+) -> None:
+    allocation = allocated(models("olmoe"), "price", thresholds=[0.2] * 3, sizes=[[1.0] * 8] * 3)
+    factors = TokenFactors(np.zeros((1, 8), np.float32), np.zeros(8, np.float32), 2.5)
+    model = specialized(
+        graphs("olmoe"), dataclasses.replace(allocation, token_factors=[factors] * 3)
+    )
+    assert model.metadata_props["alloc_moe.no_step"] == "each token has sizes of its own"
 
 
 def test_a_program_in_float16_is_as_near_as_rounding_lets_it_be(

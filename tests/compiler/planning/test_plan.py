@@ -218,6 +218,21 @@ def test_the_overlap_of_the_least_divergence_is_taken(
     assert make("1.0", "price", dial=False, overlaps=(0.0, 0.7)).plan.overlap == 0.7
 
 
+@pytest.mark.parametrize("correction", ["none", "affine"])
+def test_a_plan_with_token_sizes_runs_what_it_says(
+    make: Make, moe_model: Models, calibration: CalibrationSet, correction: str
+) -> None:
+    planned = make("0.5", "price", token_sizes=True, correction=correction)
+    plan, moe = planned.plan, moe_model("olmoe")
+    assert all(layer.token_sizes is not None for layer in plan.layers)
+    assert 5.9 < plan.budget.activations <= 6
+    assert executed(moe, planned, calibration) == pytest.approx([la.k for la in plan.layers])
+    assert AllocationPlan.from_json(plan.to_json()) == plan
+    plain = make("0.5", "price", correction=correction).plan
+    assert [layer.sizes for layer in plan.layers] == [layer.sizes for layer in plain.layers]
+    assert plan.price != plain.price
+
+
 def test_without_a_profile_layers_share_evenly(make: Make) -> None:
     assert [layer.k for layer in make("0.5", "batch", metric=None).plan.layers] == [2, 2, 2]
 

@@ -24,6 +24,7 @@ from alloc_moe.compiler.planning.refinement import Refinement, refine_allocation
 from alloc_moe.compiler.planning.thresholds import Setting
 from alloc_moe.compiler.records import PlanOptions, SensitivityProfile
 from alloc_moe.runtime.artifact.plan import AllocationPlan
+from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 from alloc_moe.runtime.console import Console
 
 Models = Callable[[str], MoeModel]
@@ -206,6 +207,29 @@ def test_what_was_measured_otherwise_is_not_reused(
         )
         measured.append(report.measured)
     assert measured == [1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.usefixtures("ticking")
+def test_sizes_that_were_measured_with_other_token_sizes_are_measured_again(
+    moe_model: Models, small: CalibrationSet, profile_of: Profiles, tmp_path: Path
+) -> None:
+    moe = moe_model("olmoe")
+    sizes = expert_sizes("price", profile_of("olmoe", "fisher"), moe)
+    hidden = moe.config.get_text_config().hidden_size
+    one, other = (
+        tuple(
+            TokenSizes.of(np.full((hidden, layer.num_experts), value), np.zeros(layer.num_experts))
+            for layer in moe.layers
+        )
+        for value in (0.1, -0.1)
+    )
+    measured = []
+    for given in (None, one, other, other):
+        setting = Setting("price", sizes=sizes, token_sizes=given)
+        kept = Refinement(1, 0.0, 0, tmp_path / "refine.json")
+        _, report = refine_sizes(moe, small, setting, kept, activations=6, console=QUIET)
+        measured.append(report.measured)
+    assert measured == [1, 1, 1, 0]
 
 
 @pytest.mark.usefixtures("ticking")

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alloc_moe.compiler.records import SCORED, Redistribution
-from alloc_moe.compiler.reference.policies import POLICIES, LayerParameters, keep_mask, scores
+from alloc_moe.compiler.reference.policies import POLICIES, LayerParameters, keep_mask
+from alloc_moe.compiler.reference.scores import scores
 
 REDISTRIBUTIONS: list[Redistribution] = ["none", "batch", "sequence"]
 

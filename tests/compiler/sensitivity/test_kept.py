@@ -14,7 +14,8 @@ from alloc_moe.compiler.calibration.windows import CalibrationSet
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import Metric, Redistribution
 from alloc_moe.compiler.reference.experts import Activations, Watch, allocated
-from alloc_moe.compiler.reference.policies import LayerParameters, scores
+from alloc_moe.compiler.reference.policies import LayerParameters
+from alloc_moe.compiler.reference.scores import scores
 from alloc_moe.compiler.sensitivity import job
 from alloc_moe.compiler.sensitivity import replayed as sensitivity_replay
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
@@ -68,7 +69,7 @@ def all_scores(moe: MoeModel, layer: int, policy: Redistribution) -> torch.Tenso
     """Return the scores of a layer's second and later candidates, in falling order."""
     found: list[torch.Tensor] = []
 
-    def watch(index: int, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    def watch(index: int, weights: torch.Tensor, ids: torch.Tensor, _: LayerParameters) -> None:
         if index == layer:
             found.append(scores(policy, weights, ids)[:, 1:])
 

@@ -24,7 +24,8 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.records import Verification
 from alloc_moe.compiler.reference.experts import allocated
-from alloc_moe.compiler.reference.policies import layer_parameters, scores
+from alloc_moe.compiler.reference.policies import LayerParameters, layer_parameters
+from alloc_moe.compiler.reference.scores import scores
 from alloc_moe.compiler.verify import expected
 from alloc_moe.compiler.verify import parity as verify
 from alloc_moe.compiler.verify.batch import BATCH_TOKENS, PromptBatch
@@ -57,9 +58,9 @@ def plan(moe: MoeModel, score_plan: Plans, text: NDArray[np.int64]) -> Allocatio
     planned = score_plan(moe, "price")
     found: list[torch.Tensor] = []
 
-    def watch(layer: int, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    def watch(layer: int, weights: torch.Tensor, ids: torch.Tensor, given: LayerParameters) -> None:
         if layer == 0:
-            found.append(scores("price", weights, ids, planned.layers[0].sizes))
+            found.append(scores("price", weights, ids, given.sizes))
 
     parameters = layer_parameters(planned)
     with (

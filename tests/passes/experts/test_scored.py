@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,15 @@ from alloc_moe.compiler.reference.policies import (
     adjust_weights,
     keep_mask,
     rank_candidates,
-    scores,
 )
+from alloc_moe.compiler.reference.scores import scores
+from alloc_moe.compiler.reference.token_sizes import for_tokens
 from alloc_moe.passes.base import DOMAIN, ROUTED_EXPERTS, add_initializer
 from alloc_moe.passes.default import specialize_passes
-from alloc_moe.passes.experts.lower import PRICE_INPUT, Allocation
+from alloc_moe.passes.experts.lower import PRICE_INPUT, Allocation, TokenFactors
 from alloc_moe.passes.experts.policies.scored import cap_call, keep_scored
 from alloc_moe.runtime.artifact.plan import DROPPED, ROUTER_PROBS
+from alloc_moe.runtime.artifact.token_sizes import LIMIT, TokenSizes
 
 Session = Callable[[ir.Model], onnxruntime.InferenceSession]
 Array = NDArray[Any]
@@ -93,6 +96,16 @@ def scored(redistribution: str, thresholds: list[float], **more: Any) -> Allocat
     return Allocation([2.0] * count, redistribution, thresholds=thresholds, sizes=sizes, **more)
 
 
+def token_sizes(index: int) -> TokenSizes:
+    """Return what tokens multiply a layer's sizes by: some beyond what is allowed."""
+    random = np.random.default_rng(index)
+    return TokenSizes.of(random.normal(size=(HIDDEN, EXPERTS)), random.normal(size=EXPERTS))
+
+
+def token_factors(index: int) -> TokenFactors:
+    return TokenFactors(*token_sizes(index).arrays(), LIMIT)
+
+
 def feeds(real: Array, candidates: int = 4, dtype: type = np.float32) -> dict[str, Array]:
     random = np.random.default_rng(real.size)
     logits = random.random((real.size, EXPERTS)).astype(np.float32)
@@ -130,6 +143,9 @@ def output_of(
         given = LayerParameters(
             2.0, threshold, tuple(SIZES.tolist()), allocation.cap, allocation.overlap
         )
+        if allocation.token_factors:
+            given = dataclasses.replace(given, token_sizes=token_sizes(index))
+            given = for_tokens(given, torch.from_numpy(hidden.astype(np.float32)))
         kept = keep_mask(allocation.redistribution, ranked, ids, real, given)  # type: ignore[arg-type]
         scale = adjust_weights(weights, ranked, kept).numpy().astype(np.float64)
         gate_up, down = (
@@ -197,6 +213,37 @@ def test_overlapping_experts_are_scored_as_in_the_reference(
         np.testing.assert_allclose(output, expected, **tolerance)
         pads = 0 if pairs else int((~REAL).sum())
         assert [(prob > DROPPED / 2).sum() - pads for prob in probs] == executed
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["mask", "pairs"])
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+@pytest.mark.parametrize("cap", [None, 1.0])
+def test_tokens_have_the_sizes_that_they_have_in_the_reference(
+    session: Session, cap: float | None, overlap: float, pairs: bool, half: bool
+) -> None:
+    inputs = feeds(REAL, dtype=np.float16 if half else np.float32)
+    factors = [token_factors(0), token_factors(1)]
+    plain = scored("price", [0.3, 0.3], cap=cap, overlap=overlap)
+    allocation = dataclasses.replace(plain, token_factors=factors)
+    model = lowered(allocation, pairs=pairs, half=half)
+    onnx.checker.check_model(ir.to_proto(model))
+    output, *probs = session(model).run(None, inputs)
+    expected, executed = output_of(model, inputs, allocation, "keep")
+    tolerance = {"rtol": 2e-2, "atol": 5e-3} if half else {"rtol": 1e-5, "atol": 2e-6}
+    np.testing.assert_allclose(output, expected, **tolerance)
+    pads = 0 if pairs else int((~REAL).sum())
+    assert [(prob > DROPPED / 2).sum() - pads for prob in probs] == executed
+    _, otherwise = output_of(model, inputs, plain, "keep")
+    assert executed != otherwise or cap is not None
+
+
+def test_a_graph_without_token_sizes_has_no_trace_of_them() -> None:
+    allocation = scored("price", [0.3])
+    none = dataclasses.replace(allocation, token_factors=[None])
+    plain, other = (ir.to_proto(lowered(given, pairs=False)) for given in (allocation, none))
+    assert plain.SerializeToString() == other.SerializeToString()
+    assert b"scale_by_token" not in plain.SerializeToString()
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["mask", "pairs"])

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.records import SCORED, Redistribution
-from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, scores
+from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask
+from alloc_moe.compiler.reference.scores import scores
 from alloc_moe.passes.base import DOMAIN, add_function
 from alloc_moe.passes.experts.policies import SCORES
 from alloc_moe.passes.experts.policies.scored import cap_call, keep_scored

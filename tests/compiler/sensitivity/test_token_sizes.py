@@ -1,0 +1,156 @@
+"""Token sizes are fitted where they can be, and are nothing where there is nothing to find."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+
+from alloc_moe.compiler.calibration.windows import CalibrationSet
+from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.compiler.records import SensitivityProfile
+from alloc_moe.compiler.sensitivity import token_sizes
+from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.sensitivity.token_sizes import check_room, fit_token_sizes
+from alloc_moe.runtime.artifact.token_sizes import TokenSizes
+from alloc_moe.runtime.console import Console
+
+Models = Callable[[str], MoeModel]
+
+EXPERTS, HIDDEN, CANDIDATES, TOKENS = 5, 6, 3, 8192
+SIZES = torch.linspace(0.5, 2, EXPERTS)
+
+
+def seen(truth: torch.Tensor, *, dead: bool = False) -> token_sizes._Seen:
+    """Return tokens whose squares are those of normals, their deviations exp(h truth) sizes."""
+    random = torch.Generator().manual_seed(4)
+    hidden = 2 + 3 * torch.randn(TOKENS, HIDDEN, generator=random)
+    hidden[:, -1] = 7.0 if dead else hidden[:, -1]
+    ids = torch.rand(TOKENS, EXPERTS, generator=random).topk(CANDIDATES).indices
+    deviations = SIZES[ids] * (hidden @ truth).exp().gather(1, ids)
+    found = token_sizes._Seen()
+    normal = torch.randn(TOKENS, CANDIDATES, generator=random)
+    for part in (slice(0, 5000), slice(5000, TOKENS)):
+        found.add(hidden[part], ids[part], (deviations * normal)[part].double().square())
+    return found
+
+
+def fitted(given: token_sizes._Seen) -> TokenSizes:
+    held_out = sum(map(len, given.hidden)) // 8
+    return token_sizes._fit(given, SIZES, held_out, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_map_that_made_the_squares_is_found_again(dead: bool) -> None:
+    truth = 0.03 * torch.randn(HIDDEN, EXPERTS, generator=torch.Generator().manual_seed(5))
+    weights, _ = fitted(seen(truth, dead=dead)).arrays()
+    rows = slice(0, HIDDEN - 1 if dead else HIDDEN)
+    np.testing.assert_allclose(weights[rows], truth.numpy()[rows], atol=0.02)
+    assert np.corrcoef(weights[rows].flatten(), truth.numpy()[rows].flatten())[0, 1] > 0.95
+    if dead:  # nothing can be known of what doesn't vary
+        np.testing.assert_allclose(weights[-1], 0, atol=1e-3)
+
+
+def test_squares_that_depend_on_nothing_give_next_to_nothing() -> None:
+    weights, bias = fitted(seen(torch.zeros(HIDDEN, EXPERTS))).arrays()
+    assert np.abs(weights).max() < 0.02
+    assert np.abs(bias).max() < 0.1
+
+
+def test_what_is_worse_on_text_it_has_not_seen_is_left_out() -> None:
+    random = torch.Generator().manual_seed(6)
+    found = token_sizes._Seen()
+    hidden = torch.randn(64, 48, generator=random)
+    ids = torch.rand(64, EXPERTS, generator=random).topk(CANDIDATES).indices
+    found.add(
+        hidden, ids, SIZES[ids].square() * torch.cat([torch.full((56, 3), 0.01), torch.ones(8, 3)])
+    )
+    weights, bias = fitted(found).arrays()
+    assert not weights.any()
+    assert not bias.any()
+
+
+def test_what_float16_does_not_hold_is_told() -> None:
+    given = seen(0.03 * torch.ones(HIDDEN, EXPERTS))
+    given.hidden = [1e-8 * hidden for hidden in given.hidden]
+    with pytest.raises(UnsupportedModelError, match=r"varies by 3e-08 only. Leave it out"):
+        fitted(given)
+
+
+def test_a_layer_is_seen_with_what_its_sizes_are_made_of(
+    moe_model: Models, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = moe_model("olmoe")
+    profile = measure_sensitivity(moe, calibration, metric="fisher")
+    layers: list[token_sizes._Seen] = []
+
+    def fit(given: token_sizes._Seen, *_: object) -> TokenSizes:
+        layers.append(given)
+        return TokenSizes.of(np.zeros((1, 1)), np.zeros(1))
+
+    monkeypatch.setattr(token_sizes, "_fit", fit)
+    sizes = [row for row in profile.expert_sizes if row is not None]
+    fit_token_sizes(moe, calibration, sizes, Console(quiet=True))
+    for layer, row in zip(layers, sizes, strict=True):
+        ids, squares = torch.cat(layer.ids).flatten(), torch.cat(layer.squares).flatten()
+        assert len(torch.cat(layer.hidden)) == calibration.tokens
+        for expert in ids.unique():
+            mean = squares[ids == expert].mean().sqrt().item()
+            assert row[expert] == pytest.approx(mean, rel=1e-4)
+
+
+def test_further_text_is_fitted_to_and_the_calibration_text_held_out(
+    moe_model: Models, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def fit(given: token_sizes._Seen, _: object, held_out: int, __: object) -> TokenSizes:
+        calls.append((sum(map(len, given.hidden)), held_out))
+        return TokenSizes.of(np.zeros((1, 1)), np.zeros(1))
+
+    monkeypatch.setattr(token_sizes, "_fit", fit)
+    moe, tokens = moe_model("olmoe"), calibration.tokens
+    sizes = [[1.0] * layer.num_experts for layer in moe.layers]
+    for windows in (0, 3, 56):
+        further = np.resize(calibration.ids, (windows, calibration.sequence_length))
+        text = dataclasses.replace(calibration, further=further if windows else None)
+        fit_token_sizes(moe, text, sizes, Console(quiet=True))
+    length = calibration.sequence_length
+    alone, some, most = calls[:: len(moe.layers)]
+    assert alone == (tokens, tokens // 8)
+    assert some == (tokens + 3 * length, tokens)
+    assert most == (5 * tokens, tokens)
+
+
+def test_the_same_text_and_seed_give_the_same(
+    moe_model: Models,
+    calibration: CalibrationSet,
+    profile_of: Callable[[str, str], SensitivityProfile],
+) -> None:
+    moe, console = moe_model("olmoe"), Console(quiet=True)
+    sizes = [row for row in profile_of("olmoe", "fisher").expert_sizes if row is not None]
+    state = torch.random.get_rng_state()
+    first, again = (fit_token_sizes(moe, calibration, sizes, console) for _ in range(2))
+    assert first == again
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_model_without_room_for_them_is_refused() -> None:
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=999))
+    layer = SimpleNamespace(num_experts=100)
+
+    def model(layers: int, offloading: object = None) -> MoeModel:
+        found = SimpleNamespace(config=config, layers=[layer] * layers, offloading=offloading)
+        return cast("MoeModel", found)
+
+    check_room(model(200))
+    with pytest.raises(UnsupportedModelError, match="would put 20100000 numbers into"):
+        check_room(model(201))
+    with pytest.raises(UnsupportedModelError, match="needs the whole model in memory"):
+        check_room(model(1, offloading=object()))
