@@ -29,8 +29,8 @@ class LayerParameters:
     ``k`` is the mean number of experts per real token. The policies in `SCORED` keep scores of
     ``threshold`` or more, whatever ``k`` is; ``sizes[e]`` multiplies the weights of expert e under
     ``price``, or ``sizes[t, e]`` those of token t once `for_tokens` made them of ``token_sizes``;
-    ``overlap`` is what `scores` says. ``cap`` limits each call to that multiple of
-    ``k``. A threshold that is known only when the model runs is a tensor without dimensions.
+    ``overlap`` is what `scores` says. ``cap`` limits each call to that multiple of ``k``. A
+    threshold that is known only when the model runs is a tensor without dimensions.
     """
 
     k: float

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import Quantization
     from alloc_moe.passes.blockwise import BlockFormat
 
-_GFLOP = 20_000  # of one pass over the text: 65,536 tokens of 150 million active parameters
+_GFLOP = 5_000  # of one pass over the text: 65,536 tokens of 38 million active parameters
 _SUMS = 1 << 25  # elements of experts' sums that are in memory together: 128 MB
 
 

@@ -12,6 +12,7 @@ from alloc_moe.compiler.reference.policies import LayerParameters, keep_mask, ra
 from alloc_moe.compiler.reference.scores import scores
 from alloc_moe.compiler.reference.token_sizes import for_tokens
 from alloc_moe.runtime.artifact.token_sizes import LIMIT, TokenSizes
+from alloc_moe.runtime.errors import ArtifactError
 
 EXPERTS, HIDDEN, TOKENS = 6, 4, 9
 SIZES = tuple(np.linspace(0.5, 2, EXPERTS).tolist())
@@ -29,6 +30,12 @@ def candidates() -> tuple[torch.Tensor, torch.Tensor]:
 def test_without_them_a_layer_is_given_what_it_was() -> None:
     parameters = LayerParameters(2.0, 0.3, SIZES)
     assert for_tokens(parameters, STATES) is parameters
+
+
+def test_token_sizes_of_another_model_are_refused() -> None:
+    parameters = LayerParameters(2.0, 0.3, SIZES, token_sizes=STORED)
+    with pytest.raises(ArtifactError, match="for a hidden size of 4, but 3 enter the experts"):
+        for_tokens(parameters, STATES[:, :3])
 
 
 def test_sizes_are_multiplied_by_an_exponential_that_is_bounded() -> None:
