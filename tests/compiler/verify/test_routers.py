@@ -41,7 +41,7 @@ def choices(
     """Return which experts each layer's router gives [tokens, experts], and the least lead."""
     found: Choices = []
 
-    def watch(layer: int, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    def watch(layer: int, weights: torch.Tensor, ids: torch.Tensor, _: LayerParameters) -> None:
         mask = torch.zeros(len(ids), moe.layers[layer].num_experts, dtype=torch.bool)
         found.append(mask.scatter_(1, ids, True))
 
