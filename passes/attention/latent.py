@@ -99,7 +99,7 @@ class LatentAttentionPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        layers = match_latent_layers(model)
+        layers = match_latent_layers(model, (ir.DataType.FLOAT,))
         if not layers:
             return ir.passes.PassResult(model, modified=False)
         model.opset_imports.setdefault(MICROSOFT, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -55,19 +55,25 @@ class LatentLayer:
     factor: ir.Value | None = None
 
 
-def match_latent_layers(model: ir.Model) -> Sequence[LatentLayer]:
-    """Return all attention layers if all are latent, in float32 and without windows; else none.
+def match_latent_layers(
+    model: ir.Model, dtypes: Collection[ir.DataType | None]
+) -> Sequence[LatentLayer]:
+    """Return all attention layers if all are latent and without windows, else none.
 
     All have as many heads, and caches of one size.
+
+    Args:
+        model: Its Attention nodes are looked at.
+        dtypes: The types of cache that will do.
     """
     nodes = [node for node in model.graph if node.op_type == "Attention"]
-    layers = [_match(node) for node in nodes]
+    layers = [_match(node, dtypes) for node in nodes]
     found = [layer for layer in layers if layer is not None]
     sizes = {(layer.heads, heads_of(layer.latent), heads_of(layer.shared)) for layer in found}
     return found if len(sizes) == 1 and len(found) == len(nodes) else ()
 
 
-def _match(node: ir.Node) -> LatentLayer | None:
+def _match(node: ir.Node, dtypes: Collection[ir.DataType | None]) -> LatentLayer | None:
     if len(node.inputs) != 4 or any(
         name in node.attributes and node.attributes[name].value for name in ("softcap", "is_causal")
     ):
@@ -84,7 +90,7 @@ def _match(node: ir.Node) -> LatentLayer | None:
     if expand is None or expand.op_type != "Expand":
         return None
     product = _before(split, "Transpose", "Reshape", "MatMul")
-    expansion = None if product is None else _transposed_weight(product.inputs[1])
+    expansion = None if product is None else transposed_weight(product.inputs[1])
     latents, shared = None if product is None else _cached(product.inputs[0]), _cached(expand)
     if expansion is None or latents is None or shared is None:
         return None
@@ -93,7 +99,7 @@ def _match(node: ir.Node) -> LatentLayer | None:
     if past is None or past_shared is None or latent is None or new_shared is None:
         return None
     sizes = [heads_of(value)[1] for value in (*asked, latent, new_shared)]
-    if not heads or 0 in sizes or past.dtype != ir.DataType.FLOAT:
+    if not heads or 0 in sizes or past.dtype not in dtypes:
         return None
     return LatentLayer(
         node,
@@ -140,7 +146,8 @@ def _before(node: ir.Node | None, *op_types: str) -> ir.Node | None:
     return node
 
 
-def _transposed_weight(value: ir.Value | None) -> ir.Value | None:
+def transposed_weight(value: ir.Value | None) -> ir.Value | None:
+    """Return the weight [out, in] that a value is the transpose of."""
     node = producer(value)
     weight = node.inputs[0] if node is not None and node.op_type == "Transpose" else None
     return weight if weight is not None and weight.const_value is not None else None
