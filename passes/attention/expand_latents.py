@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import onnx_ir.passes.common as common
 from alloc_moe.passes.attention.latent_layers import (
     LatentLayer,
     PairRotation,
+    latent_rows,
     match_latent_layers,
     match_pairs,
     transposed_weight,
@@ -23,7 +24,6 @@ from alloc_moe.passes.attention.layers import (
     insert,
     is_transposed,
     producer,
-    rank,
     take_over,
 )
 from alloc_moe.passes.base import add_initializer, lazy_tensor, shared_integers
@@ -193,10 +193,9 @@ def _close(model: ir.Model, expanded: _Expanded, attended: ir.Value) -> None:
     at, heads, values = expanded.closing, layer.heads, layer.value_size
     blind = next(iter(layer.node.outputs[0].consumers()))
     if blind.op_type == "Where":  # zeros for tokens that see nothing
-        zero = ir.tensor(np.zeros((), _numpy(attended)), name=f"{attended.name or at.name}.zero")
+        zero = ir.tensor(np.zeros((), _numpy(attended)), name=f"{layer.attended.name}.zero")
         given = [blind.inputs[0], add_initializer(model, zero), attended]
-        shape, attended = attended.shape, _typed(insert(model, at, "Where", given).outputs[0], attended)
-        attended.shape = shape
+        attended = _typed(insert(model, at, "Where", given).outputs[0], attended)
     rows = insert(model, at, "Transpose", [attended], {"perm": ROWS_TO_HEADS}).outputs[0]
     merge = shared_integers(model, "merge_latent_heads", 0, 0, -1)
     merged = _typed(insert(model, at, "Reshape", [rows, merge]).outputs[0], attended)
@@ -274,12 +273,7 @@ def _rotated(
 
 def _rows(model: ir.Model, at: ir.Node, value: ir.Value) -> ir.Value:
     """Return [batch, 1, sequence, size] as [batch, sequence, size]."""
-    node = producer(value)
-    if node is not None and node.op_type == "Reshape" and rank(node.inputs[0]) == 3:
-        assert node.inputs[0] is not None
-        return node.inputs[0]
-    axis = shared_integers(model, "one_head", 1)
-    rows = _typed(insert(model, at, "Squeeze", [value, axis]).outputs[0], value)
+    rows = _typed(latent_rows(model, at, value), value)
     assert value.shape is not None
     batch, _, sequence, size = value.shape
     rows.shape = ir.Shape([batch, sequence, size])

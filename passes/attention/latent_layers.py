@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from alloc_moe.passes.attention.layers import PAST, constant, heads_of, producer, rank
+from alloc_moe.passes.attention.layers import PAST, constant, heads_of, insert, producer, rank
 from alloc_moe.passes.attention.masks import window_of
+from alloc_moe.passes.base import shared_integers
 
 _LAST_AXIS = (-1, 3)
 
@@ -226,3 +227,12 @@ def _per_head(value: ir.Value) -> ir.Value | None:
     if node is None or node.op_type != "Unsqueeze" or constant(node.inputs[1]) != [1]:
         return None
     return node.inputs[0]
+
+
+def latent_rows(model: ir.Model, at: ir.Node, value: ir.Value) -> ir.Value:
+    """Return [batch, 1, sequence, size] as [batch, sequence, size], made before a node if at all."""
+    node = producer(value)
+    if node is not None and node.op_type == "Reshape" and rank(node.inputs[0]) == 3:
+        assert node.inputs[0] is not None
+        return node.inputs[0]
+    return insert(model, at, "Squeeze", [value, shared_integers(model, "one_head", 1)]).outputs[0]

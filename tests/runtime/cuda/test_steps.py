@@ -18,10 +18,13 @@ TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
 CASES = [
     ("tiny-moe", None, "float32", "price"),  # whole: other tests have its graph captured
     ("tiny-qwen3-moe", 2, "float16", "none"),
+    ("deepseek_v2", None, "float32", "price"),
+    ("deepseek_v2", None, "float16", "none"),
+    ("deepseek_v2", None, "float16", "batch"),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[2]}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def opened(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
