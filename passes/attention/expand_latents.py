@@ -75,8 +75,9 @@ class ExpandLatentsPass(ir.passes.InPlacePass):
         if not found or len(found) != len(layers):
             return ir.passes.PassResult(model, modified=False)
         free_past_lengths(model)
+        angles = _Angles(model)
         for expanded in found:
-            _replace(model, expanded)
+            _replace(model, expanded, angles)
         common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -90,6 +91,8 @@ class ExpandLatentsPass(ir.passes.InPlacePass):
 def _match(layer: LatentLayer) -> _Expanded | None:
     query, key = match_pairs(layer.turned), match_pairs(layer.shared)
     if query is None or key is None or layer.factor is not None:
+        return None
+    if (query.cosine, query.sine) != (key.cosine, key.sine):
         return None
     split = producer(layer.own)
     parts = [] if split is None or split.op_type != "Split" else list(split.outputs)
@@ -115,11 +118,29 @@ def _is_product(node: ir.Node) -> bool:
     return node.op_type == "MatMul" and transposed_weight(node.inputs[1]) is not None
 
 
-def _replace(model: ir.Model, expanded: _Expanded) -> None:
+class _Angles:
+    """Cosines and sines in the type of what they rotate, made once for all layers."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._made: dict[ir.Value, ir.Value] = {}
+
+    def like(self, at: ir.Node, angles: ir.Value, heads: ir.Value) -> ir.Value:
+        """Return cosines, or sines, in the type of heads, made before a node."""
+        if angles.dtype == heads.dtype or heads.dtype is None:
+            return angles
+        if angles not in self._made:
+            cast = insert(self._model, at, "Cast", [angles], {"to": heads.dtype})
+            self._made[angles] = _typed(cast.outputs[0], heads)
+            self._made[angles].shape = angles.shape
+        return self._made[angles]
+
+
+def _replace(model: ir.Model, expanded: _Expanded, angles: _Angles) -> None:
     layer, at = expanded.layer, expanded.layer.node
-    query = _rotated(model, expanded, _asked(model, expanded), expanded.query)
+    query = _rotated(model, expanded, _asked(model, expanded), angles)
     key, value = _made(model, expanded)
-    states = [_rotated(model, expanded, key, expanded.key), value]
+    states = [_rotated(model, expanded, key, angles), value]
     for index, (past, present) in enumerate(zip(layer.past, layer.present, strict=True)):
         for cache in (past, present):
             assert cache.shape is not None
@@ -260,13 +281,11 @@ def _heads(model: ir.Model, expanded: _Expanded, rows: ir.Value) -> ir.Value:
     return found
 
 
-def _rotated(
-    model: ir.Model, expanded: _Expanded, heads: ir.Value, rotation: PairRotation
-) -> ir.Value:
+def _rotated(model: ir.Model, expanded: _Expanded, heads: ir.Value, angles: _Angles) -> ir.Value:
+    at, by = expanded.layer.node, (expanded.query.cosine, expanded.query.sine)
+    given = [heads, *(angles.like(at, value, heads) for value in by)]
     attributes = {"interleaved": 1, "rotary_embedding_dim": expanded.turned}
-    inputs = [heads, rotation.cosine, rotation.sine]
-    node = insert(model, expanded.layer.node, "RotaryEmbedding", inputs, attributes)
-    found = _typed(node.outputs[0], heads)
+    found = _typed(insert(model, at, "RotaryEmbedding", given, attributes).outputs[0], heads)
     found.shape = heads.shape
     return found
 

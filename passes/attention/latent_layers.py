@@ -179,9 +179,10 @@ def _merged(value: ir.Value) -> ir.Value | None:
 def match_pairs(value: ir.Value) -> PairRotation | None:
     """Return the rotation of pairs that makes a value [batch, heads, sequence, size], if one does.
 
-    It is concat(a cos - b sin, b cos + a sin) with a = x[..., 0::2] and b = x[..., 1::2].
+    It is concat(a cos - b sin, b cos + a sin) with a = x[..., 0::2] and b = x[..., 1::2], which may
+    be computed in float32.
     """
-    parts = _parts(value)
+    parts = _parts(_past_cast(value))
     if parts is None:
         return None
     first, second = producer(parts[0]), producer(parts[1])
@@ -212,13 +213,19 @@ def _factors(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
 
 def _every_second(value: ir.Value, offset: int) -> ir.Value | None:
     """Return what a Slice takes every second element of, from `offset` on."""
-    node = producer(value)
+    node = producer(_past_cast(value))
     if node is None or node.op_type != "Slice" or len(node.inputs) != 5:
         return None
     start, end, axes, steps = (constant(given) for given in node.inputs[1:])
     size = heads_of(node.inputs[0])[1]
     whole = start == [offset] and end is not None and end[0] >= size > 0
     return node.inputs[0] if whole and axes in ([3], [-1]) and steps == [2] else None
+
+
+def _past_cast(value: ir.Value) -> ir.Value:
+    node = producer(value)
+    given = node.inputs[0] if node is not None and node.op_type == "Cast" else None
+    return value if given is None else given
 
 
 def _per_head(value: ir.Value) -> ir.Value | None:
@@ -230,7 +237,7 @@ def _per_head(value: ir.Value) -> ir.Value | None:
 
 
 def latent_rows(model: ir.Model, at: ir.Node, value: ir.Value) -> ir.Value:
-    """Return [batch, 1, sequence, size] as [batch, sequence, size], made before a node if at all."""
+    """Return [batch, 1, sequence, size] as [batch, sequence, size], made before a node."""
     node = producer(value)
     if node is not None and node.op_type == "Reshape" and rank(node.inputs[0]) == 3:
         assert node.inputs[0] is not None

@@ -195,7 +195,7 @@ def test_nothing_is_a_launch_of_its_own_that_could_join_another(
     assert sorted(found) == sorted(
         [
             *["embed", "linear"],
-            *["linear", "attention", "linear"] * layers,
+            *[*["linear"] * expanding, "linear", "attention", "linear"] * layers,
             *["route", "experts"] * sparse,
             *["linear", "swiglu", "linear"] * dense,
         ]
