@@ -8,6 +8,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from alloc_moe.passes.attention.expand_latents import ExpandLatentsPass
 from alloc_moe.passes.attention.group_query import GroupAttentionPass
 from alloc_moe.passes.attention.group_query_rotary import RotaryGroupAttentionPass
 from alloc_moe.passes.attention.latent import LatentAttentionPass
@@ -73,6 +74,7 @@ def specialize_passes(
     """
     step = (StepProgramPass(allocation, positions),) if pairs else ()
     for_cuda = (
+        ExpandLatentsPass(),
         UntransposedProductsPass(),
         FoldTransposesPass(),
         JoinProductsPass(),

@@ -15,6 +15,7 @@ from onnxscript import opset23 as op
 
 from alloc_moe.passes.attention.latent_layers import (
     LatentLayer,
+    latent_rows,
     match_latent_layers,
     match_pairs,
 )
@@ -25,8 +26,6 @@ from alloc_moe.passes.attention.layers import (
     heads_of,
     insert,
     is_batch,
-    producer,
-    rank,
     take_over,
 )
 from alloc_moe.passes.base import (
@@ -99,7 +98,7 @@ class LatentAttentionPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        layers = match_latent_layers(model)
+        layers = match_latent_layers(model, (ir.DataType.FLOAT,))
         if not layers:
             return ir.passes.PassResult(model, modified=False)
         model.opset_imports.setdefault(MICROSOFT, 1)
@@ -165,7 +164,7 @@ class _Builder:
             query = self._add(at, "Mul", [query, layer.factor])
         as_rows = self._integers("as_rows", 0, 1, -1, width)
         rows = self._add(at, "Reshape", [query, as_rows])
-        new = self._add(at, "Concat", [self._rows(at, layer.latent), new], {"axis": -1})
+        new = self._add(at, "Concat", [latent_rows(model, at, layer.latent), new], {"axis": -1})
         by_row = self._append(layer, 0, "ScatterND", [self._places, new])
         column = self._add(at, "Transpose", [layer.latent], {"perm": (0, 1, 3, 2)})
         by_column = self._append(layer, 1, "ScatterElements", [self._columns, column], axis=3)
@@ -182,22 +181,15 @@ class _Builder:
         at = layer.node
         query, key = match_pairs(layer.turned), match_pairs(layer.shared)
         if query is None or key is None:
-            return layer.turned, self._rows(at, layer.shared)
+            return layer.turned, latent_rows(self._model, at, layer.shared)
         # Both come out in another order than before.
         pairs = {"interleaved": 1}
         turned = [query.source, query.cosine, query.sine]
-        new = [self._rows(at, key.source), key.cosine, key.sine]
+        new = [latent_rows(self._model, at, key.source), key.cosine, key.sine]
         return (
             self._add(at, "RotaryEmbedding", turned, pairs),
             self._add(at, "RotaryEmbedding", new, {**pairs, "num_heads": 1}),
         )
-
-    def _rows(self, at: ir.Node, value: ir.Value) -> ir.Value:
-        """Return [batch, 1, sequence, size] as [batch, sequence, size]."""
-        node = producer(value)
-        if node is not None and node.op_type == "Reshape" and rank(node.inputs[0]) == 3:
-            return node.inputs[0]
-        return self._add(at, "Squeeze", [value, self._integers("one_head", 1)])
 
     def _append(
         self, layer: LatentLayer, index: int, op_type: str, new: list[ir.Value], **attributes: int

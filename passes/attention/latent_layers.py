@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from alloc_moe.passes.attention.layers import PAST, constant, heads_of, producer, rank
+from alloc_moe.passes.attention.layers import PAST, constant, heads_of, insert, producer, rank
 from alloc_moe.passes.attention.masks import window_of
+from alloc_moe.passes.base import shared_integers
 
 _LAST_AXIS = (-1, 3)
 
@@ -55,19 +56,25 @@ class LatentLayer:
     factor: ir.Value | None = None
 
 
-def match_latent_layers(model: ir.Model) -> Sequence[LatentLayer]:
-    """Return all attention layers if all are latent, in float32 and without windows; else none.
+def match_latent_layers(
+    model: ir.Model, dtypes: Collection[ir.DataType | None]
+) -> Sequence[LatentLayer]:
+    """Return all attention layers if all are latent and without windows, else none.
 
     All have as many heads, and caches of one size.
+
+    Args:
+        model: Its Attention nodes are looked at.
+        dtypes: The types of cache that will do.
     """
     nodes = [node for node in model.graph if node.op_type == "Attention"]
-    layers = [_match(node) for node in nodes]
+    layers = [_match(node, dtypes) for node in nodes]
     found = [layer for layer in layers if layer is not None]
     sizes = {(layer.heads, heads_of(layer.latent), heads_of(layer.shared)) for layer in found}
     return found if len(sizes) == 1 and len(found) == len(nodes) else ()
 
 
-def _match(node: ir.Node) -> LatentLayer | None:
+def _match(node: ir.Node, dtypes: Collection[ir.DataType | None]) -> LatentLayer | None:
     if len(node.inputs) != 4 or any(
         name in node.attributes and node.attributes[name].value for name in ("softcap", "is_causal")
     ):
@@ -84,7 +91,7 @@ def _match(node: ir.Node) -> LatentLayer | None:
     if expand is None or expand.op_type != "Expand":
         return None
     product = _before(split, "Transpose", "Reshape", "MatMul")
-    expansion = None if product is None else _transposed_weight(product.inputs[1])
+    expansion = None if product is None else transposed_weight(product.inputs[1])
     latents, shared = None if product is None else _cached(product.inputs[0]), _cached(expand)
     if expansion is None or latents is None or shared is None:
         return None
@@ -93,7 +100,7 @@ def _match(node: ir.Node) -> LatentLayer | None:
     if past is None or past_shared is None or latent is None or new_shared is None:
         return None
     sizes = [heads_of(value)[1] for value in (*asked, latent, new_shared)]
-    if not heads or 0 in sizes or past.dtype != ir.DataType.FLOAT:
+    if not heads or 0 in sizes or past.dtype not in dtypes:
         return None
     return LatentLayer(
         node,
@@ -140,7 +147,8 @@ def _before(node: ir.Node | None, *op_types: str) -> ir.Node | None:
     return node
 
 
-def _transposed_weight(value: ir.Value | None) -> ir.Value | None:
+def transposed_weight(value: ir.Value | None) -> ir.Value | None:
+    """Return the weight [out, in] that a value is the transpose of."""
     node = producer(value)
     weight = node.inputs[0] if node is not None and node.op_type == "Transpose" else None
     return weight if weight is not None and weight.const_value is not None else None
@@ -171,9 +179,10 @@ def _merged(value: ir.Value) -> ir.Value | None:
 def match_pairs(value: ir.Value) -> PairRotation | None:
     """Return the rotation of pairs that makes a value [batch, heads, sequence, size], if one does.
 
-    It is concat(a cos - b sin, b cos + a sin) with a = x[..., 0::2] and b = x[..., 1::2].
+    It is concat(a cos - b sin, b cos + a sin) with a = x[..., 0::2] and b = x[..., 1::2], which may
+    be computed in float32.
     """
-    parts = _parts(value)
+    parts = _parts(_past_cast(value))
     if parts is None:
         return None
     first, second = producer(parts[0]), producer(parts[1])
@@ -204,7 +213,7 @@ def _factors(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
 
 def _every_second(value: ir.Value, offset: int) -> ir.Value | None:
     """Return what a Slice takes every second element of, from `offset` on."""
-    node = producer(value)
+    node = producer(_past_cast(value))
     if node is None or node.op_type != "Slice" or len(node.inputs) != 5:
         return None
     start, end, axes, steps = (constant(given) for given in node.inputs[1:])
@@ -213,9 +222,24 @@ def _every_second(value: ir.Value, offset: int) -> ir.Value | None:
     return node.inputs[0] if whole and axes in ([3], [-1]) and steps == [2] else None
 
 
+def _past_cast(value: ir.Value) -> ir.Value:
+    node = producer(value)
+    given = node.inputs[0] if node is not None and node.op_type == "Cast" else None
+    return value if given is None else given
+
+
 def _per_head(value: ir.Value) -> ir.Value | None:
     """Return [batch, sequence, size] of what is the same for every head."""
     node = producer(value)
     if node is None or node.op_type != "Unsqueeze" or constant(node.inputs[1]) != [1]:
         return None
     return node.inputs[0]
+
+
+def latent_rows(model: ir.Model, at: ir.Node, value: ir.Value) -> ir.Value:
+    """Return [batch, 1, sequence, size] as [batch, sequence, size], made before a node."""
+    node = producer(value)
+    if node is not None and node.op_type == "Reshape" and rank(node.inputs[0]) == 3:
+        assert node.inputs[0] is not None
+        return node.inputs[0]
+    return insert(model, at, "Squeeze", [value, shared_integers(model, "one_head", 1)]).outputs[0]

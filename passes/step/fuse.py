@@ -84,18 +84,18 @@ def _norms(ops: list[Op]) -> list[Op]:
     for norm in [op for op in ops if isinstance(op, RmsNorm)]:
         users = [op for op in found if norm.out in reads(op)]
         routes = [op for op in users if isinstance(op, Route)]
-        whole = norm.size is None and norm.x_offset is None
+        one = norm.size is None
         record = Norm(norm.weight, norm.eps, norm.offset)
         at = found.index(norm)
-        if whole and len(routes) == 1:
+        if one and norm.x_offset is None and len(routes) == 1:
             (route,) = routes
             normed = norm.out if len(users) > 1 else None
             fused = dataclasses.replace(route, x=norm.x, norm=record, normed=normed)
             found.remove(route)
             found[at] = fused
-        elif whole and all(_takes_norm(op, norm.out) for op in users):
+        elif one and all(_takes_norm(op, norm.out) for op in users):
             found = [
-                dataclasses.replace(op, x=norm.x, norm=record)
+                dataclasses.replace(op, x=norm.x, norm=record, x_offset=norm.x_offset)
                 if isinstance(op, Linear) and op.x == norm.out
                 else op
                 for op in found

@@ -174,7 +174,7 @@ class _Planner(Planner):
             *(lengths, counts, *sizes, _float(op["scale"]), _float(op.get("softcap") or 0.0)),
         )
         grid = (math.ceil(given.width / _QUERIES), heads, given.sequences)
-        yield Launch(f"flash<{size}>", grid, 128, 4 * _POSITIONS * (size + 8) * _ELEMENT, arguments)
+        yield Launch(f"flash<{size}>", grid, 128, attention_bytes(size), arguments)
 
     def plan_route(self, op: Operation) -> Iterable[Work]:
         experts, candidates, k = op["experts"], op["top_k"], self._widths[op["x"]]
@@ -309,6 +309,11 @@ def last_uses(program: Program) -> dict[str, Operation]:
 def is_part(value: Any) -> bool:
     """Whether a field of an operation is a part of a buffer, and not a number of elements."""
     return isinstance(value, Mapping) and "buffer" in value
+
+
+def attention_bytes(size: int) -> int:
+    """Return the shared memory of a block that attends with heads of a size."""
+    return 4 * _POSITIONS * (size + 8) * _ELEMENT
 
 
 def _tile_bytes(columns: int, stages: int) -> int:

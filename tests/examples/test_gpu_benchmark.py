@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="writes at offsets of a file")
@@ -58,6 +60,17 @@ def test_a_tiny_model_is_made_checked_timed_and_reported(
     assert records["olmoe/tokens/full/captured"]["value"] == 21
     assert records["small-olmoe/logits/price/captured"]["value"] == 0
     assert "olmoe/prefill/full/captured" not in records
+
+
+@pytest.mark.slow
+def test_steps_of_deepseek_have_a_program(gpu: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    cases = gpu("cases")
+    case = cases.tiny(next(case for case in cases.LARGE if case.name == "deepseek"))
+    gpu("make").write_case(dataclasses.replace(case, plans=("price",)), tmp_path)
+    metadata = ir.load(tmp_path / "deepseek-price.onnx").metadata_props
+    assert "alloc_moe.no_step" not in metadata
+    kinds = [op["op"] for op in json.loads(metadata["alloc_moe.step"])["ops"]]
+    assert kinds.count("attention") == 2
 
 
 def test_parts_that_end_or_hang_are_reported_and_the_rest_goes_on(

@@ -56,7 +56,11 @@ class OwnKernels:
             device, program, weights=self._weights.address, floats=self._weights.floats
         )
         self._prefiller = Prefiller(device, self.stepper)
-        self.prefill_obstacle = prefill_obstacle(program, redistribution=files.plan.redistribution)
+        self.prefill_obstacle = prefill_obstacle(
+            program,
+            redistribution=files.plan.redistribution,
+            most_shared=device.most_shared,
+        )
         """Why onnxruntime computes prompts, None if own kernels do."""
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
 from alloc_moe.runtime.artifact.shapes import ShapeError, load_json
 from alloc_moe.runtime.artifact.tensors import Initializer
+from alloc_moe.runtime.cuda.prefill import attention_bytes
 from alloc_moe.runtime.cuda.routers import MOST_CANDIDATES, MOST_EXPERTS
 from alloc_moe.runtime.errors import ArtifactError, DeviceError
 from alloc_moe.runtime.execution.buffers import BFLOAT16, FLOAT, FLOAT16
@@ -71,8 +72,14 @@ def quantized_names(program: Program) -> set[str]:
     return {name for weight, block in blocks for name in (weight, block["scales"])}
 
 
-def prefill_obstacle(program: Program, *, redistribution: str) -> str | None:
-    """Return why a program's calls of many tokens can't be computed so, None if they can."""
+def prefill_obstacle(program: Program, *, redistribution: str, most_shared: int) -> str | None:
+    """Return why a program's calls of many tokens can't be computed so, None if they can.
+
+    Args:
+        program: The step program.
+        redistribution: That of the plan.
+        most_shared: Bytes of shared memory that a block of the GPU can have.
+    """
     if program["dtype"] == "float32":
         return "float32"
     if redistribution in _POOLS:
@@ -88,6 +95,8 @@ def prefill_obstacle(program: Program, *, redistribution: str) -> str | None:
             return "a cap or a biased router"
         if op["op"] == "attention" and op["size"] % 16:
             return "a head size that is no multiple of 16"
+        if op["op"] == "attention" and attention_bytes(op["size"]) > most_shared:
+            return f"heads of {op['size']}, for which the GPU has too little shared memory"
     return None
 
 

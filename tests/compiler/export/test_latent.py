@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from alloc_moe.compiler.export.latent import plain_latent_attention, rotate_pair
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.architectures import latent_attention
 from alloc_moe.compiler.model.moe_model import MoeModel
+from alloc_moe.passes.attention.expand_latents import ExpandLatentsPass
+from alloc_moe.passes.experts.lower import Allocation, LowerExpertsPass
 from alloc_moe.runtime.artifact.plan import LATENT_CACHE_KEY, SHARED_CACHE_KEY, AllocationPlan
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 
@@ -139,3 +142,59 @@ def test_a_forked_and_a_shortened_cache_go_on_as_they_should(
     for other in (fork, cache):
         again = session.run(token_ids[:1, 8:10], cache=other).logits
         np.testing.assert_allclose(again, first, rtol=1e-5, atol=1e-6)
+
+
+def _logits(model: ir.Model, ids: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+    """Return logits of a left-padded prompt of seven, and of what follows it at once."""
+    content = ir.to_proto(model).SerializeToString()
+    running = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    past = {
+        value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32)
+        for value in running.get_inputs()
+        if value.name.startswith("past_")
+    }
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    names, found = [value.name for value in running.get_outputs()], []
+    for begin, end in ((0, 7), (7, ids.shape[1])):
+        positions = np.maximum(mask[:, :end].cumsum(1) - 1, 0)[:, begin:]
+        given = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
+        made = running.run(None, {**given, "position_ids": positions, **past})
+        outputs = dict(zip(names, made, strict=True))
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+        found.append(outputs["logits"] * mask[:, begin:end, None])
+    return found
+
+
+@pytest.fixture
+def lowered(exported: Callable[[str], ir.Model], plan: AllocationPlan) -> ir.Model:
+    """Return a graph that onnxruntime runs, whose attention is as it was exported."""
+    model = exported("deepseek_v2").clone()
+    LowerExpertsPass(Allocation([2, 2], "none"), pairs=False)(model)
+    return model
+
+
+def test_expanded_latents_give_the_same_logits(
+    lowered: ir.Model, token_ids: NDArray[np.int64]
+) -> None:
+    expected = _logits(lowered, token_ids[:2, :12])
+    assert ExpandLatentsPass()(lowered).modified
+    ExpandLatentsPass().ensures(lowered)
+    shapes = [value.shape for value in lowered.graph.inputs if "past" in (value.name or "")]
+    assert {tuple(shape[at] for at in (1, 3)) for shape in shapes if shape} == {(4, 32)}
+    for one, other in zip(expected, _logits(lowered, token_ids[:2, :12]), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-6 * np.abs(one).max())
+
+
+def test_expanding_a_second_time_changes_nothing(lowered: ir.Model) -> None:
+    with pytest.raises(ir.passes.PostconditionError, match="could be expanded"):
+        ExpandLatentsPass().ensures(lowered)
+    ExpandLatentsPass()(lowered)
+    assert not ExpandLatentsPass()(lowered).modified
+
+
+def test_queries_of_another_product_leave_latents_as_they_are(lowered: ir.Model) -> None:
+    weight = lowered.graph.initializers["model.layers.1.self_attn.q_proj.weight"]
+    (transpose,) = weight.consumers()
+    transpose.op_type = "Identity"  # as far as the pass knows, no weight [out, in]
+    assert not ExpandLatentsPass()(lowered).modified

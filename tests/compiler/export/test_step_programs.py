@@ -28,7 +28,7 @@ from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.lower import Allocation, TokenFactors
 from alloc_moe.runtime.execution.step_programs.programs import step_program
 
-FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe"]
+FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v2"]
 # Biased projections, norms of each head, half of a head rotated, a first dense layer, a router with
 # sigmoid scores and a bias for the choice alone, a shared expert without a gate.
 GLM4_MOE: dict[str, Any] = {
@@ -190,23 +190,23 @@ def test_nothing_is_a_launch_of_its_own_that_could_join_another(
 ) -> None:
     model = specialized(graphs(family), allocated(models(family)))
     found = [op["op"] for op in program(model)["ops"]]
-    dense = {"qwen2_moe": 1, "glm4_moe": 1}.get(family, 0)
+    dense = {"qwen2_moe": 1, "glm4_moe": 1, "deepseek_v2": 1}.get(family, 0)
+    expanding = 2 if family == "deepseek_v2" else 0  # products that make keys and values
     layers, sparse = models(family).config.num_hidden_layers, len(models(family).layers)
     assert sorted(found) == sorted(
         [
             *["embed", "linear"],
-            *["linear", "attention", "linear"] * layers,
+            *[*["linear"] * expanding, "linear", "attention", "linear"] * layers,
             *["route", "experts"] * sparse,
             *["linear", "swiglu", "linear"] * dense,
         ]
     )
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
-def test_latent_attention_windows_and_sinks_are_said_to_have_no_program(
-    graphs: Callable[..., ir.Model], models: Models, family: str
+def test_windows_and_sinks_are_said_to_have_no_program(
+    graphs: Callable[..., ir.Model], models: Models
 ) -> None:
-    model = specialized(graphs(family), allocated(models(family)))
+    model = specialized(graphs("gpt_oss"), allocated(models("gpt_oss")))
     assert "alloc_moe.step" not in model.metadata_props
     reason = model.metadata_props["alloc_moe.no_step"]
     assert reason == "its attention stays the standard operator"
@@ -291,6 +291,32 @@ def test_a_program_in_float16_is_as_near_as_rounding_lets_it_be(
     model = specialized(half_graph, allocated(models("olmoe")))
     assert program(model)["dtype"] == "float16"
     check(model, step_interpreter, near=1e-2)
+
+
+@pytest.mark.parametrize("redistribution", ["batch", "price"])
+def test_latent_attention_goes_with_plans_that_choose_per_call(
+    graphs: Callable[..., ir.Model],
+    models: Models,
+    step_interpreter: ModuleType,
+    redistribution: str,
+) -> None:
+    options: dict[str, Any] = {}
+    if redistribution == "price":
+        options = {"thresholds": [0.2] * 2, "sizes": [[1.0] * 8] * 2, "dial": True}
+    allocation = allocated(models("deepseek_v2"), redistribution, **options)
+    check(specialized(graphs("deepseek_v2"), allocation), step_interpreter)
+
+
+def test_what_all_heads_share_of_a_key_shows(
+    graphs: Callable[..., ir.Model], models: Models, step_interpreter: ModuleType
+) -> None:
+    model = specialized(graphs("deepseek_v2"), allocated(models("deepseek_v2")))
+    steps = program(model)
+    spread = next(op for op in steps["ops"] if op["op"] == "linear" and op["k"] == 16)
+    spread["x_offset"] -= 16
+    model.metadata_props["alloc_moe.step"] = json.dumps(steps)
+    with pytest.raises(AssertionError):
+        check(model, step_interpreter)
 
 
 def test_a_changed_weight_shows(

@@ -31,17 +31,22 @@ def _shortened(model: Path, folder: Path, layers: int) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled_for_cuda(
-    tmp_path_factory: pytest.TempPathFactory, captured_once: None
+    tmp_path_factory: pytest.TempPathFactory,
+    captured_once: None,
+    checkpoint: Callable[..., Path],
 ) -> Callable[..., Path]:
-    """Return a function from a bundled model's name to its artifact for CUDA at half its budget.
+    """Return a function from a model's name to its artifact for CUDA at half its budget.
 
-    With a number of layers, only so many of the model's are taken.
+    It is a bundled model, of which only so many layers are taken if a number is given, or else a
+    small one of a family.
     """
     from alloc_moe.compiler import api
 
     def compiled(name: str, layers: int | None, dtype: str, redistribute: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
         model = EXAMPLES / name
+        if not model.is_dir():
+            model = checkpoint(name)
         if layers is not None:
             model = _shortened(model, folder / name, layers)
         path = folder / "out.onnx"

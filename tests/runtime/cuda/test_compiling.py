@@ -15,11 +15,14 @@ KERNELS = (
     "embed<64>",
     "linear<64, 0, 1, 4, true>",
     "attention<64, 2>",
+    "attention<192, 1>",
     "route<64, 2, 32, true>",
     "gate_up<64, 0, 0, 1, 4>",
     "down<64, 0, 0, 0, 1, 8>",
     "grouped_down<64, 128, 3>",
+    "append<192>",
     "flash<64>",
+    "flash<192>",
 )
 
 

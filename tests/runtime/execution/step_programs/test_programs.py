@@ -213,9 +213,21 @@ def test_without_a_program_the_compilers_reason_is_given() -> None:
 
 
 def test_prompts_that_kernels_leave_to_onnxruntime() -> None:
-    assert prefill_obstacle(PROGRAM, redistribution="none") is None
-    assert prefill_obstacle(PROGRAM, redistribution="batch") == "redistribution batch"
-    assert prefill_obstacle({**PROGRAM, "dtype": "float32"}, redistribution="none") == "float32"
+    given: dict[str, Any] = {"redistribution": "none", "most_shared": 101_376}
+    assert prefill_obstacle(PROGRAM, **given) is None
+    assert prefill_obstacle(PROGRAM, **{**given, "redistribution": "batch"}) == (
+        "redistribution batch"
+    )
+    assert prefill_obstacle({**PROGRAM, "dtype": "float32"}, **given) == "float32"
+
+
+def test_prompts_with_heads_too_large_for_the_gpu_are_left_to_onnxruntime() -> None:
+    program = {**PROGRAM, "ops": [{"op": "attention", "size": 192}]}
+    given: dict[str, Any] = {"redistribution": "none"}
+    assert prefill_obstacle(program, **given, most_shared=102_400) is None
+    assert prefill_obstacle(program, **given, most_shared=101_376) == (
+        "heads of 192, for which the GPU has too little shared memory"
+    )
 
 
 @pytest.mark.parametrize(
