@@ -62,7 +62,7 @@ def test_a_tiny_model_is_made_checked_timed_and_reported(
     assert "olmoe/prefill/full/captured" not in records
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_steps_of_deepseek_have_a_program(gpu: Callable[[str], ModuleType], tmp_path: Path) -> None:
     cases = gpu("cases")
     case = cases.tiny(next(case for case in cases.LARGE if case.name == "deepseek"))

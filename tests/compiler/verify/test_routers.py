@@ -62,11 +62,11 @@ def choices(
 
 
 def test_of_experts_that_tie_those_that_ran_are_chosen(
-    model_of: Models, any_family: str, token_ids: NDArray[np.int64]
+    model_of: Models, compiled_family: str, token_ids: NDArray[np.int64]
 ) -> None:
-    moe, ids = model_of(any_family), token_ids[:2, :12]
+    moe, ids = model_of(compiled_family), token_ids[:2, :12]
     own, margin = choices(moe, ids)
-    seen = any_family not in UNSEEN
+    seen = compiled_family not in UNSEEN
     assert np.isfinite(margin) == seen
 
     torch.manual_seed(0)
