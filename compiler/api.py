@@ -195,8 +195,8 @@ def compile(
             f"doesn't measure. Use {' or '.join(SIZED)}, or another --redistribute."
         )
     check_plan(options.plan)
-    check_token_sizes(options.plan, sensitivity)
     check_goal(goal, options.plan, given_cost, sensitivity)
+    check_token_sizes(options.plan, sensitivity)
     check_price_per(options.target, options.plan)
     if cache == "int8" and (device == "cuda" or dtype in ("float16", "bfloat16")):
         raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")

@@ -175,8 +175,9 @@ def check_token_sizes(plan: PlanOptions, sensitivity: Metric) -> None:
     if not plan.token_sizes:
         return
     for fault, advice in (
-        (plan.redistribution != "price", f"--redistribute price, not {plan.redistribution}"),
         (sensitivity != "fisher", f"--sensitivity fisher, not {sensitivity}"),
+        (plan.cost != "activations", "a budget of activations: leave out --cost and --mixed-bits"),
+        (plan.redistribution != "price", f"--redistribute price, not {plan.redistribution}"),
         (plan.allocation != "sensitivity", f"--allocation sensitivity, not {plan.allocation}"),
     ):
         if fault:

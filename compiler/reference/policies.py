@@ -77,6 +77,12 @@ def layer_parameters(plan: AllocationPlan, price: float | None = None) -> list[L
         ArtifactError: The plan lacks what its redistribution needs.
     """
     if plan.redistribution not in SCORED:
+        for layer in plan.layers:
+            if layer.k != int(layer.k):
+                raise ArtifactError(
+                    f"The plan redistributes by {plan.redistribution}, which needs whole numbers "
+                    f"of experts, but gives {layer.name} {layer.k:g}. Compile again."
+                )
         return [LayerParameters(layer.k) for layer in plan.layers]
     if plan.redistribution == "price":
         price = plan.price if price is None else price

@@ -250,6 +250,11 @@ class _Rounding:
 
     def _round(self, name: str, wanted: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
         rounded = round_products(wanted, hessians, self._formats[name][0])
+        if not rounded.isfinite().all():
+            raise UnsupportedModelError(
+                f"The values of {name} are too large or too small to be chosen on a text. Use "
+                "--rounding nearest."
+            )
         self._count(len(rounded))
         return rounded
 

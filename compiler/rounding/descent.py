@@ -51,6 +51,11 @@ def in_blocks(weights: torch.Tensor, block: int) -> torch.Tensor:
     return weights.reshape(len(weights), -1, block, weights.shape[2])
 
 
+def inverse_of(scales: torch.Tensor) -> torch.Tensor:
+    """Return what divides by scales; by those so small that this is no number, it doesn't."""
+    return scales.where(scales.abs() >= torch.finfo(scales.dtype).tiny, 1.0).reciprocal()
+
+
 class _Descent:
     """Integers and scales, and half the slope of what they cost.
 
@@ -70,10 +75,10 @@ class _Descent:
         blocks = in_blocks(rounded, form.block)
         largest = blocks.abs().argmax(2, keepdim=True)
         self._scales = blocks.gather(2, largest)[:, :, 0] / -self._end  # [M, blocks, R]
-        safe = self._scales.where(self._scales != 0, 1.0)
+        inverse = inverse_of(self._scales)
         fixed = (self._scales == 0)[:, :, None].expand_as(blocks)
         self._fixed = fixed.scatter(2, largest, True).flatten(1, 2)
-        self._steps = (blocks / safe[:, :, None]).round().flatten(1, 2)
+        self._steps = (blocks * inverse[:, :, None]).round().flatten(1, 2)
         self._slope = hessians @ (weights - rounded)
 
     def rounded(self) -> torch.Tensor:
@@ -109,7 +114,7 @@ class _Descent:
     ) -> None:
         """Choose the values of some columns of a block anew; the slope of those behind follows."""
         scale = self._scales[:, index]
-        inverse = scale.where(scale != 0, 1.0).reciprocal()
+        inverse = inverse_of(scale)
         fixed = self._fixed[:, index * self._block : (index + 1) * self._block]
         stop = min(start + _COLUMNS, self._block)
         moved = torch.empty_like(slope[:, start:stop])

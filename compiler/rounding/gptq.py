@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.rounding.descent import descend, in_blocks
+from alloc_moe.compiler.rounding.descent import descend, in_blocks, inverse_of
 
 if TYPE_CHECKING:
     from alloc_moe.passes.blockwise import BlockFormat
@@ -180,7 +180,7 @@ def _scales_alone(
     best, least = full, torch.full_like(full, torch.inf)
     for ratio in RATIOS:
         scale = full * ratio
-        steps = (blocks / scale.where(scale != 0, 1.0)).round_().clamp_(-end, end - 1)
+        steps = (blocks * inverse_of(scale)).round_().clamp_(-end, end - 1)
         errors = blocks - steps.masked_fill_(pinned, -end).mul_(scale)
         loss = (errors.square_() * importance).sum(2, keepdim=True)
         best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
@@ -199,7 +199,7 @@ def _compensate(
 
     Scales are of blocks [M, blocks, R], in the order of before; ``pinned`` are the largest weights.
     """
-    inverse = scales.where(scales != 0, 1.0).reciprocal()
+    inverse = inverse_of(scales)
     each, end = torch.arange(len(weights)), 1 << (form.bits - 1)
     losses = torch.zeros_like(weights[:, 0])
     for start in range(0, weights.shape[1], _COLUMNS):

@@ -151,8 +151,11 @@ def test_a_price_per_sequence_that_can_not_be_is_rejected(
     ("options", "message"),
     [
         ({"redistribute": "threshold"}, "needs --redistribute price, not threshold"),
-        ({"cost": "bytes"}, "needs --redistribute price, not threshold"),
+        ({"cost": "bytes"}, "needs a budget of activations: leave out --cost and --mixed-bits"),
+        ({"mixed_bits": True, "dtype": "int4"}, "a budget of activations: leave out --cost and"),
         ({"sensitivity": "output"}, "needs --sensitivity fisher, not output"),
+        ({"sensitivity": "kl"}, "needs --sensitivity fisher, not kl"),
+        ({"target_bytes": "1MB"}, "--target-bytes predicts by sizes of all tokens, so leave out"),
         ({"allocation": "uniform"}, "needs --allocation sensitivity, not uniform"),
         ({"target_loss": 0.01}, "--target-loss predicts by sizes of all tokens, so leave out"),
         ({"output": "out.pt"}, "is for ONNX artifacts. Leave it out, or end -o in .onnx"),

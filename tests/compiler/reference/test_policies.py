@@ -204,7 +204,9 @@ def test_a_plan_gives_each_layer_its_parameters() -> None:
     assert [given.threshold for given in layer_parameters(priced)] == [0.1, 0.1]
     assert [given.threshold for given in layer_parameters(priced, 0.0)] == [0.0, 0.0]
     assert layer_parameters(priced)[1].sizes == (3.0, 4.0)
-    assert layer_parameters(planned("none")) == [LayerParameters(1.5), LayerParameters(1.0)]
+    whole = tuple(dataclasses.replace(layer, k=2) for layer in priced.layers)
+    counted = dataclasses.replace(planned("none"), layers=whole)
+    assert layer_parameters(counted) == [LayerParameters(2), LayerParameters(2)]
 
 
 def test_a_plan_that_lacks_something_is_reported() -> None:
@@ -216,5 +218,7 @@ def test_a_plan_that_lacks_something_is_reported() -> None:
         layer_parameters(planned("price"))
     with pytest.raises(ArtifactError, match="by price but lacks the 'sizes' of a"):
         layer_parameters(bare)
+    with pytest.raises(ArtifactError, match=r"by none, which needs whole .* but gives a 1\.5\."):
+        layer_parameters(planned("none"))
     with pytest.raises(ArtifactError, match="by ratio but lacks the 'threshold' of a"):
         layer_parameters(dataclasses.replace(bare, redistribution="ratio"))

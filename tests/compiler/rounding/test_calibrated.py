@@ -214,6 +214,14 @@ def test_broken_weights_are_refused(
         rounded(moe, calibration)
 
 
+def test_values_that_are_no_numbers_are_refused(
+    fresh: Callable[..., MoeModel], calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "round_products", lambda weights, *_: weights * torch.inf)
+    with pytest.raises(UnsupportedModelError, match=r"^The values of model\.layers\.0\..* are too"):
+        rounded(fresh(), calibration)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_every_matrix_is_counted(
     fresh: Callable[..., MoeModel],
