@@ -250,7 +250,8 @@ class _Rounding:
 
     def _round(self, name: str, wanted: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
         rounded = round_products(wanted, hessians, self._formats[name][0])
-        if not rounded.isfinite().all():
+        # What isn't finite before makes the inputs of a later product so, which names the cause.
+        if wanted.isfinite().all() and not rounded.isfinite().all():
             raise UnsupportedModelError(
                 f"The values of {name} are too large or too small to be chosen on a text. Use "
                 "--rounding nearest."

@@ -217,7 +217,9 @@ def test_broken_weights_are_refused(
 def test_values_that_are_no_numbers_are_refused(
     fresh: Callable[..., MoeModel], calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "round_products", lambda weights, *_: weights * torch.inf)
+    monkeypatch.setattr(
+        module, "round_products", lambda weights, *_: torch.full_like(weights, torch.inf)
+    )
     with pytest.raises(UnsupportedModelError, match=r"^The values of model\.layers\.0\..* are too"):
         rounded(fresh(), calibration)
 
