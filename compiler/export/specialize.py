@@ -100,7 +100,7 @@ def specialize(
 def _token_factors(layer: PlannedLayer) -> TokenFactors | None:
     if layer.token_sizes is None:
         return None
-    return TokenFactors(*layer.token_sizes.arrays(), LIMIT)
+    return TokenFactors(*layer.token_sizes.arrays, LIMIT)
 
 
 def _cache_type(past: ir.Value | None) -> str:

@@ -29,7 +29,7 @@ def for_tokens(parameters: LayerParameters, hidden: torch.Tensor) -> LayerParame
         )
     assert parameters.sizes is not None
     sizes = torch.as_tensor(parameters.sizes, dtype=torch.float32, device=hidden.device)
-    weights, bias = (torch.from_numpy(array).to(sizes) for array in parameters.token_sizes.arrays())
+    weights, bias = (torch.from_numpy(array).to(sizes) for array in parameters.token_sizes.arrays)
     factors = log_factors(weights, bias, hidden).exp()
     return dataclasses.replace(parameters, sizes=sizes * factors)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,8 +48,9 @@ class TokenSizes:
             return False
         return numbers.size == (self.hidden + 1) * experts and bool(np.isfinite(numbers).all())
 
+    @functools.cached_property
     def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return A [hidden, experts] and b [experts] in float32."""
+        """A [hidden, experts] and b [experts] in float32: decoded once, as every call asks."""
         flat = np.frombuffer(base64.b64decode(self.values), _STORED).astype(np.float32)
         rows = flat.reshape(self.hidden + 1, -1)
         return rows[:-1], rows[-1]

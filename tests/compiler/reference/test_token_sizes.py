@@ -40,7 +40,7 @@ def test_token_sizes_of_another_model_are_refused() -> None:
 
 def test_sizes_are_multiplied_by_an_exponential_that_is_bounded() -> None:
     found = for_tokens(LayerParameters(2.0, 0.3, SIZES, token_sizes=STORED), 3 * STATES).sizes
-    weights, bias = (array.astype(np.float64) for array in STORED.arrays())
+    weights, bias = (array.astype(np.float64) for array in STORED.arrays)
     logs = 3 * STATES.numpy() @ weights + bias
     assert np.abs(logs).max() > LIMIT > np.abs(logs).min()
     expected = np.array(SIZES) * np.exp(np.clip(logs, -LIMIT, LIMIT))

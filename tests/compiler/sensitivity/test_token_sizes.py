@@ -49,7 +49,7 @@ def fitted(given: token_sizes._Seen) -> TokenSizes:
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_map_that_made_the_squares_is_found_again(dead: bool) -> None:
     truth = 0.03 * torch.randn(HIDDEN, EXPERTS, generator=torch.Generator().manual_seed(5))
-    weights, _ = fitted(seen(truth, dead=dead)).arrays()
+    weights, _ = fitted(seen(truth, dead=dead)).arrays
     rows = slice(0, HIDDEN - 1 if dead else HIDDEN)
     np.testing.assert_allclose(weights[rows], truth.numpy()[rows], atol=0.02)
     assert np.corrcoef(weights[rows].flatten(), truth.numpy()[rows].flatten())[0, 1] > 0.95
@@ -58,7 +58,7 @@ def test_a_map_that_made_the_squares_is_found_again(dead: bool) -> None:
 
 
 def test_squares_that_depend_on_nothing_give_next_to_nothing() -> None:
-    weights, bias = fitted(seen(torch.zeros(HIDDEN, EXPERTS))).arrays()
+    weights, bias = fitted(seen(torch.zeros(HIDDEN, EXPERTS))).arrays
     assert np.abs(weights).max() < 0.02
     assert np.abs(bias).max() < 0.1
 
@@ -71,7 +71,7 @@ def test_what_is_worse_on_text_it_has_not_seen_is_left_out() -> None:
     found.add(
         hidden, ids, SIZES[ids].square() * torch.cat([torch.full((56, 3), 0.01), torch.ones(8, 3)])
     )
-    weights, bias = fitted(found).arrays()
+    weights, bias = fitted(found).arrays
     assert not weights.any()
     assert not bias.any()
 

@@ -31,11 +31,11 @@ def test_arrays_come_back_as_float16_has_them(hidden: int, experts: int, seed: i
     stored = TokenSizes.of(weights, bias)
     assert stored.fits(experts)
     assert not stored.fits(experts + 1)
-    for found, given_array in zip(stored.arrays(), (weights, bias), strict=True):
+    for found, given_array in zip(stored.arrays, (weights, bias), strict=True):
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, given_array.astype(np.float16))
     # What was read can be stored again without a change.
-    assert TokenSizes.of(*stored.arrays()) == stored
+    assert TokenSizes.of(*stored.arrays) == stored
 
 
 @pytest.mark.parametrize("value", [1e6, -1e6, np.nan, np.inf])
