@@ -145,12 +145,11 @@ class _Rounding:
 
     def _matrices(self, prefix: str) -> int:
         """Return how many matrices are rounded of the weights whose names begin so."""
-        names = [name for name in self._formats if name.startswith(prefix)]
-        count = len(names)
-        for experts, number in self._experts.items():
-            of_these = sum(name.rpartition(".")[0] == experts for name in names)
-            count += of_these * (number * max(1, len(self._widths.get(experts, ()))) - 1)
-        return count
+        modules = (name.rpartition(".")[0] for name in self._formats if name.startswith(prefix))
+        return sum(
+            self._experts.get(module, 1) * max(1, len(self._widths.get(module, ())))
+            for module in modules
+        )
 
     def _head(self) -> str | None:
         """Return the name of the head, if it has weights of its own and is stored in few bits."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,7 +84,7 @@ def clear_references(
     last = text.size - BATCH_TOKENS
     starts = [attempt * BATCH_TOKENS % (last + 1) for attempt in range(_ATTEMPTS)]
     batches = [PromptBatch.of(text[start : start + BATCH_TOKENS]) for start in starts]
-    plans = [functools.partial(_in_force, moe, plan, price, corrections) for price in prices]
+    plans = [_in_force(moe, plan, price, corrections) for price in prices]
     if moe.offloading is None:
         return [
             _clearest(_reference(moe, batch, run, cache_scales) for batch in batches)
@@ -115,7 +114,7 @@ def run_again(
         corrections: What its experts are changed by, per MoE layer.
     """
     pairs = [
-        (given.batch, functools.partial(_in_force, moe, plan, price, corrections))
+        (given.batch, _in_force(moe, plan, price, corrections))
         for given, price in zip(references, prices, strict=True)
     ]
     return _run(moe, pairs, {})
@@ -134,9 +133,8 @@ def with_same_ties(
     """Run PyTorch on the same batch again, and let it take near-ties as an artifact took them.
 
     A decision is turned only if it was taken by less than `NEAR_TIE`, be it the plan's or a
-    router's. Of each token one expert runs
-    at least, and where the plan fixes how many experts run in a call, so many do. What is returned
-    has no near-ties: none is left open.
+    router's. Of each token one expert runs at least, and where the plan fixes how many experts run
+    in a call, so many do. What is returned has no near-ties: none is left open.
 
     Args:
         reference: What is run again.
@@ -160,12 +158,11 @@ def with_same_ties(
     def runs(layer: int) -> torch.Tensor:
         return torch.from_numpy(next(routed[layer]))
 
-    run = functools.partial(_in_force, moe, plan, price, corrections, turn, runs)
+    run = _in_force(moe, plan, price, corrections, turn, runs)
     (found,) = _run(moe, [(reference.batch, run)], cache_scales)
     return dataclasses.replace(found, margin=math.inf, lead=math.inf)
 
 
-@contextmanager
 def _in_force(
     moe: MoeModel,
     plan: AllocationPlan,
@@ -173,12 +170,16 @@ def _in_force(
     corrections: Sequence[Correction | None] | None,
     turn: Turn | None = None,
     runs: Runs | None = None,
-) -> Iterator[Activations]:
-    with (
-        under_plan(moe, plan, corrections, price=price, turn=turn) as activations,
-        watched_routers(moe.model, moe.layers, activations, near=NEAR_TIE, runs=runs),
-    ):
-        yield activations
+) -> _Plan:
+    @contextmanager
+    def in_force() -> Iterator[Activations]:
+        with (
+            under_plan(moe, plan, corrections, price=price, turn=turn) as activations,
+            watched_routers(moe.model, moe.layers, activations, near=NEAR_TIE, runs=runs),
+        ):
+            yield activations
+
+    return in_force
 
 
 def _run(

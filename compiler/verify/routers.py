@@ -56,7 +56,8 @@ class _Watch(TorchFunctionMode):
         if (experts, k) != (layer.num_experts, layer.experts_per_token) or k == experts:
             return found
         first = input.topk(k + 1).values
-        last, unit = first[..., k - 1 : k], first[..., k - 1 : k].abs().clamp(min=1)
+        last = first[..., k - 1 : k]
+        unit = last.abs().clamp(min=1)
         leads = (last - first[..., k:]) / unit
         least = leads.nan_to_num(math.inf).min().item()  # of two that are ruled out there is none
         self._activations.lead = min(self._activations.lead, least)
