@@ -91,8 +91,7 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
     config = read_config(folder, trust_remote_code=trust_remote_code)
     check_architecture(config, weights)
     skeleton = build_skeleton_or_refuse(config, trust_remote_code=trust_remote_code)
-    with quiet():  # hybrids tell which kernels aren't installed
-        layers = find_moe_layers(skeleton)
+    layers = _moe_layers(skeleton)
     reader = CheckpointReader(weights, skeleton)
     if differently_tied(skeleton, reader):
         # As transformers does: weights that are there and differ are not replaced by each other.
@@ -115,6 +114,20 @@ def open_checkpoint(source: str, *, trust_remote_code: bool = False) -> Checkpoi
         ),
         is_part=settings.get("model_type") in architectures.TEXT_PARTS,
     )
+
+
+def _moe_layers(skeleton: PreTrainedModel) -> tuple[MoeLayer, ...]:
+    """Return the MoE layers, or refuse a model that doesn't run as it was configured."""
+    try:
+        with quiet():  # hybrids tell which kernels aren't installed
+            return find_moe_layers(skeleton)
+    except UnsupportedModelError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise UnsupportedModelError(
+            f"transformers builds a {skeleton.config.model_type} of this config.json, but can't "
+            f"run it: {first_line(error)} Is it as it was published?"
+        ) from error
 
 
 def _check_untouched(folder: Path) -> None:

@@ -21,7 +21,7 @@ Models = Callable[[str], MoeModel]
 Choices = list[torch.Tensor]
 
 UNSEEN = ("phimoe",)  # takes the largest twice
-GROUPED = ("axk1", "deepseek_v2", "deepseek_v3", "nemotron_h")  # choose groups of experts first
+GROUPED = ("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "nemotron_h")  # groups first
 
 
 @pytest.fixture
