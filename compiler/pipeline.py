@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.calibration.windows import calibrate
 from alloc_moe.compiler.checkpoints.build import build_checkpoint, check_checkpoint
-from alloc_moe.compiler.errors import OptionsError
 from alloc_moe.compiler.export.normalize import export_model, generation_metadata
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.checks.targets import check_target
@@ -87,8 +86,6 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         AllocMoeError: Anything that the user can act on; no output file was touched then.
     """
     output = package.parse_output(options.output, force=options.force, form=options.target.form)
-    if options.plan.token_sizes and (output.is_checkpoint or output.is_program):
-        raise OptionsError("--token-sizes is for ONNX artifacts. Leave it out, or end -o in .onnx.")
     if output.is_checkpoint:
         check_checkpoint(options)
     elif output.is_program:

@@ -6,6 +6,7 @@ the product stops where these begin, so that experts are computed only where the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,7 @@ from alloc_moe.compiler.reference.policies import (
     adjust_weights,
     rank_candidates,
 )
+from alloc_moe.compiler.reference.token_sizes import for_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +80,8 @@ def run_planned(
     if call.price is not None:
         compiled = torch.full_like(call.price, cast("float", parameters.threshold))
         threshold = torch.where(call.price < 0, compiled, call.price)
-        parameters = LayerParameters(**{**vars(parameters), "threshold": threshold})
+        parameters = dataclasses.replace(parameters, threshold=threshold)
+    parameters = for_tokens(parameters, hidden)
     ranked, ranked_ids = rank_candidates(weights, ids)
     policy = POLICIES[cast("Redistribution", plan.redistribution)]
     keep = policy(ranked, ranked_ids, call.real, parameters).mask

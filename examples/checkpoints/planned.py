@@ -11,6 +11,7 @@ transformers runs as many experts as ever.
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import sys
@@ -25,6 +26,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 DECIDES = {"price": "sizes", "threshold": "threshold", "none": "k"}
 """What a layer's entry in the plan has to have, by redistribution."""
+LIMIT = 2.5
+"""The greatest logarithm of what a token multiplies a size by, up or down."""
 
 
 def apply_plan(model: Any, folder: Path) -> None:
@@ -35,7 +38,12 @@ def apply_plan(model: Any, folder: Path) -> None:
     try:
         plan, shifts = read_plan(folder, str(model.device))
         modules = [model.get_submodule(layer["experts_module"]) for layer in plan["layers"]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        for layer in plan["layers"]:
+            layer["token_sizes"] = token_sizes(layer, str(model.device))
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+        SafetensorError,
+    ) as error:
         sys.exit(
             f"The plan in {folder} can't be read, or is another model's "
             f"({type(error).__name__}: {error}). Copy the folder again, or compile it again."
@@ -69,6 +77,16 @@ def read_plan(folder: Path, device: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return plan, load_file(Path(folder) / shifts, device=device) if shifts else {}
 
 
+def token_sizes(layer: Any, device: str) -> torch.Tensor | None:
+    """Return what makes a layer's sizes a token's own [hidden + 1, experts]: a bias is last."""
+    given = layer.get("token_sizes")
+    if given is None:
+        return None
+    numbers = bytearray(base64.b64decode(given["values"], validate=True))
+    flat = torch.frombuffer(numbers, dtype=torch.float16).to(device, torch.float32)
+    return flat.view(given["hidden"] + 1, layer["experts"])
+
+
 def run_planned(
     forward: Any, plan: Any, layer: Any, shift: Any, hidden: Any, ids: Any, weights: Any
 ) -> Any:
@@ -77,7 +95,11 @@ def run_planned(
     ids = ids.gather(-1, order)
     rank = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if plan["redistribution"] == "price":
-        added = torch.tensor(layer["sizes"], device=ids.device)[ids] * weights.float()
+        sizes = torch.tensor(layer["sizes"], device=ids.device)[ids]
+        if layer["token_sizes"] is not None:
+            logs = hidden.float() @ layer["token_sizes"][:-1] + layer["token_sizes"][-1]
+            sizes = sizes * logs.clamp(-LIMIT, LIMIT).exp().gather(-1, ids)
+        added = sizes * weights.float()
         behind = added.flip(-1).cumsum(-1).flip(-1) - added
         score = (added * (added + 2 * plan.get("overlap", 0.0) * behind)).sqrt()
         keep = (rank < 1) | (score >= plan["price"])

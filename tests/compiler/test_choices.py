@@ -158,8 +158,6 @@ def test_a_price_per_sequence_that_can_not_be_is_rejected(
         ({"target_bytes": "1MB"}, "--target-bytes predicts by sizes of all tokens, so leave out"),
         ({"allocation": "uniform"}, "needs --allocation sensitivity, not uniform"),
         ({"target_loss": 0.01}, "--target-loss predicts by sizes of all tokens, so leave out"),
-        ({"output": "out.pt"}, "is for ONNX artifacts. Leave it out, or end -o in .onnx"),
-        ({"output": "out/", "target": "checkpoint"}, "--token-sizes is for ONNX artifacts"),
     ],
     ids=str,
 )

@@ -61,8 +61,11 @@ def test_tokens_have_their_own_sizes_as_in_the_reference(
         verify_artifact(path, moe, plan, token_ids, dtype="float32")
 
 
-def test_a_compile_fits_them_and_runs_by_them(compile_to: Compile, tmp_path: Path) -> None:
-    compiled = compile_to(tmp_path / "out.onnx", token_sizes=True)
+@pytest.mark.parametrize("name", ["out.onnx", "out.pt", "out.pt2"])
+def test_a_compile_fits_them_and_runs_by_them(
+    compile_to: Compile, tmp_path: Path, name: str
+) -> None:
+    compiled = compile_to(tmp_path / name, token_sizes=True)
     plan = compiled.plan
     assert all(layer.token_sizes is not None for layer in plan.layers)
     assert 5.9 < plan.budget.activations <= 6
