@@ -123,7 +123,8 @@ def compile(
         dtype: Type of the weights.
         block: How many weights share a scale, at most: 16, 32, 64 or 128.
         rounding: How int8 and int4 weights are rounded: to the nearest, or so that their products
-            change least on the calibration text (``gptq``); None is ``gptq`` for int4 alone.
+            change least on the calibration text (``gptq``); None is ``gptq`` for int4 and with
+            `mixed_bits`, else ``nearest``.
         mixed_bits: Choose 4 or 8 bits for each layer's experts together with their number.
         cache: Type of keys and values between calls.
         device: Where the artifact will run.

@@ -35,6 +35,9 @@ from alloc_moe.compiler.records import (
     Weights,
 )
 
+UNMEASURED: tuple[Redistribution, ...] = ("top-p", "ratio")
+"""Redistributions that go by no profile: nothing is measured for them."""
+
 MOST_TEXT = 1 << 40
 """The most tokens of a text."""
 MOST_SEED = 2**63 - 1
@@ -166,7 +169,7 @@ def check_plan(plan: PlanOptions) -> None:
             f"--cost {plan.cost} divides a budget among layers, which {policy} does by itself. Use "
             "--redistribute threshold, batch, sequence or none."
         )
-    if plan.refine and policy in ("top-p", "ratio"):
+    if plan.refine and policy in UNMEASURED:
         raise OptionsError(f"--redistribute {policy} leaves nothing to refine.")
 
 
@@ -257,7 +260,7 @@ def check_goal(goal: Goal | None, plan: PlanOptions, cost: str | None, sensitivi
         (plan.refine > 0, "chooses the plan by itself, so leave out --refine"),
         (plan.token_sizes, "predicts by sizes of all tokens, so leave out --token-sizes"),
         (
-            by_loss and plan.redistribution in ("top-p", "ratio"),
+            by_loss and plan.redistribution in UNMEASURED,
             f"predicts what plans cost, which {plan.redistribution} doesn't tell. Use "
             "--redistribute price, threshold, batch, sequence or none",
         ),

@@ -2,7 +2,7 @@
 
     checkpoint -> model -> rounded weights -> profile -> plan, corrections -> graph -> files
 
-Each stage is a function from plain data to plain data; every other room has one of them.
+Stages take plain data and give plain data. Other rooms have one of them, or serve several.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from alloc_moe.compiler.calibration.windows import calibrate
 from alloc_moe.compiler.checkpoints.build import build_checkpoint, check_checkpoint
+from alloc_moe.compiler.choices import UNMEASURED
 from alloc_moe.compiler.export.normalize import export_model, generation_metadata
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.checks.targets import check_target
@@ -228,7 +229,7 @@ def _needs_profile(options: CompileOptions, budget: Budget) -> bool:
     plan = options.plan
     if options.target.mixed_bits or (options.goal is not None and not by_activations(plan)):
         return True
-    if plan.allocation != "sensitivity" or plan.redistribution in ("top-p", "ratio"):
+    if plan.allocation != "sensitivity" or plan.redistribution in UNMEASURED:
         return False
     return plan.redistribution == "price" or budget.activations < budget.original
 

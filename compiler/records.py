@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alloc_moe.compiler.errors import ProfileError
+from alloc_moe.runtime.artifact.plan import Redistribution as Redistribution
 from alloc_moe.runtime.artifact.shapes import (
     ShapeError,
     measured,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 Allocation = Literal["sensitivity", "uniform"]
 Metric = Literal["kl", "ppl-suffix", "output", "fisher", "data-free"]
-Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
 Weights = Literal["keep", "renorm"]
 CorrectionMode = Literal["none", "gain", "affine"]
 CostKind = Literal["activations", "bytes", "latency"]

@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     "--output",
     required=True,
     help="out.onnx (and out.onnx.data), or DIR/ for a bundle. To run in torch: out.pt for "
-    "TorchScript, out.pt2 for torch.export.",
+    "TorchScript, out.pt2 for torch.export. For transformers: DIR/ with --target checkpoint.",
 )
-@profiling_options
+@profiling_options(", the --cost isn't activations, or with --mixed-bits")
 @click.option(
     "--profile",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     metavar="FACTOR",
     type=FiniteRange(1, 1e6),
     help="No call runs more than this times a layer's experts per token. For price, threshold, "
-    "top-p and ratio, which hold the budget in the mean only. Fixes the budget.",
+    "top-p and ratio, which hold the budget in the mean only. The artifact then has no dial.",
 )
 @click.option(
     "--token-sizes",
@@ -119,7 +119,7 @@ if TYPE_CHECKING:
     type=click.Choice(["keep", "renorm"]),
     default="keep",
     show_default=True,
-    help="Weights of the kept experts: the router's own, or scaled up to the sum of all.",
+    help="Router weights of the kept experts: as they are, or scaled up to the sum of all.",
 )
 @click.option(
     "--dtype",

@@ -29,7 +29,7 @@ from alloc_moe.runtime.console import Console
     type=click.Path(dir_okay=False, path_type=Path),
     help="The profile; an unfinished one is finished.",
 )
-@profiling_options
+@profiling_options(". A profile for --cost bytes or latency needs threshold")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "int8", "int4"]),

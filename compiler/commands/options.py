@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -18,8 +19,16 @@ from alloc_moe.compiler.records import (
 from alloc_moe.runtime.commands.numeric import MOST_TEXT, seed_type
 
 
-def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that both commands take."""
+def profiling_options(
+    threshold_where: str,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options that both commands take, and where ``threshold`` is the default redistribution."""
+    return functools.partial(_add_profiling_options, threshold_where=threshold_where)
+
+
+def _add_profiling_options(
+    function: Callable[..., Any], *, threshold_where: str
+) -> Callable[..., Any]:
     options = (
         click.option(
             "--calibration",
@@ -57,7 +66,7 @@ def profiling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "per layer; tokens compete within the call (batch) or the sequence; plain top-k "
             "(none); cumulative weight (top-p), or weight relative to the best expert's (ratio). "
             "Default: price; threshold where experts' sizes aren't measured (--sensitivity kl, "
-            "ppl-suffix, data-free), the --cost isn't activations, or with --mixed-bits.",
+            f"ppl-suffix, data-free){threshold_where}.",
         ),
         click.option(
             "--correct",
@@ -100,7 +109,7 @@ def rounding_options(function: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Choice(get_args(Rounding)),
         help="For int8 and int4: round each weight to the nearest value, or let weights make up "
         "for each other's errors on the calibration text (gptq). Default: gptq for int4, nearest "
-        "for int8 and with --mixed-bits.",
+        "for int8.",
     )
     return block(rounding(function))
 

@@ -173,6 +173,10 @@ def resolve_folder(source: str) -> Path:
                 "Give the folder that save_pretrained wrote."
             )
         return path
+    if path.is_file():
+        raise CheckpointError(
+            f"{source!r} is a file. Give the folder of a checkpoint, with its config.json."
+        )
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise CheckpointError(
             f"{source!r} is neither a folder nor a model id of the form owner/name. Check the path."

@@ -1,4 +1,4 @@
-"""Sensitivity profile and budget -> allocation plan (Alloc-L, section 2 of the design)."""
+"""Sensitivity profile and budget -> allocation plan (Alloc-L of arXiv 2604.08133)."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import get_args
 
+from alloc_moe.compiler.choices import UNMEASURED
 from alloc_moe.compiler.errors import SweepError
 from alloc_moe.compiler.records import SCORED, CorrectionMode, Metric, Redistribution
 
@@ -80,10 +81,7 @@ def parse_method(text: str) -> Method:
                 f"{text} has two parts, {found[kind]} and {part}, where one is possible."
             )
         found[kind] = part
-    if (
-        found.get("redistribution") in ("top-p", "ratio")
-        and found.get("metric", "uniform") != "uniform"
-    ):
+    if found.get("redistribution") in UNMEASURED and found.get("metric", "uniform") != "uniform":
         raise SweepError(
             f"{text} has no use for {found['metric']}: {found['redistribution']} divides a budget "
             "among layers by itself. Leave one of them out."

@@ -18,6 +18,8 @@ import numpy as np
 from alloc_moe.runtime.artifact.plan import AllocationPlan, DialPoint
 from alloc_moe.runtime.errors import GenerationError
 
+_NEAR = 0.01  # activations
+
 
 @dataclass(frozen=True)
 class DialCurve:
@@ -101,7 +103,8 @@ def price_of(plan: AllocationPlan, budget: str | float) -> float:
 
 def activations_of(curve: DialCurve, budget: str | float) -> int:
     """Return the activations per token that a budget is; errors are those of `price_of`."""
-    least, original = curve.least, curve.original
+    # A last point of 6.0001 is that of 6: prices meet what was asked for as well as text lets them.
+    least, original = curve.least - _NEAR, curve.original
     legal = (
         f"Give a fraction from {_fraction_up(least, original)} to 1.0, or a whole number of "
         f"activations from {math.ceil(least)} to {original} (the full model)."

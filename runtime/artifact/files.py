@@ -254,6 +254,11 @@ def find_artifact(path: str | Path) -> ArtifactFiles:
                     f"{CHECKPOINT_PLAN_FILE}; examples/checkpoints/planned.py runs it. For an "
                     "artifact compile the original model without --target checkpoint."
                 )
+            if (Path(path) / "config.json").is_file():
+                raise ArtifactError(
+                    f"The folder {path} is a checkpoint. Compile it first: "
+                    f"alloc-compile {path} --budget 0.5 -o out.onnx"
+                )
             raise ArtifactError(
                 f"The folder {path} has no {MODEL_FILE}, so it is no bundle. "
                 "Give a bundle folder or an .onnx file that alloc-compile wrote."

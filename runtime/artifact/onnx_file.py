@@ -52,7 +52,9 @@ def read_onnx_file(path: Path) -> OnnxFile:
         data = _mapped(path)
         return _read_model(memoryview(data))  # unmapped when the last view of it is gone
     except FileNotFoundError as error:
-        raise ArtifactError(f"There is no file {path}.") from error
+        raise ArtifactError(
+            f"There is no file {path}. Check the path; alloc-compile writes such files."
+        ) from error
     except OSError as error:
         raise ArtifactError(f"{path} can't be read: {error.strerror}.") from error
     except (ValueError, IndexError) as error:  # an empty file is a ValueError of mmap

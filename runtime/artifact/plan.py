@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from alloc_moe.runtime.artifact.shapes import (
     ShapeError,
@@ -75,7 +75,7 @@ ROUTER_WEIGHTS = "alloc_moe.router_weights.{layer}"
 """Name of the value [tokens, experts] before a layer's QMoE op: weights, 0 if not run."""
 DROPPED = -1e4
 """What stands in the router probabilities for an expert that is not executed."""
-REDISTRIBUTIONS = ("price", "threshold", "batch", "sequence", "none", "top-p", "ratio")
+Redistribution = Literal["none", "batch", "sequence", "threshold", "price", "top-p", "ratio"]
 """What a plan's redistribution can be."""
 _OPTIONAL = ("price", "overlap", "dial", "cap", "correction", "cost", "quantization", "target")
 
@@ -220,7 +220,7 @@ _PLAN = record(
                 "original": whole(1, _MOST),
             }
         ),
-        "redistribution": one_of(*REDISTRIBUTIONS),
+        "redistribution": one_of(*get_args(Redistribution)),
         "weights": one_of("keep", "renorm"),
         "layers": rows(
             record(

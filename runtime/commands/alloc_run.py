@@ -150,7 +150,10 @@ def run_command(
     from alloc_moe.runtime.text.sampling import Sampling
 
     if chat and (prompts or files or console.json_output):
-        raise click.UsageError("--chat reads messages from stdin and prints answers as they come.")
+        raise click.UsageError(
+            "--chat reads messages from stdin and prints answers as they come: leave out --prompt, "
+            "--prompt-file and --json."
+        )
     if not chat and (system is not None or not (prompts or files)):
         raise click.UsageError("Give a --prompt or a --prompt-file, or --chat.")
     sampling = Sampling(

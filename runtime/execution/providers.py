@@ -160,7 +160,7 @@ def create_session(
     if ep == "cuda":
         raise DeviceError(f"CUDA can't be used: {reason}. Use --ep cpu, or see to that first.")
     if CUDA in onnxruntime.get_available_providers():
-        logger.info("Running on the CPU, as CUDA can't be used: %s.", reason)
+        logger.info("Running on the CPU: %s.", reason)
     return _on_cpu(model, options, name=name)
 
 

@@ -54,7 +54,7 @@ def test_the_command_shows_our_errors_plainly(tmp_path: Path) -> None:
         cache=tmp_path,
     )
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == "Error: There is no file none.onnx."
+    assert run.stderr.splitlines()[-1].startswith("Error: There is no file none.onnx. Check the")
     assert "Traceback" not in run.stderr
 
 

@@ -107,7 +107,17 @@ def test_no_prompt_is_wrong_usage(bundle: Path) -> None:
 
 def test_an_artifact_that_is_not_there_is_reported() -> None:
     outcome = run("gone.onnx", "--prompt", "x")
-    assert (outcome.exit_code, outcome.stderr) == (1, "Error: There is no file gone.onnx.\n")
+    assert outcome.exit_code == 1
+    assert outcome.stderr == (
+        "Error: There is no file gone.onnx. Check the path; alloc-compile writes such files.\n"
+    )
+
+
+def test_a_checkpoint_is_no_artifact_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    outcome = run(str(tmp_path), "--prompt", "x")
+    assert outcome.exit_code == 1
+    assert f"is a checkpoint. Compile it first: alloc-compile {tmp_path} --b" in outcome.stderr
 
 
 def test_inspect_shows_the_plan_without_the_weights(toy: Path, tmp_path: Path) -> None:

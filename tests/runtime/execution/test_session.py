@@ -257,7 +257,7 @@ def test_auto_without_a_gpu_runs_on_the_cpu_and_says_so_once(
     with caplog.at_level(logging.INFO):
         assert open_session(toy, ep="auto").device == "cpu"
     assert len(caplog.messages) == 1
-    assert "Running on the CPU, as CUDA can't be used: " in caplog.text
+    assert "Running on the CPU: no NVIDIA driver" in caplog.text
     assert capfd.readouterr().out == ""
 
 
