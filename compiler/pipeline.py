@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from alloc_moe.compiler.calibration.windows import calibrate
+from alloc_moe.compiler.calibration.windows import calibrate, check_source
 from alloc_moe.compiler.checkpoints.build import build_checkpoint, check_checkpoint
 from alloc_moe.compiler.choices import UNMEASURED
 from alloc_moe.compiler.export.normalize import export_model, generation_metadata
@@ -93,6 +93,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         check_program(options.target, output.path)
     else:
         check_verifiable(options.target.dtype)
+    check_source(options.calibration.text)
     moe = load_model(
         options.model,
         console,
@@ -173,6 +174,7 @@ def profile_model(
     Raises:
         AllocMoeError: Anything that the user can act on.
     """
+    check_source(options.calibration.text)
     moe = load_model(
         options.model,
         console,

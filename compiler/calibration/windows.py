@@ -89,6 +89,17 @@ def calibrate(
     )
 
 
+def check_source(source: str | None) -> None:
+    """Raise CalibrationError for a file that can't be opened: said before a model is loaded."""
+    if source is None or _dataset(Path(source)):
+        return
+    try:
+        with Path(source).open("rb"):
+            pass
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
 def load_calibration(
     source: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -147,20 +158,16 @@ def load_calibration(
 def _read(source: str | Path, tokens: int, tokenizer: PreTrainedTokenizerBase) -> TextIds:
     path = Path(source)
     encode = encoder(tokenizer)
-    match = _DATASET.fullmatch(str(source))
+    match = _dataset(path)
     try:
-        is_file = path.exists() or path.parent.is_dir()
-        if match and not (is_file or path.suffix == ".txt" or has_objects(path)):
+        if match:
             template, characters = chat_template(tokenizer), tokens * _CHARACTERS_PER_TOKEN
             data = _read_dataset(match["id"], match["config"], template, characters)
             return read_ids(io.BytesIO(data), encode, most_bytes=max(MOST_BYTES, len(data)))
         with open_source(path, tokenizer) as file:
             text = read_ids(file, encode)
     except OSError as error:
-        raise CalibrationError(
-            f"The calibration text {source} can't be read: {error.strerror}. "
-            "Give a text file, or a dataset of the Hugging Face hub as owner/name."
-        ) from error
+        raise _unreadable(source, error) from error
     except TextError as error:
         raise CalibrationError(f"The calibration text {source} {error}") from error
     if text.cut:
@@ -170,6 +177,19 @@ def _read(source: str | Path, tokens: int, tokenizer: PreTrainedTokenizerBase) -
             MOST_BYTES >> 20,
         )
     return text
+
+
+def _dataset(path: Path) -> re.Match[str] | None:
+    """Return the parts of a dataset's id, unless that is where a file is or could be."""
+    is_file = path.exists() or path.parent.is_dir() or path.suffix == ".txt" or has_objects(path)
+    return None if is_file else _DATASET.fullmatch(str(path))
+
+
+def _unreadable(source: str | Path, error: OSError) -> CalibrationError:
+    return CalibrationError(
+        f"The calibration text {source} can't be read: {error.strerror}. "
+        "Give a text file, or a dataset of the Hugging Face hub as owner/name."
+    )
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:

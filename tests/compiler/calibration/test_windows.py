@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoTokenizer, OlmoeConfig
 
+from alloc_moe.compiler import compile
 from alloc_moe.compiler.calibration import windows
 from alloc_moe.compiler.calibration.windows import CalibrationSet, load_calibration
 from alloc_moe.compiler.errors import CalibrationError
@@ -140,6 +141,12 @@ def test_a_missing_file_and_a_folder_are_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+@pytest.mark.parametrize("source", ["folder/missing.txt", "none.jsonl"])
+def test_a_missing_file_is_reported_before_a_model_is_loaded(source: str, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=f"{source} can't be read: No such file"):
+        compile("no/model", calibration=str(tmp_path / source), output=tmp_path / "out.onnx")
+
+
 def test_a_pipe_is_rejected_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "text.txt")
     with pytest.raises(CalibrationError, match=r"text\.txt is a pipe\. Write the text to a file"):
