@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ from alloc_moe.compiler.model.layer_progress import forward_gflop
 from alloc_moe.compiler.model.layer_weights import resident
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.reference.experts import dense_weights
-from alloc_moe.compiler.rounding.expert_sums import ExpertSums, Sums
-from alloc_moe.compiler.rounding.gptq import restore_products, round_products
+from alloc_moe.compiler.rounding.expert_sums import ExpertSums, Sums, restoring
+from alloc_moe.compiler.rounding.gptq import multiplied, restore_products, round_products
 from alloc_moe.compiler.rounding.inputs import LayerInputs
 from alloc_moe.compiler.rounding.vocabulary import SaidTokens, row_groups
 from alloc_moe.compiler.rounding.weights import (
@@ -205,9 +206,12 @@ class _Rounding:
         what, count = f"Rounding the head to {self._dtype}", int(groups.max()) + 1
         with self._console.progress(what, count, unit="groups of rows") as progress:
             self._count = progress.advance
-            for group, sums in enumerate(tokens.sums()):
+            _check_finite(name, tokens.common)
+            moving = restoring(tokens.common)[None]
+            for group, hessian in enumerate(tokens.hessians()):
                 rows = (groups == group).nonzero()[:, 0]
-                weight[rows] = self._restored(name, weight[None, rows], [sums])[0]
+                wanted = multiplied(weight[None, rows], moving)
+                weight[rows] = self._round(name, wanted, hessian[None])[0]
         self._keep(name)
 
     def _round_widths(self, name: str, sums: ExpertSums) -> None:
@@ -231,7 +235,7 @@ class _Rounding:
         columns = max(each.shape[2] for each in rows)
         for part in torch.split(torch.arange(len(gate_up)), max(1, _SUMS // columns**2)):
             trained = gate_up[part]
-            wanted = rows[0][part] @ sums.restoring
+            wanted = multiplied(rows[0][part], sums.restoring.expand(len(part), -1, -1))
             hessians = torch.stack([sums.gate_up(int(expert)) for expert in part])
             rows[0][part] = self._round(f"{name}.{names[0]}", wanted, hessians)
             pairs = zip(part, trained, strict=True)
@@ -250,7 +254,7 @@ class _Rounding:
     def _round(self, name: str, wanted: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
         rounded = round_products(wanted, hessians, self._formats[name][0])
         # What isn't finite before makes the inputs of a later product so, which names the cause.
-        if wanted.isfinite().all() and not rounded.isfinite().all():
+        if _finite(wanted) and not _finite(rounded):
             raise UnsupportedModelError(
                 f"The values of {name} are too large or too small to be chosen on a text. Use "
                 "--rounding nearest."
@@ -267,6 +271,12 @@ class _Rounding:
     def _find(self, name: str) -> list[torch.Tensor] | None:
         """Return what a weight became, if it was kept."""
         return self._chosen.find(kept_name(name, self._formats[name][0]))
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Whether all are; in one pass, which takes no memory."""
+    laid_out = values if values.is_contiguous() else values.mT
+    return all(math.isfinite(each) for each in laid_out.aminmax())
 
 
 def _check_finite(name: str, sums: Sums) -> None:

@@ -49,6 +49,12 @@ class Sums:
         return bool(self.hessian.isfinite().all() and self.drift.isfinite().all())
 
 
+def restoring(sums: Sums) -> torch.Tensor:
+    """Return the product [C, C] that gives weights of these sums what `restore_products` does."""
+    one = torch.eye(len(sums.hessian))[None]
+    return restore_products(one, sums.hessian[None], sums.drift[None])[0]
+
+
 class ExpertSums:
     """Sums over the inputs of single experts, each token with its share.
 
@@ -73,8 +79,7 @@ class ExpertSums:
 
         It is one for all experts: what enters them drifted alike.
         """
-        one = torch.eye(len(self.common.hessian))[None]
-        return restore_products(one, self.common.hessian[None], self.common.drift[None])[0]
+        return restoring(self.common)
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """Return the sum of x x' over what an expert is given [H, H]."""
