@@ -13,7 +13,8 @@ The largest weight of a block always takes the end of the range. So the quantise
 nearest finds the same scale and the same values in the rounded weights: they need no format of
 their own.
 
-What columns got while others were still floats is then chosen again, by `descend`.
+What columns got while others were still floats is then chosen again, by `descend`, unless the
+matrix is so wide that this would take as long as all the rest.
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ RATIOS = (1.0, 0.95, 0.9, 0.85)
 THOROUGH = 512
 """Columns up to which a matrix is rounded in every way there is; wider ones take hours so."""
 
+DESCENDED = 1024
+"""Columns up to which it is descended from at all: that takes 2 rows columns^2 operations."""
+
 _DAMPING = 0.01  # added to H's diagonal, relative to its mean: the paper's
 _RIDGE = 0.1  # the same, of products to restore
-_COLUMNS = 32  # whose errors reach the columns behind in one product
+_COLUMNS = 64  # whose errors reach the columns behind in one product
 _PART = 1 << 22  # weights rounded at a time: some 150 MB with temporaries
 _MOST_WORKERS = 8  # each has a part
 _ROUNDS = 3  # of descent
@@ -60,7 +64,8 @@ def round_products(
     Returns:
         [matrices, rows, columns] float32: what `dequantize(*quantize(...))` leaves as it is.
     """
-    rounds = _ROUNDS if weights.shape[2] <= THOROUGH else 1
+    columns = weights.shape[2]
+    rounds = _ROUNDS if columns <= THOROUGH else int(columns <= DESCENDED)
     rounded = torch.empty_like(weights)
 
     def round_some(some: slice) -> None:
@@ -70,7 +75,8 @@ def round_products(
             # Columns one after the other, as they are chosen.
             wanted = weights[some, part].mT.contiguous()
             grid = _round_columns(wanted, damped, order, upper, form)
-            descend(wanted, grid, damped, rounds=rounds)
+            if rounds:
+                descend(wanted, grid, damped, rounds=rounds)
             rounded[some, part] = grid.values().mT
 
     with _workers() as workers:
