@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,9 @@ from alloc_moe.compiler.model.layer_progress import forward_gflop
 from alloc_moe.compiler.model.layer_weights import resident
 from alloc_moe.compiler.model.replay import find_decoder_layers
 from alloc_moe.compiler.reference.experts import dense_weights
-from alloc_moe.compiler.rounding.expert_sums import ExpertSums, Sums
-from alloc_moe.compiler.rounding.gptq import restore_products, round_products
+from alloc_moe.compiler.rounding import gptq
+from alloc_moe.compiler.rounding.expert_sums import ExpertSums, Sums, restoring
+from alloc_moe.compiler.rounding.gptq import multiplied, restore_products, round_products
 from alloc_moe.compiler.rounding.inputs import LayerInputs
 from alloc_moe.compiler.rounding.vocabulary import SaidTokens, row_groups
 from alloc_moe.compiler.rounding.weights import (
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import Quantization
     from alloc_moe.passes.blockwise import BlockFormat
 
-_GFLOP = 5_000  # of one pass over the text: 65,536 tokens of 38 million active parameters
+_GFLOP = 400  # of one pass over the text: 65,536 tokens of 3 million active parameters
 _SUMS = 1 << 25  # elements of experts' sums that are in memory together: 128 MB
 
 
@@ -170,7 +172,7 @@ class _Rounding:
                 hidden, ids, weights = map(torch.cat, zip(*given, strict=True))
                 shares = dense_weights(ids, weights.square(), self._experts[same[0]])
                 sums = ExpertSums(hidden, torch.cat(floats), shares)
-                _check_finite(same[0], sums.common)
+                _check_finite(same[0], sums.common.hessian, sums.common.drift)
                 if same[0] in self._widths:
                     self._round_widths(same[0], sums)
                 else:
@@ -205,9 +207,12 @@ class _Rounding:
         what, count = f"Rounding the head to {self._dtype}", int(groups.max()) + 1
         with self._console.progress(what, count, unit="groups of rows") as progress:
             self._count = progress.advance
-            for group, sums in enumerate(tokens.sums()):
+            _check_finite(name, tokens.common.hessian, tokens.common.drift)
+            moving = restoring(tokens.common)[None]
+            for group, hessian in enumerate(tokens.hessians()):
                 rows = (groups == group).nonzero()[:, 0]
-                weight[rows] = self._restored(name, weight[None, rows], [sums])[0]
+                wanted = multiplied(weight[None, rows], moving)
+                weight[rows] = self._round(name, wanted, hessian[None])[0]
         self._keep(name)
 
     def _round_widths(self, name: str, sums: ExpertSums) -> None:
@@ -223,34 +228,46 @@ class _Rounding:
                 weight.copy_(trained)
 
     def _round_experts(self, name: str, sums: ExpertSums) -> None:
-        """Round experts, some at a time."""
+        """Round experts, some at a time.
+
+        Those of wide matrices aren't moved before: that takes a quarter of their time, for a
+        divergence that is lower by a fiftieth.
+        """
         module: Any = self._model.get_submodule(name)
         names = expert_weights(module)
         gate_up, down = (module.get_parameter(leaf).detach() for leaf in names)
         rows = [weight.mT if module.is_transposed else weight for weight in (gate_up, down)]
         columns = max(each.shape[2] for each in rows)
-        for part in torch.split(torch.arange(len(gate_up)), max(1, _SUMS // columns**2)):
-            trained = gate_up[part]
-            wanted = rows[0][part] @ sums.restoring
-            hessians = torch.stack([sums.gate_up(int(expert)) for expert in part])
+        for start in range(0, len(gate_up), step := max(1, _SUMS // columns**2)):
+            part = slice(start, start + step)
+            some = range(len(gate_up))[part]
+            wanted, trained = rows[0][part], gate_up[part]
+            if columns <= gptq.THOROUGH:
+                trained = trained.clone()
+                wanted = multiplied(wanted, sums.restoring.expand(len(some), -1, -1))
+            hessians = torch.stack([sums.gate_up(expert) for expert in some])
             rows[0][part] = self._round(f"{name}.{names[0]}", wanted, hessians)
-            pairs = zip(part, trained, strict=True)
-            of_down = [sums.down(module, int(expert), each) for expert, each in pairs]
-            rows[1][part] = self._restored(f"{name}.{names[1]}", rows[1][part], of_down)
+            if columns <= gptq.THOROUGH:
+                of_down = [sums.down(module, *pair) for pair in zip(some, trained, strict=True)]
+                rows[1][part] = self._restored(f"{name}.{names[1]}", rows[1][part], of_down)
+            else:
+                hessians = torch.stack([sums.down_hessian(module, expert) for expert in some])
+                _check_finite(f"{name}.{names[1]}", hessians)
+                rows[1][part] = self._round(f"{name}.{names[1]}", rows[1][part], hessians)
         for leaf in names:
             self._keep(f"{name}.{leaf}")
 
     def _restored(self, name: str, weights: torch.Tensor, each: Sequence[Sums]) -> torch.Tensor:
         """Return matrices [matrices, rows, columns] of the parameter `name`, moved and rounded."""
         sums = Sums.stacked(each)
-        _check_finite(name, sums)
+        _check_finite(name, sums.hessian, sums.drift)
         wanted = restore_products(weights, sums.hessian, sums.drift)
         return self._round(name, wanted, sums.hessian)
 
     def _round(self, name: str, wanted: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
         rounded = round_products(wanted, hessians, self._formats[name][0])
         # What isn't finite before makes the inputs of a later product so, which names the cause.
-        if wanted.isfinite().all() and not rounded.isfinite().all():
+        if _finite(wanted) and not _finite(rounded):
             raise UnsupportedModelError(
                 f"The values of {name} are too large or too small to be chosen on a text. Use "
                 "--rounding nearest."
@@ -269,9 +286,15 @@ class _Rounding:
         return self._chosen.find(kept_name(name, self._formats[name][0]))
 
 
-def _check_finite(name: str, sums: Sums) -> None:
+def _finite(values: torch.Tensor) -> bool:
+    """Whether all are; in one pass, which takes no memory."""
+    laid_out = values if values.is_contiguous() else values.mT
+    return all(math.isfinite(each) for each in laid_out.aminmax())
+
+
+def _check_finite(name: str, *sums: torch.Tensor) -> None:
     """Raise UnsupportedModelError unless what the weights of a name are multiplied by is finite."""
-    if not sums.finite():
+    if not all(_finite(each) for each in sums):
         raise UnsupportedModelError(
             f"What {name} is multiplied by on the calibration text isn't finite: the model's "
             "weights are broken."

@@ -8,123 +8,75 @@ on their block's grid.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from alloc_moe.passes.blockwise import BlockFormat
+from alloc_moe.compiler.rounding.grid import Grid, inverse_of
 
 _COLUMNS = 32  # whose changes reach those behind them in one product
 
 
-def descend(
-    weights: torch.Tensor,
-    rounded: torch.Tensor,
-    hessians: torch.Tensor,
-    form: BlockFormat,
-    *,
-    rounds: int,
-) -> torch.Tensor:
-    """Return rounded weights whose products are as near to the given ones' or nearer.
+def descend(weights: torch.Tensor, grid: Grid, hessians: torch.Tensor, *, rounds: int) -> None:
+    """Move rounded weights, in place, to where their products are as near to the given ones'.
 
     The largest value of each block stays at the end of the range, as `round_products` leaves it.
 
     Args:
         weights: What the products should be those of [matrices, columns, rows] float32.
-        rounded: Where to begin, of the same shape: what `dequantize(*quantize(...))` leaves as is.
+        grid: The rounded weights.
         hessians: Positive definite sums of x x' over the inputs x [matrices, columns, columns].
-        form: How the weights will be stored.
         rounds: How often all blocks are gone through.
-
-    Returns:
-        [matrices, columns, rows] float32, stored as `rounded` is.
     """
-    state = _Descent(weights, rounded, hessians, form)
+    errors = weights - grid.values()
     for _ in range(rounds):
-        state.move()
-    return state.rounded()
+        for index in range(grid.scales.shape[1]):
+            _move_block(grid, index, errors, hessians)
 
 
-def in_blocks(weights: torch.Tensor, block: int) -> torch.Tensor:
-    """Return [M, C, R] as [M, blocks, block, R]."""
-    return weights.reshape(len(weights), -1, block, weights.shape[2])
+def _move_block(grid: Grid, index: int, errors: torch.Tensor, hessians: torch.Tensor) -> None:
+    """Give a block the scale, then the values that cost least; errors [M, C, R] follow.
 
-
-def inverse_of(scales: torch.Tensor) -> torch.Tensor:
-    """Return what divides by scales; by those so small that this is no number, it doesn't."""
-    return scales.where(scales.abs() >= torch.finfo(scales.dtype).tiny, 1.0).reciprocal()
-
-
-class _Descent:
-    """Integers and scales, and half the slope of what they cost.
-
-    The slope is H (wanted - rounded) [M, C, R]: a value moves by slope / H's diagonal to where it
-    costs least.
+    Half the slope of what a row costs is H (wanted - rounded): a value moves by that, divided by
+    H's diagonal, to where it costs least.
     """
+    some = slice(index * grid.block, (index + 1) * grid.block)
+    own, steps, scale = hessians[:, some, some], grid.steps[:, some], grid.scales[:, index, None]
+    slope = hessians[:, some] @ errors
+    error = errors[:, some].addcmul_(steps, scale)
+    products = own @ steps
+    curvature = (products * steps).sum(1, keepdim=True)
+    change = (slope * steps).sum(1, keepdim=True) / curvature.where(curvature > 0, 1.0)
+    scale += change
+    slope.addcmul_(products, change, value=-1)
+    diagonal = own.diagonal(dim1=1, dim2=2)[:, :, None]
+    highest = grid.highest[:, some]
+    _move_values(steps, scale[:, 0], highest, slope.div_(diagonal), own / diagonal, grid.end)
+    error.addcmul_(steps, scale, value=-1)
 
-    def __init__(
-        self,
-        weights: torch.Tensor,
-        rounded: torch.Tensor,
-        hessians: torch.Tensor,
-        form: BlockFormat,
-    ) -> None:
-        self._block, self._end = form.block, 1 << (form.bits - 1)
-        self._hessians = hessians
-        blocks = in_blocks(rounded, form.block)
-        largest = blocks.abs().argmax(2, keepdim=True)
-        self._scales = blocks.gather(2, largest)[:, :, 0] / -self._end  # [M, blocks, R]
-        inverse = inverse_of(self._scales)
-        fixed = (self._scales == 0)[:, :, None].expand_as(blocks)
-        self._fixed = fixed.scatter(2, largest, True).flatten(1, 2)
-        self._steps = (blocks * inverse[:, :, None]).round().flatten(1, 2)
-        self._slope = hessians @ (weights - rounded)
 
-    def rounded(self) -> torch.Tensor:
-        """Return the weights as they are now."""
-        blocks = in_blocks(self._steps, self._block)
-        return (blocks * self._scales[:, :, None]).flatten(1, 2)
+def _move_values(
+    steps: torch.Tensor,
+    scale: torch.Tensor,
+    highest: torch.Tensor,
+    wishes: torch.Tensor,
+    own: torch.Tensor,
+    end: int,
+) -> None:
+    """Choose the values of a block anew, one column after the other.
 
-    def move(self) -> None:
-        """Give each block in turn the scale, then the values that cost least."""
-        for index in range(self._scales.shape[1]):
-            part = slice(index * self._block, (index + 1) * self._block)
-            own = self._hessians[:, part, part]
-            slope, steps = self._slope[:, part].clone(), self._steps[:, part]
-            before = steps * self._scales[:, index, None]
-            self._move_scale(index, steps, slope, own)
-            for start in range(0, self._block, _COLUMNS):
-                self._move_values(index, steps, slope, own, start)
-            change = before.sub_(steps * self._scales[:, index, None])
-            self._slope.baddbmm_(self._hessians[:, :, part], change)
-
-    def _move_scale(
-        self, index: int, steps: torch.Tensor, slope: torch.Tensor, own: torch.Tensor
-    ) -> None:
-        """Choose the scale of a block anew, and let its slope [M, block, R] follow."""
-        products = own @ steps
-        curvature = (products * steps).sum(1)
-        change = (slope * steps).sum(1) / curvature.where(curvature > 0, 1.0)
-        self._scales[:, index] += change
-        slope -= products.mul_(change[:, None])
-
-    def _move_values(
-        self, index: int, steps: torch.Tensor, slope: torch.Tensor, own: torch.Tensor, start: int
-    ) -> None:
-        """Choose the values of some columns of a block anew; the slope of those behind follows."""
-        scale = self._scales[:, index]
-        inverse = inverse_of(scale)
-        fixed = self._fixed[:, index * self._block : (index + 1) * self._block]
-        stop = min(start + _COLUMNS, self._block)
-        moved = torch.empty_like(slope[:, start:stop])
-        for column in range(start, stop):
-            now, change = steps[:, column], moved[:, column - start]
-            torch.mul(slope[:, column], inverse, out=change).div_(own[:, column, column, None])
-            change.add_(now).round_().clamp_(-self._end, self._end - 1).sub_(now)
-            change.masked_fill_(fixed[:, column], 0)
-            now += change
+    Wishes [M, block, R] are how far each weight would move, were it no integer; by `own` they
+    change with what others move.
+    """
+    inverse, lowest = inverse_of(scale), torch.full_like(scale, -end)
+    for start in range(0, steps.shape[1], _COLUMNS):
+        some, behind = slice(start, start + _COLUMNS), slice(start + _COLUMNS, None)
+        wished, moved = wishes[:, some], torch.empty_like(wishes[:, some])
+        shares = own[:, some, some, None]
+        given = (steps[:, some], wished, highest[:, some], moved)
+        columns = zip(*(each.unbind(1) for each in given), strict=True)
+        for index, (step, wish, most, change) in enumerate(columns):
+            torch.addcmul(step, wish, inverse, out=change).round_().clamp_(lowest, most).sub_(step)
+            step += change
             change *= scale
-            ahead = slice(column + 1, stop)
-            slope[:, ahead].addcmul_(own[:, ahead, column, None], change[:, None], value=-1)
-        slope[:, stop:].baddbmm_(own[:, stop:, start:stop], moved, alpha=-1)
+            ahead = slice(index + 1, None)
+            wished[:, ahead].addcmul_(shares[:, ahead, index], change[:, None], value=-1)
+        wishes[:, behind].baddbmm_(own[:, behind, some], moved, alpha=-1)

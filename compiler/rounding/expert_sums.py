@@ -44,9 +44,11 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.hessian + other.hessian, self.drift + other.drift)
 
-    def finite(self) -> bool:
-        """Whether all are."""
-        return bool(self.hessian.isfinite().all() and self.drift.isfinite().all())
+
+def restoring(sums: Sums) -> torch.Tensor:
+    """Return the product [C, C] that gives weights of these sums what `restore_products` does."""
+    one = torch.eye(len(sums.hessian))[None]
+    return restore_products(one, sums.hessian[None], sums.drift[None])[0]
 
 
 class ExpertSums:
@@ -73,8 +75,7 @@ class ExpertSums:
 
         It is one for all experts: what enters them drifted alike.
         """
-        one = torch.eye(len(self.common.hessian))[None]
-        return restore_products(one, self.common.hessian[None], self.common.drift[None])[0]
+        return restoring(self.common)
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """Return the sum of x x' over what an expert is given [H, H]."""
@@ -90,12 +91,27 @@ class ExpertSums:
             expert: Which of them.
             gate_up: Its weight before that, as the module has it.
         """
+        rows, shares = self._sent_and_sample(expert)
+        inner = self._inner(experts, expert, rows)
+        floats = _inner(experts, expert, gate_up, self._floats[rows])
+        return Sums.over(inner, floats, shares)
+
+    def down_hessian(self, experts: Any, expert: int) -> torch.Tensor:
+        """Return the sum of x x' over what its down projection is given, of those of `down`."""
+        rows, shares = self._sent_and_sample(expert)
+        inner = self._inner(experts, expert, rows)
+        return inner.mT @ (inner * shares[:, None])
+
+    def _inner(self, experts: Any, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """Return what a down projection gets of tokens, once the first one is rounded."""
+        rounded = getattr(experts, first_projection(experts))[expert]
+        return _inner(experts, expert, rounded, self._hidden[rows])
+
+    def _sent_and_sample(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens that an expert is sent and some of all, and how much each counts."""
         sent, shares = self._sent(expert)
         rows = torch.cat([sent, self._sample])
-        shares = torch.cat([shares, self._sample_share.expand(len(self._sample))])
-        rounded = getattr(experts, first_projection(experts))[expert]
-        inner = _inner(experts, expert, rounded, self._hidden[rows])
-        return Sums.over(inner, _inner(experts, expert, gate_up, self._floats[rows]), shares)
+        return rows, torch.cat([shares, self._sample_share.expand(len(self._sample))])
 
     def _sent(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which tokens an expert is sent, and how much each counts."""

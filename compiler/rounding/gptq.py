@@ -13,7 +13,8 @@ The largest weight of a block always takes the end of the range. So the quantise
 nearest finds the same scale and the same values in the rounded weights: they need no format of
 their own.
 
-What columns got while others were still floats is then chosen again, by `descend`.
+What columns got while others were still floats is then chosen again, by `descend`, unless the
+matrix is so wide that this would take as long as all the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.rounding.descent import descend, in_blocks, inverse_of
+from alloc_moe.compiler.rounding.descent import descend
+from alloc_moe.compiler.rounding.grid import Grid, in_blocks, inverse_of
 
 if TYPE_CHECKING:
     from alloc_moe.passes.blockwise import BlockFormat
@@ -35,6 +37,9 @@ RATIOS = (1.0, 0.95, 0.9, 0.85)
 
 THOROUGH = 512
 """Columns up to which a matrix is rounded in every way there is; wider ones take hours so."""
+
+DESCENDED = 1024
+"""Columns up to which it is descended from at all: that takes 2 rows columns^2 operations."""
 
 _DAMPING = 0.01  # added to H's diagonal, relative to its mean: the paper's
 _RIDGE = 0.1  # the same, of products to restore
@@ -59,7 +64,8 @@ def round_products(
     Returns:
         [matrices, rows, columns] float32: what `dequantize(*quantize(...))` leaves as it is.
     """
-    rounds = _ROUNDS if weights.shape[2] <= THOROUGH else 1
+    columns = weights.shape[2]
+    rounds = _ROUNDS if columns <= THOROUGH else int(columns <= DESCENDED)
     rounded = torch.empty_like(weights)
 
     def round_some(some: slice) -> None:
@@ -68,8 +74,10 @@ def round_products(
         for part in _slices(weights.shape[1], weights.shape[2]):
             # Columns one after the other, as they are chosen.
             wanted = weights[some, part].mT.contiguous()
-            first = _round_columns(wanted, damped, order, upper, form)
-            rounded[some, part] = descend(wanted, first, damped, form, rounds=rounds).mT
+            grid = _round_columns(wanted, damped, order, upper, form)
+            if rounds:
+                descend(wanted, grid, damped, rounds=rounds)
+            rounded[some, part] = grid.values().mT
 
     with _workers() as workers:
         for _ in workers.map(round_some, _slices(len(weights), weights[0].numel())):
@@ -113,8 +121,14 @@ def restore_products(
         drifts: Sums of (y - x) x' [matrices, columns, columns].
     """
     lower = torch.linalg.cholesky(_damped(hessians, _RIDGE))
-    missing = (weights @ drifts).mT
-    return weights + torch.cholesky_solve(missing, lower).mT
+    moving = torch.cholesky_solve(drifts.mT, lower)
+    moving.diagonal(dim1=1, dim2=2).add_(1)
+    return multiplied(weights, moving.mT)
+
+
+def multiplied(weights: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Return the products of [M, R, C] and [M, C, N], laid out by columns as they are rounded."""
+    return torch.bmm(by.mT, weights.mT).mT
 
 
 def _damped(hessians: torch.Tensor, share: float) -> torch.Tensor:
@@ -126,15 +140,14 @@ def _damped(hessians: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _factors(damped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of columns [M, C], and the upper U [M, C, C] with U'U = inverse of H."""
+    """Return the order of columns [M, C], and the upper U [M, C, C] with U U' = H in that order."""
     diagonal = damped.diagonal(dim1=1, dim2=2)
     order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-    # Flipped, so that the triangle is the upper one: then U is its inverse, and H's isn't needed.
+    # Flipped, so that the triangle is the upper one: a column's cost then depends on those before.
     flipped = order.flip(1)
     sorted_rows = damped.gather(1, flipped[:, :, None].expand_as(damped))
     lower = torch.linalg.cholesky(sorted_rows.gather(2, flipped[:, None].expand_as(damped)))
-    one = torch.eye(damped.shape[1])
-    return order, torch.linalg.solve_triangular(lower.flip(1, 2), one, upper=True)
+    return order, lower.flip(1, 2)
 
 
 def _round_columns(
@@ -143,78 +156,106 @@ def _round_columns(
     order: torch.Tensor,
     upper: torch.Tensor,
     form: BlockFormat,
-) -> torch.Tensor:
+) -> Grid:
     """Return weights [M, C, R] rounded, with the scales that cost least of those to try."""
     end = 1 << (form.bits - 1)
-    blocks = in_blocks(weights, form.block)
-    largest = blocks.abs().argmax(2, keepdim=True)
-    full = blocks.gather(2, largest) / -end  # [M, blocks, 1, R]
-    pinned = torch.zeros_like(blocks, dtype=torch.bool).scatter_(2, largest, True)
-    tries = [_scales_alone(blocks, full, pinned, damped, end)]
+    full, highest = _reaching(in_blocks(weights, form.block), end)
+    tries = [_scales_alone(weights, full, highest, damped, end)]
     if weights.shape[1] <= THOROUGH:
         tries += [full * ratio for ratio in RATIOS]
-    best = weights
-    least = torch.full_like(weights[:, :1], torch.inf)
-    there = order[:, :, None].expand_as(weights)
-    sorted_columns, pins = (each.gather(1, there) for each in (weights, pinned.flatten(1, 2)))
+    wanted, most = _rows(weights, order), _rows(highest, order)
+    best, chosen, least = wanted, full, torch.full_like(full[:, :1], torch.inf)
     for scales in tries:
-        rounded, loss = _compensate(
-            sorted_columns.clone(), scales[:, :, 0], pins, order, upper, form
-        )
-        best, least = torch.where(loss < least, rounded, best), torch.minimum(loss, least)
-    return torch.empty_like(best).scatter_(1, there, best)
+        steps, loss = _compensate(wanted, scales, most, upper, order // form.block, end)
+        best = steps if len(tries) == 1 else torch.where(loss < least, steps, best)
+        chosen = scales if len(tries) == 1 else torch.where(loss < least, scales, chosen)
+        least = torch.minimum(loss, least)
+    return Grid(_rows(best, torch.argsort(order)), chosen, highest, end)
+
+
+def _reaching(blocks: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales [M, blocks, R] of blocks' largest weights, and the highest steps [M, C, R].
+
+    Where several weights are the largest, all of them take the end of the range.
+    """
+    least, most = blocks.amin(2), blocks.amax(2)
+    largest = torch.where(most > -least, most, least)
+    scales = largest / -end
+    there = largest.masked_fill(largest == 0, torch.inf)[:, :, None]  # zeros have no largest
+    highest = torch.full_like(blocks, end - 1).masked_fill_(blocks == there, -end)
+    return scales, highest.flatten(1, 2)
+
+
+def _rows(weights: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return what rows [M, N] of [M, C, R] hold, [M, N, R]."""
+    first = torch.arange(len(weights))[:, None] * weights.shape[1]
+    taken = weights.flatten(0, 1).index_select(0, (order + first).flatten())
+    return taken.view(*order.shape, -1)
 
 
 def _scales_alone(
-    blocks: torch.Tensor,
-    full: torch.Tensor,
-    pinned: torch.Tensor,
-    damped: torch.Tensor,
-    end: int,
+    weights: torch.Tensor, full: torch.Tensor, highest: torch.Tensor, damped: torch.Tensor, end: int
 ) -> torch.Tensor:
-    """Return for each block the scale [M, blocks, 1, R] by which it is best rounded to the nearest.
+    """Return for each block the scale [M, blocks, R] by which it is best rounded to the nearest.
 
     Columns are weighed by H's diagonal; ``full`` are the scales of the largest weights.
     """
-    importance = damped.diagonal(dim1=1, dim2=2).view(*blocks.shape[:3], 1)
-    best, least = full, torch.full_like(full, torch.inf)
-    for ratio in RATIOS:
-        scale = full * ratio
-        steps = (blocks * inverse_of(scale)).round_().clamp_(-end, end - 1)
-        errors = blocks - steps.masked_fill_(pinned, -end).mul_(scale)
-        loss = (errors.square_() * importance).sum(2, keepdim=True)
-        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
+    importance = damped.diagonal(dim1=1, dim2=2)[:, None]
+    block = weights.shape[1] // full.shape[1]
+    best = torch.empty_like(full)
+    lowest = torch.tensor(-float(end))
+    for index in range(full.shape[1]):  # one at a time, which caches hold
+        some = slice(index * block, (index + 1) * block)
+        scales = torch.stack([full[:, index, None] * ratio for ratio in RATIOS])
+        losses = []
+        for scale, inverse in zip(scales, inverse_of(scales), strict=True):
+            steps = (weights[:, some] * inverse).round_().clamp_(lowest, highest[:, some])
+            errors = torch.sub(weights[:, some], steps.mul_(scale), out=steps)
+            losses.append(importance[:, :, some] @ errors.square_())
+        cheapest = torch.stack(losses).argmin(0, keepdim=True)
+        best[:, index] = scales.gather(0, cheapest)[0, :, 0]
     return best
 
 
 def _compensate(
     weights: torch.Tensor,
     scales: torch.Tensor,
-    pinned: torch.Tensor,
-    order: torch.Tensor,
+    highest: torch.Tensor,
     upper: torch.Tensor,
-    form: BlockFormat,
+    block_of: torch.Tensor,
+    end: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round [M, C, R], columns in their order, in place, and say what that costs rows [M, 1, R].
+    """Return steps [M, C, R], columns in their order, and what they cost rows [M, 1, R].
 
-    Scales are of blocks [M, blocks, R], in the order of before; ``pinned`` are the largest weights.
+    By Cholesky's factor of H itself, whose inverse GPTQ takes in the other order: the values are
+    the same (Babai's nearest plane, arXiv 2507.18553). With z = U'(weights - rounded) a row costs
+    the squares of z, and z of a column depends on those before it alone.
+
+    Args:
+        weights: What is wanted.
+        scales: Of blocks [M, blocks, R].
+        highest: What no step may exceed.
+        upper: U of `_factors`.
+        block_of: The block [M, C] that a column is of.
+        end: The lowest step, negated.
     """
-    inverse = inverse_of(scales)
-    each, end = torch.arange(len(weights)), 1 << (form.bits - 1)
-    losses = torch.zeros_like(weights[:, 0])
+    diagonal = upper.diagonal(dim1=1, dim2=2)
+    shares = upper / diagonal[:, None]
+    goals, lowest = weights.clone(), torch.full_like(weights[:, 0], -end)
+    steps, losses = torch.empty_like(weights), torch.zeros_like(weights[:, :1])
     for start in range(0, weights.shape[1], _COLUMNS):
-        stop = min(start + _COLUMNS, weights.shape[1])
-        errors = torch.empty_like(weights[:, start:stop])
-        for column in range(start, stop):
-            block = order[:, column] // form.block
-            wanted = weights[:, column]
-            steps = (wanted * inverse[each, block]).round_().clamp_(-end, end - 1)
-            rounded = steps.masked_fill_(pinned[:, column], -end).mul_(scales[each, block])
-            error = errors[:, column - start]
-            torch.sub(wanted, rounded, out=error).div_(upper[:, column, column, None])
-            weights[:, column] = rounded
-            losses.addcmul_(error, error)
-            ahead = slice(column + 1, stop)
-            weights[:, ahead].addcmul_(upper[:, column, ahead, None], error[:, None], value=-1)
-        weights[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1)
-    return weights, losses[:, None]
+        some, behind = slice(start, start + _COLUMNS), slice(start + _COLUMNS, None)
+        scale = _rows(scales, block_of[:, some])
+        goal, errors = goals[:, some], torch.empty_like(scale)
+        own = shares[:, some, some, None]
+        given = (goal, inverse_of(scale), highest[:, some], scale, weights[:, some])
+        columns = zip(*(each.unbind(1) for each in (*given, steps[:, some], errors)), strict=True)
+        for index, (aim, by, most, size, weight, step, error) in enumerate(columns):
+            torch.mul(aim, by, out=step).round_().clamp_(lowest, most)
+            torch.addcmul(weight, step, size, value=-1, out=error)
+            ahead = slice(index + 1, None)
+            goal[:, ahead].addcmul_(own[:, index, ahead], error[:, None])
+        left = goal.addcmul_(steps[:, some], scale, value=-1)
+        losses.baddbmm_(diagonal[:, None, some].square(), left.square_())
+        goals[:, behind].baddbmm_(shares[:, some, behind].mT, errors)
+    return steps, losses

@@ -7,6 +7,7 @@ in the same places; they are rounded together, by the tokens where one of them m
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _FEWEST = 16  # rows of a group, on average: small vocabularies have fewer group
 _SAMPLE = 1 << 14  # rows that groups are found on, spread evenly
 _ROUNDS = 10  # of k-means, from rows drawn by a fixed seed
 _LEAST = 1e-6  # mean share of a token: groups never said go by all tokens alike
+_MOST = 1 << 22  # elements of the inputs that a group of rows has of its own
 _OF_ALL = 0.5  # what all tokens alike add to a group's own
 
 
@@ -54,13 +56,22 @@ class SaidTokens:
         found = [(part.inputs, part.floats, part.shares) for part in parts]
         return cls(*map(torch.cat, zip(*found, strict=True)))
 
-    def sums(self) -> Iterator[Sums]:
-        """Yield the sums of each group: a mean token's of its own, and a share of all tokens'."""
-        alike = torch.full((len(self.shares),), _OF_ALL)
-        common = Sums.over(self.inputs, self.floats, alike)
+    @functools.cached_property
+    def common(self) -> Sums:
+        """What all tokens alike add to the sums of each group."""
+        return Sums.over(self.inputs, self.floats, torch.full((len(self.shares),), _OF_ALL))
+
+    def hessians(self) -> Iterator[torch.Tensor]:
+        """Yield the sum of x x' [C, C] of each group: a mean token's of its own, and the common.
+
+        Its own are the tokens that count most, as many as are summed up in no time.
+        """
+        most = min(len(self.inputs), max(_MOST // self.inputs.shape[1], 1))
         for shares in self.shares.T:
-            own = shares / shares.mean().clamp(min=_LEAST)
-            yield Sums.over(self.inputs, self.floats, own) + common
+            some = shares.topk(most, sorted=False).indices
+            inputs = self.inputs[some]
+            own = shares[some] / shares.mean().clamp(min=_LEAST)
+            yield inputs.mT @ (inputs * own[:, None]) + self.common.hessian
 
 
 def row_groups(weight: torch.Tensor) -> torch.Tensor:

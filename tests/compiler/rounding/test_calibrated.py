@@ -15,6 +15,7 @@ from alloc_moe.compiler.model.layer_progress import forward_gflop
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.rounding import calibrated as module
+from alloc_moe.compiler.rounding import gptq
 from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.formats import choose_formats, formats_of_bits, mixed_formats
 from alloc_moe.compiler.rounding.inputs import LayerInputs
@@ -69,9 +70,16 @@ def test_each_weight_is_one_that_the_artifact_can_store(
         assert all(map(torch.equal, values, written)), name
 
 
+@pytest.mark.parametrize("widest", [512, 16])
 def test_a_text_is_said_as_before_more_than_with_the_nearest_values(
-    fresh: Callable[..., MoeModel], own_text: torch.Tensor, calibration: CalibrationSet
+    fresh: Callable[..., MoeModel],
+    own_text: torch.Tensor,
+    calibration: CalibrationSet,
+    monkeypatch: pytest.MonkeyPatch,
+    widest: int,
 ) -> None:
+    monkeypatch.setattr(gptq, "THOROUGH", widest)
+    monkeypatch.setattr(gptq, "DESCENDED", widest)
     text = dataclasses.replace(calibration, ids=own_text.numpy())
 
     def said(moe: MoeModel) -> torch.Tensor:

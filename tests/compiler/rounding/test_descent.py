@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alloc_moe.compiler.rounding.descent import descend
+from alloc_moe.compiler.rounding.grid import Grid, in_blocks, inverse_of
 from alloc_moe.passes.blockwise import BlockFormat, dequantize, quantize
 
 FORMATS = [BlockFormat(4, 64), BlockFormat(4, 16), BlockFormat(8, 32)]
@@ -25,11 +26,25 @@ def drawn(seed: int, size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     return weights, mixed.mT @ mixed + 5 * torch.eye(128)
 
 
+def on_grid(stored: torch.Tensor, form: BlockFormat) -> Grid:
+    """Return the grid of weights [matrices, rows, columns] that are stored as they are."""
+    end = 1 << (form.bits - 1)
+    blocks = in_blocks(stored.mT.contiguous(), form.block)
+    largest = blocks.abs().argmax(2, keepdim=True)
+    scales = blocks.gather(2, largest) / -end
+    at_end = torch.where(scales == 0, end - 1.0, -end)
+    highest = torch.full_like(blocks, end - 1).scatter(2, largest, at_end)
+    steps = (blocks * inverse_of(scales)).round()
+    return Grid(steps.flatten(1, 2), scales[:, :, 0], highest.flatten(1, 2), end)
+
+
 def descended(
     weights: torch.Tensor, start: torch.Tensor, sums: torch.Tensor, form: BlockFormat
 ) -> torch.Tensor:
     """Return what weights become [matrices, rows, columns]."""
-    return descend(weights.mT, start.mT, sums, form, rounds=3).mT
+    grid = on_grid(start, form)
+    descend(weights.mT.contiguous(), grid, sums, rounds=3)
+    return grid.values().mT
 
 
 def costs(rounded: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:

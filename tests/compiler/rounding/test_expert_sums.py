@@ -67,7 +67,8 @@ def test_a_down_projection_goes_by_what_the_experts_gate_gives(
     every[:, :EXPERTS] = shares
     with torch.no_grad():
         first = getattr(module, first_projection(module))
-        sums = ExpertSums(hidden, floats, every).down(module, 0, first[0] * 0)
+        found = ExpertSums(hidden, floats, every)
+        sums, alone = found.down(module, 0, first[0] * 0), found.down_hessian(module, 0)
         down = module.down_proj[0] if module.is_transposed else module.down_proj[0].mT
         bias = module.down_proj_bias[0] if module.has_bias else 0
         given = run_pairs(module, hidden, torch.zeros(TOKENS, dtype=torch.long), torch.ones(TOKENS))
@@ -76,3 +77,4 @@ def test_a_down_projection_goes_by_what_the_experts_gate_gives(
     # The rows of `down` are known, so that products tell the sums over what they are products of.
     expected = products.mT @ (products * counts[:, None])
     torch.testing.assert_close(down.mT @ sums.hessian @ down, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(alone, sums.hessian)

@@ -36,11 +36,13 @@ def inputs() -> torch.Tensor:
     return few + 0.2 * torch.randn(3, 200, 64, generator=random)
 
 
-@pytest.fixture(params=["narrow", "wide"])
+@pytest.fixture(params=["narrow", "wide", "widest"])
 def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let 64 columns count as few and as many."""
-    if request.param == "wide":
+    """Let 64 columns count as few, as many and as too many for descent."""
+    if request.param != "narrow":
         monkeypatch.setattr(gptq, "THOROUGH", 32)
+    if request.param == "widest":
+        monkeypatch.setattr(gptq, "DESCENDED", 32)
 
 
 @pytest.mark.usefixtures("width")

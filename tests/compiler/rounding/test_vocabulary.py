@@ -34,9 +34,9 @@ def rounded(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     groups = row_groups(weight)
     result = torch.empty_like(weight)
     tokens = SaidTokens.of(states, states, states @ weight.mT, groups)
-    for group, sums in enumerate(tokens.sums()):
+    for group, hessian in enumerate(tokens.hessians()):
         rows = groups == group
-        result[rows] = round_products(weight[None, rows], sums.hessian[None], FORM)[0]
+        result[rows] = round_products(weight[None, rows], hessian[None], FORM)[0]
     return result
 
 
@@ -56,10 +56,19 @@ def test_a_group_counts_tokens_by_what_its_rows_might_say() -> None:
         tokens.shares, torch.tensor([[0.5, 0], [0, 2 * said * (1 - said)]]), rtol=1e-6, atol=1e-9
     )
     own, common = torch.diag(torch.tensor([2.0, 0])), 0.5 * torch.eye(2)
-    first, second = tokens.sums()
-    torch.testing.assert_close(first.hessian, own + common)
-    torch.testing.assert_close(second.hessian, own.flip(0, 1) + common)
-    torch.testing.assert_close(first.drift, own + common)
+    first, second = tokens.hessians()
+    torch.testing.assert_close(first, own + common)
+    torch.testing.assert_close(second, own.flip(0, 1) + common)
+    torch.testing.assert_close(tokens.common.drift, common)
+
+
+def test_a_group_goes_by_the_tokens_that_count_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST", 2 * 3)
+    shares = torch.tensor([[0.1], [0.4], [0.0], [0.3]])
+    states = torch.eye(4)[:, :3]
+    (hessian,) = SaidTokens(states, states, shares).hessians()
+    own = torch.diag(torch.tensor([0.0, 0.4, 0.0])) / 0.2
+    torch.testing.assert_close(hessian, own + 0.5 * torch.eye(3))
 
 
 def test_words_are_said_more_as_before_than_by_all_tokens_alike(
@@ -93,5 +102,5 @@ def test_no_group_is_empty_where_many_rows_are_equal() -> None:
 
 def test_rows_that_are_never_said_go_by_all_tokens() -> None:
     states, logits = torch.eye(2), torch.tensor([[0.0, 0.0, -400.0], [0, 0, -400]])
-    *_, never = SaidTokens.of(states, states, logits, torch.tensor([0, 0, 1])).sums()
-    torch.testing.assert_close(never.hessian, 0.5 * torch.eye(2))
+    *_, never = SaidTokens.of(states, states, logits, torch.tensor([0, 0, 1])).hessians()
+    torch.testing.assert_close(never, 0.5 * torch.eye(2))
