@@ -30,6 +30,7 @@ from alloc_moe.compiler.sensitivity.token_sizes import fit_if_possible, wants_to
 from alloc_moe.compiler.verify.parity import verify_artifact
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.artifact.token_sizes import TokenSizes
+from alloc_moe.runtime.commands.alloc_inspect import inspect_command
 from alloc_moe.runtime.console import Console
 from alloc_moe.runtime.execution.session import open_session
 
@@ -81,6 +82,8 @@ def test_a_compile_fits_them_and_runs_by_them(compile_to: Compile, tmp_path: Pat
     assert 5.9 < plan.budget.activations <= 6
     session = open_session(compiled.path, ep="cpu", count_activations=True)
     assert session.plan == plan
+    shown = CliRunner().invoke(inspect_command, [str(compiled.path)])
+    assert "in 3 of 3 layers" in shown.stdout
     ids = np.random.default_rng(0).integers(0, 256, (2, 9))
     counts = [session.run(ids, price=price).activations for price in (0.0, None, 1e9)]
     assert counts[0] == (72, 72, 72)
