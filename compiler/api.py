@@ -74,7 +74,7 @@ def compile(
     cost: CostKind | None = None,
     cost_batch: int = 1,
     cap: float | None = None,
-    token_sizes: bool = False,
+    token_sizes: bool | None = None,
     refine: int = 0,
     refine_minutes: float = 10.0,
     dtype: DType = "float32",
@@ -117,7 +117,7 @@ def compile(
         cost_batch: Tokens in the decode step that bytes or milliseconds are for.
         cap: No call runs more than this times a layer's experts per token.
         token_sizes: For ``price``: fit how large each expert is for a token to what enters the
-            layer, instead of one size for all tokens.
+            layer, instead of one size for all tokens. None is wherever that is possible.
         refine: How many of the best plans are measured as a whole.
         refine_minutes: How long, at most.
         dtype: Type of the weights.
@@ -171,10 +171,10 @@ def compile(
             cost=cost,
             cost_batch=whole("--cost-batch", cost_batch, 1, 65536),
             cap=None if cap is None else finite("--cap", cap, 1, 1e6),
-            token_sizes=token_sizes,
             refine=whole("--refine", refine, 0, 100_000),
             refine_seconds=60 * finite("--refine-minutes", refine_minutes, 0, 1e6, above=True),
         ),
+        token_sizes=token_sizes,
         target=TargetOptions(
             dtype,
             whole("--block", block),
@@ -197,7 +197,7 @@ def compile(
         )
     check_plan(options.plan)
     check_goal(goal, options.plan, given_cost, sensitivity)
-    check_token_sizes(options.plan, sensitivity)
+    check_token_sizes(options)
     check_price_per(options.target, options.plan)
     if cache == "int8" and (device == "cuda" or dtype in ("float16", "bfloat16")):
         raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")

@@ -173,18 +173,33 @@ def check_plan(plan: PlanOptions) -> None:
         raise OptionsError(f"--redistribute {policy} leaves nothing to refine.")
 
 
-def check_token_sizes(plan: PlanOptions, sensitivity: Metric) -> None:
-    """Raise OptionsError if there are no sizes in nats for tokens to multiply."""
-    if not plan.token_sizes:
+def have_sizes_in_nats(plan: PlanOptions, sensitivity: Metric) -> bool:
+    """Whether experts have sizes in nats, which a token could have its own of."""
+    return not _against_token_sizes(plan, sensitivity)
+
+
+def check_token_sizes(options: CompileOptions) -> None:
+    """Raise OptionsError if token sizes are asked for where tokens can't have them."""
+    if not options.token_sizes:
         return
-    for fault, advice in (
+    if options.goal is not None:
+        raise OptionsError(
+            f"--target-{options.goal.kind} predicts by sizes of all tokens, so leave out "
+            "--token-sizes."
+        )
+    for advice in _against_token_sizes(options.plan, options.sensitivity):
+        raise OptionsError(f"--token-sizes needs {advice}.")
+
+
+def _against_token_sizes(plan: PlanOptions, sensitivity: Metric) -> list[str]:
+    """Return what would have to be chosen instead, so that experts have sizes in nats."""
+    choices = (
         (sensitivity != "fisher", f"--sensitivity fisher, not {sensitivity}"),
         (plan.cost != "activations", "a budget of activations: leave out --cost and --mixed-bits"),
         (plan.redistribution != "price", f"--redistribute price, not {plan.redistribution}"),
         (plan.allocation != "sensitivity", f"--allocation sensitivity, not {plan.allocation}"),
-    ):
-        if fault:
-            raise OptionsError(f"--token-sizes needs {advice}.")
+    )
+    return [advice for fault, advice in choices if fault]
 
 
 def check_price_per(target: TargetOptions, plan: PlanOptions) -> None:
@@ -258,7 +273,6 @@ def check_goal(goal: Goal | None, plan: PlanOptions, cost: str | None, sensitivi
         (cost is not None, "goes by bytes that a token reads, so leave out --cost"),
         (plan.cost_batch != 1, "is of one token, so leave out --cost-batch"),
         (plan.refine > 0, "chooses the plan by itself, so leave out --refine"),
-        (plan.token_sizes, "predicts by sizes of all tokens, so leave out --token-sizes"),
         (
             by_loss and plan.redistribution in UNMEASURED,
             f"predicts what plans cost, which {plan.redistribution} doesn't tell. Use "

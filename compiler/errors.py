@@ -19,6 +19,14 @@ class UnsupportedModelError(AllocMoeError):
     """The model is none that this compiler can allocate experts for."""
 
 
+class TokenSizesError(UnsupportedModelError):
+    """A model's tokens can't have sizes of their own; ``reason`` says why, of "they"."""
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(f"--token-sizes can't be: they {reason}. Leave it out{advice}.")
+        self.reason = reason
+
+
 class ProfileError(AllocMoeError):
     """A saved profile doesn't belong to this model, text or seed, or can't be read."""
 

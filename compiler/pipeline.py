@@ -30,6 +30,7 @@ from alloc_moe.compiler.package.versions import versions
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import measure_costs, mixed_costs
 from alloc_moe.compiler.planning.latency import latency_path
+from alloc_moe.compiler.planning.plan import expert_sizes
 from alloc_moe.compiler.planning.refinement import Refinement
 from alloc_moe.compiler.planning.shapes import expert_shapes
 from alloc_moe.compiler.planning.targets.making import Making
@@ -51,7 +52,7 @@ from alloc_moe.compiler.rounding.formats import (
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.rounding.weights import chosen_digest
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes import check_room
+from alloc_moe.compiler.sensitivity.token_sizes import fit_if_possible, wants_token_sizes
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.runtime.artifact.files import ArtifactFiles
@@ -103,8 +104,6 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     )
     if not output.is_checkpoint:
         check_target(moe.config, options.target, program=output.is_program)
-    if options.plan.token_sizes:
-        check_room(moe)
     # Torch copies a program's weights from the file that they are written to.
     package.check_space(output, needed_space(moe, options) * (2 if output.is_program else 1))
     target = options.target
@@ -119,6 +118,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     costs = _costs(moe, options, formats, output, console)
     if costs is not None:
         cost_limit(budget, costs)  # what can't be met is said before the profile is measured
+    with_token_sizes = wants_token_sizes(options, budget, moe, console)
     goal = options.goal
     if goal is not None:
         reading = weights_read(
@@ -145,7 +145,14 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             console=console,
         )
     refinement = _refinement(options, output)
-    making = Making(moe, calibration, options.plan, profile, formats, refinement, console)
+    token_sizes = None
+    if with_token_sizes:
+        sizes = expert_sizes("price", profile, moe)
+        assert sizes is not None
+        token_sizes = fit_if_possible(options, moe, calibration, sizes, console)
+    making = Making(
+        moe, calibration, options.plan, profile, formats, refinement, console, token_sizes
+    )
     if goal is None:
         moe, planned = making.of_budget(budget, costs)
     else:

@@ -65,8 +65,8 @@ class CalibrationOptions:
 class PlanOptions:
     """How a budget is spent.
 
-    ``overlaps`` are tried for ``price``; that of the least divergence stays. With ``token_sizes``
-    each token has its own. ``refine`` plans are measured whole, for ``refine_seconds`` at most.
+    ``overlaps`` are tried for ``price``; that of the least divergence stays. ``refine`` plans are
+    measured whole, for ``refine_seconds`` at most.
     """
 
     redistribution: Redistribution = "price"
@@ -78,7 +78,6 @@ class PlanOptions:
     cap: float | None = None
     dial: bool = True
     overlaps: tuple[float, ...] = (0.0, 0.5)
-    token_sizes: bool = False
     refine: int = 0
     refine_seconds: float = 600.0
 
@@ -123,6 +122,7 @@ class CompileOptions:
     sensitivity: Metric = "fisher"
     profile: Path | None = None
     plan: PlanOptions = PlanOptions()
+    token_sizes: bool | None = None  # None: wherever they can be
     target: TargetOptions = TargetOptions()
     offload: OffloadMode = "auto"
     trust_remote_code: bool = False

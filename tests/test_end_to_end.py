@@ -70,22 +70,30 @@ def reference(bundle: Path) -> Reference:
     from alloc_moe.compiler.calibration.windows import calibrate
     from alloc_moe.compiler.model.loading import load_model
     from alloc_moe.compiler.planning.allocation import parse_budget
-    from alloc_moe.compiler.planning.plan import make_planned
+    from alloc_moe.compiler.planning.plan import expert_sizes, make_planned
     from alloc_moe.compiler.records import CalibrationOptions, PlanOptions, SensitivityProfile
+    from alloc_moe.compiler.sensitivity.token_sizes import fit_token_sizes
     from alloc_moe.runtime.artifact.files import find_artifact
     from alloc_moe.runtime.console import Console
 
     moe, console = load_model(str(MODEL)), Console(quiet=True)
     path = bundle.with_name("half.profile.json")
+    profile = SensitivityProfile.from_json(path.read_text("utf-8"), path=path)
+    text = calibrate(moe.checkpoint, CalibrationOptions(tokens=CALIBRATION_TOKENS), console)
+    sizes = expert_sizes("price", profile, moe)
+    assert sizes is not None
+    token_sizes = fit_token_sizes(moe, text, sizes, console)
     planned = make_planned(
         moe,
-        calibrate(moe.checkpoint, CalibrationOptions(tokens=CALIBRATION_TOKENS), console),
+        text,
         parse_budget("0.5", [layer.experts_per_token for layer in moe.layers]),
         PlanOptions(dial=False),
-        profile=SensitivityProfile.from_json(path.read_text("utf-8"), path=path),
+        profile=profile,
+        token_sizes=token_sizes,
         console=console,
     )
     plan = find_artifact(bundle).plan
+    assert tuple(layer.token_sizes for layer in plan.layers) == token_sizes
     assert plan.price == pytest.approx(planned.plan.price, rel=1e-4)
     assert plan.correction["layers"] == planned.plan.correction["layers"]
     assert any(planned.corrections)

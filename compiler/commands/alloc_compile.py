@@ -94,11 +94,12 @@ if TYPE_CHECKING:
     "top-p and ratio, which hold the budget in the mean only. The artifact then has no dial.",
 )
 @click.option(
-    "--token-sizes",
-    is_flag=True,
+    "--token-sizes/--no-token-sizes",
+    default=None,
     help="Fit how large each expert is for a token to what enters the layer, instead of one size "
     "for all tokens: less is lost at the same budget, for a small product more per layer. For "
-    "--redistribute price and --sensitivity fisher.",
+    "--redistribute price and --sensitivity fisher. Default: wherever possible, which is for "
+    "the CPU, of models in memory, on a --budget.",
 )
 @click.option(
     "--refine",

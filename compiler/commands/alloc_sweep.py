@@ -14,7 +14,9 @@ from alloc_moe.runtime.commands.numeric import MOST_SEED, MOST_TEXT, BudgetText
 from alloc_moe.runtime.commands.options import common_options, examples, threads_option
 from alloc_moe.runtime.console import Console
 
-_PLANS = "uniform,data-free,top-p,ratio,kl,ppl-suffix,batch,paper,threshold,price,default"
+_PLANS = (
+    "uniform,data-free,top-p,ratio,kl,ppl-suffix,batch,paper,threshold,price,price+affine,default"
+)
 
 
 @click.command(

@@ -44,7 +44,6 @@ from alloc_moe.compiler.records import (
     PlanOptions,
 )
 from alloc_moe.compiler.reference.policies import layer_parameters
-from alloc_moe.compiler.sensitivity.token_sizes import fit_token_sizes
 from alloc_moe.runtime.artifact.plan import DialPoint
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.planning.costs import CostTable
     from alloc_moe.compiler.records import SensitivityProfile
     from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget
+    from alloc_moe.runtime.artifact.token_sizes import TokenSizes
     from alloc_moe.runtime.console import Console
 
 _DIAL_TOKENS = 8192
@@ -68,6 +68,7 @@ def make_planned(
     *,
     profile: SensitivityProfile | None,
     console: Console,
+    token_sizes: tuple[TokenSizes, ...] | None = None,
     costs: CostTable | None = None,
     allocation: Sequence[int] | None = None,
     refinement: Refinement | None = None,
@@ -81,6 +82,8 @@ def make_planned(
         options: What else is wanted.
         profile: Costs per layer, and expert sizes for ``price``; None for a uniform allocation.
         console: Where progress is reported.
+        token_sizes: For ``price``: what tokens multiply the sizes of each layer's experts by, from
+            `fit_token_sizes`. None gives all tokens the same.
         costs: What experts use up, where that isn't activations.
         allocation: The k of each layer if that is decided already.
         refinement: How the plan is improved by measuring it as a whole, if at all.
@@ -106,11 +109,7 @@ def make_planned(
     )
     full = plan.budget.activations == plan.budget.original
     sizes = expert_sizes(options.redistribution, profile, moe)
-    setting = Setting(options.redistribution, options.weights, sizes)
-    if options.token_sizes:
-        assert sizes is not None
-        found = fit_token_sizes(moe, calibration, sizes, console)
-        setting = dataclasses.replace(setting, token_sizes=found)
+    setting = Setting(options.redistribution, options.weights, sizes, token_sizes=token_sizes)
     if options.redistribution == "price":
         setting = _with_overlap(
             moe, calibration, setting, options, plan.budget.activations, console

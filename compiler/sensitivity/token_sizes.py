@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.choices import have_sizes_in_nats
+from alloc_moe.compiler.errors import TokenSizesError
 from alloc_moe.compiler.reference.token_sizes import log_factors
 from alloc_moe.compiler.sensitivity.corrected import Reduced
 from alloc_moe.compiler.sensitivity.fisher import FisherRun
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
 
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
+    from alloc_moe.compiler.records import CompileOptions
+    from alloc_moe.runtime.artifact.plan import Budget
     from alloc_moe.runtime.console import Console
 
 _FURTHER = 4  # in calibration tokens: more numbers are fitted than sizes are
+_MOST_TOKENS = 1 << 16  # that are fitted to, and a quarter as many held out
+_LEAST_TOKENS = 128
 _TOKENS_PER_BATCH = 4096
 _EPOCHS = 12  # or more, on little text
 _LEAST_STEPS = 300
@@ -44,19 +49,86 @@ _LEAST_SPREAD = 1e-2  # of a dimension, in the mean of all: what hardly varies t
 _MOST_WEIGHTS = 20_000_000  # in all layers: they are text in the plan
 
 
+def wants_token_sizes(
+    options: CompileOptions, budget: Budget, moe: MoeModel, console: Console
+) -> bool:
+    """Return whether tokens get sizes of their own: as asked, else wherever they can.
+
+    Where a limit of this compiler forbids what is not asked for, that is told.
+
+    Args:
+        options: What was asked for.
+        budget: What for; at the full one sizes are for the dial, and a cap leaves none.
+        moe: The model.
+        console: Where it is told.
+
+    Raises:
+        TokenSizesError: They are asked for, and a model of this size has none.
+    """
+    if options.token_sizes is False or not have_sizes_in_nats(options.plan, options.sensitivity):
+        return False
+    if options.token_sizes:
+        check_room(moe)
+        return True
+    full = options.goal is None and budget.activations == budget.original
+    if full and options.plan.cap is not None:
+        return False
+    try:
+        _check_surroundings(options)
+        check_room(moe)
+    except TokenSizesError as error:
+        _tell(error, console)
+        return False
+    return True
+
+
+def fit_if_possible(
+    options: CompileOptions,
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    sizes: Sequence[Sequence[float]],
+    console: Console,
+) -> tuple[TokenSizes, ...] | None:
+    """Return what `fit_token_sizes` does; None, and why, if it can't and nobody asked for it.
+
+    Raises:
+        TokenSizesError: It can't, and was asked for.
+    """
+    try:
+        return fit_token_sizes(moe, calibration, sizes, console)
+    except TokenSizesError as error:
+        if options.token_sizes:
+            raise
+        _tell(error, console)
+        return None
+
+
+def _check_surroundings(options: CompileOptions) -> None:
+    """Raise TokenSizesError for what is made or met without them so far."""
+    for fault, reason in (
+        (options.goal is not None, "are nothing that targets predict by"),
+        (options.target.device != "cpu", "would leave an artifact for CUDA no step program"),
+    ):
+        if fault:
+            raise TokenSizesError(reason)
+
+
+def _tell(error: TokenSizesError, console: Console) -> None:
+    console.note(f"Token sizes are left out: they {error.reason}")
+
+
 def check_room(moe: MoeModel) -> None:
-    """Raise UnsupportedModelError if a model has no token sizes, for its size."""
+    """Raise TokenSizesError if a model has no token sizes, for its size."""
     if moe.offloading is not None:
-        raise UnsupportedModelError(
-            "--token-sizes needs the whole model in memory, and this one is read layer by layer. "
-            "Leave it out, or give --offload never where memory is enough."
+        raise TokenSizesError(
+            "need the whole model in memory, and this one is read layer by layer",
+            ", or give --offload never where memory is enough",
         )
     hidden = moe.config.get_text_config().hidden_size
     weights = sum(layer.num_experts * (hidden + 1) for layer in moe.layers)
     if weights > _MOST_WEIGHTS:
-        raise UnsupportedModelError(
-            f"--token-sizes would put {weights} numbers into the plan, more than {_MOST_WEIGHTS}. "
-            "Leave it out."
+        raise TokenSizesError(
+            f"would put {weights} numbers into the plan, more than {_MOST_WEIGHTS}"
         )
 
 
@@ -76,14 +148,9 @@ def fit_token_sizes(
         console: Where progress is told.
 
     Raises:
-        UnsupportedModelError: Some are beyond float16.
+        TokenSizesError: There is too little text, or some are beyond float16.
     """
-    ids = torch.from_numpy(calibration.ids)
-    held_out = ids.numel() // _HELD_OUT
-    if calibration.further is not None:
-        held_out = ids.numel()
-        further = torch.from_numpy(calibration.further)
-        ids = torch.cat([further[: _FURTHER * len(ids)], ids])
+    ids, held_out = _text(calibration)
     batches = torch.split(ids, max(1, _TOKENS_PER_BATCH // calibration.sequence_length))
     seen = [_Seen() for _ in moe.layers]
 
@@ -108,6 +175,23 @@ def fit_token_sizes(
             found.append(_fit(layer, torch.tensor(given), held_out, generator))
             progress.advance()
     return tuple(found)
+
+
+def _text(calibration: CalibrationSet) -> tuple[torch.Tensor, int]:
+    """Return windows to see, and how many tokens at their end are held out."""
+    # What every layer sees is kept until all are fitted, so memory bounds the text.
+    most = max(1, _MOST_TOKENS // calibration.sequence_length)
+    ids = torch.from_numpy(calibration.ids[:most])
+    if calibration.further is not None:
+        further = torch.from_numpy(calibration.further[: _FURTHER * len(calibration.ids)])
+        ids = ids[: max(1, most // _FURTHER)]
+        return torch.cat([further[:most], ids]), ids.numel()
+    if ids.numel() < _LEAST_TOKENS:
+        raise TokenSizesError(
+            f"are fitted to {_LEAST_TOKENS} tokens of calibration text at least, and there are "
+            f"{ids.numel()}"
+        )
+    return ids, ids.numel() // _HELD_OUT
 
 
 @dataclass
@@ -135,9 +219,9 @@ def _fit(seen: _Seen, sizes: torch.Tensor, held_out: int, generator: torch.Gener
     try:
         return TokenSizes.of(weights.numpy(), (bias - center @ weights).numpy())
     except ValueError as error:
-        raise UnsupportedModelError(
-            "--token-sizes are stored in float16, which doesn't hold those of this model: what "
-            f"enters its experts varies by {float(spread.mean()):.2g} only. Leave it out."
+        raise TokenSizesError(
+            "are stored in float16, which doesn't hold those of this model: what enters its "
+            f"experts varies by {float(spread.mean()):.2g} only"
         ) from error
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate, encoder, open_source
+from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate
 from alloc_moe.compiler.errors import OutputError, SweepError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
@@ -21,7 +21,7 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package.versions import versions
 from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.plan import make_planned
+from alloc_moe.compiler.planning.plan import expert_sizes, make_planned
 from alloc_moe.compiler.records import (
     CalibrationOptions,
     CorrectionMode,
@@ -34,6 +34,8 @@ from alloc_moe.compiler.records import (
 from alloc_moe.compiler.sensitivity.corrected import measured_correction
 from alloc_moe.compiler.sensitivity.kept import measured_redistribution
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.sensitivity.token_sizes import fit_token_sizes
+from alloc_moe.compiler.sweep.held_out import HeldOut, read_held_out
 from alloc_moe.compiler.sweep.methods import DEFAULT, Method
 from alloc_moe.compiler.sweep.records import (
     CalibrationText,
@@ -47,12 +49,11 @@ from alloc_moe.runtime.artifact.shapes import ShapeError, mapping, measured, rea
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.bench import machine
 from alloc_moe.runtime.measure.evaluate import default_window, evaluate_artifact
-from alloc_moe.runtime.text.reading import MOST_BYTES, TextError, read_ids
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from numpy.typing import NDArray
 
+    from alloc_moe.runtime.artifact.token_sizes import TokenSizes
     from alloc_moe.runtime.console import Console
     from alloc_moe.runtime.execution.calls import Output
 
@@ -102,7 +103,7 @@ def run_sweep(options: SweepOptions, console: Console, *, command: str) -> Sweep
         )
         for seed in options.seeds
     ]
-    scored = _scored_text(options, moe)
+    scored = read_held_out(options.text, options.text_tokens, moe.checkpoint.tokenizer)
     if scored.sha256 == texts[0].sha256:
         raise SweepError(
             f"{options.text} is the calibration text itself. Give text to --text that the model "
@@ -139,32 +140,6 @@ def run_sweep(options: SweepOptions, console: Console, *, command: str) -> Sweep
     )
 
 
-@dataclass(frozen=True)
-class _Scored:
-    name: str
-    sha256: str
-    ids: NDArray[np.intc]
-
-
-def _scored_text(options: SweepOptions, moe: MoeModel) -> _Scored:
-    try:
-        with open_source(options.text, moe.checkpoint.tokenizer) as file:
-            encode = encoder(moe.checkpoint.tokenizer)
-            text = read_ids(file, encode, most_tokens=options.text_tokens, digest_all=True)
-    except OSError as error:
-        raise SweepError(
-            f"The text {options.text} can't be read: {error.strerror}. Give a UTF-8 file."
-        ) from error
-    except TextError as error:
-        raise SweepError(f"The text {options.text} {error}") from error
-    if text.cut:
-        raise SweepError(
-            f"The text {options.text} is longer than {MOST_BYTES >> 20} MiB. "
-            "Give --text-tokens, or a part of it."
-        )
-    return _Scored(options.text.name, text.sha256, text.ids)
-
-
 def _read_cells(path: Path) -> dict[str, Any]:
     """Return what earlier runs measured, by all that it depends on."""
     if not path.is_file():
@@ -187,7 +162,7 @@ class _Work:
         console: Console,
         moe: MoeModel,
         texts: Sequence[CalibrationSet],
-        scored: _Scored,
+        scored: HeldOut,
     ) -> None:
         self._options, self._console, self._moe, self._scored = options, console, moe, scored
         self._texts = texts
@@ -195,6 +170,7 @@ class _Work:
         self._profiles: dict[
             tuple[Metric, Redistribution, CorrectionMode, int], SensitivityProfile
         ] = {}
+        self._token_sizes: dict[int, tuple[TokenSizes, ...]] = {}
         self._kept = options.folder / "cells.json"
         try:
             options.folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +237,9 @@ class _Work:
         made_of = [text.sha256, text.seed, text.tokens] if method.calibrated else []
         if (correction := _measured_with(method)) != "none":
             made_of.append(correction)
-        settings = [dataclasses.astuple(dataclasses.replace(method, name="")), budget, made_of]
+        said = dataclasses.astuple(dataclasses.replace(method, name=""))
+        said = said if method.token_sizes else said[:-1]  # as in folders from before these
+        settings = [said, budget, made_of]
         scored = [self._scored.sha256, len(self._scored.ids), self._moe.fingerprint]
         return json.dumps([*settings, *scored])
 
@@ -297,8 +275,19 @@ class _Work:
             parse_budget(budget, [layer.experts_per_token for layer in self._moe.layers]),
             PlanOptions(method.redistribution, "keep", method.correction, dial=False),
             profile=profile,
+            token_sizes=self._token_sizes_of(text, profile) if method.token_sizes else None,
             console=self._console,
         )
+
+    def _token_sizes_of(
+        self, text: CalibrationSet, profile: SensitivityProfile | None
+    ) -> tuple[TokenSizes, ...]:
+        """Return what is fitted to one calibration text: for all budgets."""
+        if text.seed not in self._token_sizes:
+            sizes = expert_sizes("price", profile, self._moe)
+            assert sizes is not None
+            self._token_sizes[text.seed] = fit_token_sizes(self._moe, text, sizes, self._console)
+        return self._token_sizes[text.seed]
 
     def _run(self, planned: Planned) -> dict[str, Any]:
         """Write the artifact, run it on the held-out text, and delete it."""

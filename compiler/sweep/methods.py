@@ -17,7 +17,7 @@ class Method:
 
     ``metric`` divides it among the layers, for ``price`` by expert sizes; None gives all layers the
     same. With ``apart`` sensitivities are measured without the redistribution and the correction
-    that will run, as in the literature.
+    that will run, as in the literature. With ``token_sizes`` each token has its own for ``price``.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Method:
     redistribution: Redistribution = "none"
     correction: CorrectionMode = "none"
     apart: bool = False
+    token_sizes: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -33,7 +34,9 @@ class Method:
         return self.metric is not None or scored or self.correction != "none"
 
 
-DEFAULT = Method("price + affine (default)", "fisher", "price", "affine")
+DEFAULT = Method(
+    "price + token sizes + affine (default)", "fisher", "price", "affine", token_sizes=True
+)
 PRESETS = {
     "uniform": Method("uniform k"),
     "data-free": Method("data-free layers (LExI)", "data-free"),
@@ -45,6 +48,7 @@ PRESETS = {
     "paper": Method("Alloc-L + Alloc-T (Alloc-MoE)", "ppl-suffix", "batch", apart=True),
     "threshold": Method("threshold, uniform k", None, "threshold"),
     "price": Method("price", "fisher", "price"),
+    "price+affine": Method("price + affine", "fisher", "price", "affine"),
     "default": DEFAULT,
 }
 """Methods with a name of their own; the first seven and ``paper`` are the published ones."""
@@ -53,13 +57,15 @@ _BY_PART = {
     "redistribution": get_args(Redistribution),
     "correction": get_args(CorrectionMode),
 }
+_ADDED = ("apart", "token-sizes")
 
 
 def parse_method(text: str) -> Method:
     """Return the method that a name in `PRESETS` or a sum such as ``kl+batch+affine`` stands for.
 
     A sum has a metric or ``uniform``, a redistribution, a correction, or any of these; what is left
-    out is uniform, none and none, but ``price`` goes by ``fisher``. ``apart`` may be added.
+    out is uniform, none and none, but ``price`` goes by ``fisher``. ``apart`` may be added, and
+    ``token-sizes`` to ``price`` by ``fisher``.
 
     Raises:
         SweepError: A part is no such name, or two parts say the same thing.
@@ -67,10 +73,9 @@ def parse_method(text: str) -> Method:
     if text in PRESETS:
         return PRESETS[text]
     found: dict[str, str] = {}
-    apart = False
-    for part in text.split("+"):
-        if part == "apart":
-            apart = True
+    parts = text.split("+")
+    for part in parts:
+        if part in _ADDED:
             continue
         kinds = [kind for kind, names in _BY_PART.items() if part in names]
         kind = "metric" if part == "uniform" else kinds[0] if kinds else None
@@ -87,19 +92,23 @@ def parse_method(text: str) -> Method:
             "among layers by itself. Leave one of them out."
         )
     metric = found.get("metric", "fisher" if found.get("redistribution") == "price" else "uniform")
+    redistribution, token_sizes = found.get("redistribution", "none"), "token-sizes" in parts
+    if token_sizes and (metric, redistribution) != ("fisher", "price"):
+        raise SweepError(f"{text} has token-sizes, which are for price by fisher. Leave it out.")
     return Method(
-        " + ".join(text.split("+")),
+        " + ".join(part.replace("-sizes", " sizes") for part in parts),
         None if metric == "uniform" else metric,  # type: ignore[arg-type]
-        found.get("redistribution", "none"),  # type: ignore[arg-type]
+        redistribution,  # type: ignore[arg-type]
         found.get("correction", "none"),  # type: ignore[arg-type]
-        apart,
+        "apart" in parts,
+        token_sizes,
     )
 
 
 def _unknown(part: str) -> str:
     if part in PRESETS:
         return f"{part!r} stands for a whole way to spend a budget, so it can't be part of a sum."
-    names = [*PRESETS, "apart", *(name for group in _BY_PART.values() for name in group)]
+    names = [*PRESETS, *_ADDED, *(name for group in _BY_PART.values() for name in group)]
     near = difflib.get_close_matches(part, names, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(dict.fromkeys(names))}."
     return f"{part!r} is no way to spend a budget. {hint}"

@@ -93,10 +93,12 @@ def speed_table(
 def _optional(plan: AllocationPlan) -> dict[str, str]:
     """What only some redistributions have; a row that doesn't apply is left out."""
     dial = ", ".join(f"{point.activations:.4g} at {point.price:.3g}" for point in plan.dial)
+    own = sum(layer.token_sizes is not None for layer in plan.layers)
     facts = {
         "price": "" if plan.price is None else f"{plan.price:.3g} per activation",
         "dial": dial and f"activations {dial}",
         "overlap": "" if plan.overlap is None else f"{plan.overlap:g}",
+        "token sizes": f"in {own} of {len(plan.layers)} layers" if own else "",
         "cap": "" if plan.cap is None else f"{plan.cap:g} times k in every call",
         "correction": _pairs(plan.correction),
         "cost": _pairs(plan.cost),

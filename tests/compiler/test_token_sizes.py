@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,13 +14,24 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from alloc_moe.compiler.calibration.windows import CalibrationSet
 from alloc_moe.compiler.commands.alloc_eval import eval_command
-from alloc_moe.compiler.errors import VerificationError
+from alloc_moe.compiler.errors import TokenSizesError, VerificationError
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.records import Compiled
+from alloc_moe.compiler.planning.allocation import parse_budget
+from alloc_moe.compiler.records import (
+    Compiled,
+    CompileOptions,
+    Goal,
+    PlanOptions,
+    TargetOptions,
+)
+from alloc_moe.compiler.sensitivity.token_sizes import fit_if_possible, wants_token_sizes
 from alloc_moe.compiler.verify.parity import verify_artifact
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.artifact.token_sizes import TokenSizes
+from alloc_moe.runtime.commands.alloc_inspect import inspect_command
+from alloc_moe.runtime.console import Console
 from alloc_moe.runtime.execution.session import open_session
 
 Models = Callable[[str], MoeModel]
@@ -27,6 +39,8 @@ Graphs = Callable[[str], ir.Model]
 Plans = Callable[..., AllocationPlan]
 Written = Callable[..., Path]
 Compile = Callable[..., Compiled]
+
+PLAN = PlanOptions()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -65,12 +79,14 @@ def test_tokens_have_their_own_sizes_as_in_the_reference(
 def test_a_compile_fits_them_and_runs_by_them(
     compile_to: Compile, tmp_path: Path, name: str
 ) -> None:
-    compiled = compile_to(tmp_path / name, token_sizes=True)
+    compiled = compile_to(tmp_path / name)
     plan = compiled.plan
     assert all(layer.token_sizes is not None for layer in plan.layers)
     assert 5.9 < plan.budget.activations <= 6
     session = open_session(compiled.path, ep="cpu", count_activations=True)
     assert session.plan == plan
+    shown = CliRunner().invoke(inspect_command, [str(compiled.path)])
+    assert "in 3 of 3 layers" in shown.stdout
     ids = np.random.default_rng(0).integers(0, 256, (2, 9))
     counts = [session.run(ids, price=price).activations for price in (0.0, None, 1e9)]
     assert counts[0] == (72, 72, 72)
@@ -104,3 +120,101 @@ def test_the_original_model_runs_by_a_plan_that_has_them(
     of_artifact, of_model = runs
     assert of_artifact["loss"] == pytest.approx(of_model["loss"], abs=1e-3)
     assert of_artifact["activations"] == pytest.approx(of_model["activations"], abs=3)  # near ties
+
+
+@pytest.fixture
+def wants(moe_model: Models) -> Callable[..., bool]:
+    """Return a function from options to whether a compile of a small model has token sizes."""
+
+    def ask(
+        plan: PlanOptions = PLAN,
+        *,
+        budget: str = "0.5",
+        offloading: object = None,
+        **options: Any,
+    ) -> bool:
+        moe = dataclasses.replace(moe_model("olmoe"), offloading=offloading)
+        given = CompileOptions("model", "out.onnx", budget, plan=plan, **options)
+        whole = parse_budget(budget, [layer.experts_per_token for layer in moe.layers])
+        return wants_token_sizes(given, whole, moe, Console())
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [PlanOptions(), PlanOptions(correction="none", weights="renorm", refine=3, cap=1.5)],
+    ids=["default", "others"],
+)
+def test_what_has_sizes_in_nats_has_them_unless_told_otherwise(
+    wants: Callable[..., bool], plan: PlanOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wants(plan)
+    assert not wants(plan, token_sizes=False)
+    assert wants(plan, token_sizes=True, target=TargetOptions(device="cuda"))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("plan", "sensitivity"),
+    [
+        (PlanOptions("threshold"), "fisher"),
+        (PlanOptions("threshold", cost="bytes"), "fisher"),
+        (PlanOptions(), "output"),
+        (PlanOptions(allocation="uniform"), "fisher"),
+    ],
+    ids=str,
+)
+def test_what_was_chosen_otherwise_goes_without_them_and_nothing_is_said(
+    wants: Callable[..., bool],
+    plan: PlanOptions,
+    sensitivity: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert not wants(plan, sensitivity=sensitivity)
+    assert not capsys.readouterr().err
+
+
+def test_the_full_budget_has_them_for_its_dial_which_a_cap_leaves_out(
+    wants: Callable[..., bool],
+) -> None:
+    assert wants(budget="1.0")
+    assert not wants(PlanOptions(cap=1.5), budget="1.0")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target": TargetOptions(device="cuda")}, "they would leave an artifact for CUDA no step"),
+        ({"goal": Goal("bytes", 1e6)}, "they are nothing that targets predict by"),
+        ({"offloading": object()}, "they need the whole model in memory, and this one is read"),
+    ],
+    ids=str,
+)
+def test_what_can_not_have_them_yet_says_so(
+    wants: Callable[..., bool],
+    options: dict[str, Any],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert not wants(**options)
+    assert f"Token sizes are left out: {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_text_too_short_for_them_is_an_error_only_if_they_are_asked_for(
+    moe_model: Models,
+    calibration: CalibrationSet,
+    asked: bool | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    moe = moe_model("olmoe")
+    text = dataclasses.replace(calibration, ids=calibration.ids[:1], further=None)
+    options = CompileOptions("model", "out.onnx", "0.5", token_sizes=asked)
+    sizes = [[1.0] * layer.num_experts for layer in moe.layers]
+    if asked:
+        with pytest.raises(TokenSizesError, match=r"--token-sizes can't be: .* Leave it out\."):
+            fit_if_possible(options, moe, text, sizes, Console())
+        return
+    assert fit_if_possible(options, moe, text, sizes, Console()) is None
+    assert "left out: they are fitted to 128 tokens of" in capsys.readouterr().err

@@ -83,7 +83,13 @@ def scale_weights(file: Path) -> None:
 
 def cache_slow_stages() -> None:
     """Let what comes before writing be done once for each model, and not in the killed process."""
-    for name in ("load_model", "measure_sensitivity", "make_planned", "export_model"):
+    for name in (
+        "load_model",
+        "measure_sensitivity",
+        "fit_if_possible",
+        "make_planned",
+        "export_model",
+    ):
         setattr(pipeline, name, remembered(getattr(pipeline, name)))
     pipeline.verify_artifact = remembered(pipeline.verify_artifact)  # type: ignore[assignment]
     weights_file._COMMIT_BYTES = 1 << 14

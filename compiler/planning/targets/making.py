@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.records import Planned, PlanOptions, SensitivityProfile
     from alloc_moe.passes.blockwise import BlockFormat
     from alloc_moe.runtime.artifact.plan import Budget
+    from alloc_moe.runtime.artifact.token_sizes import TokenSizes
     from alloc_moe.runtime.console import Console
 
 
@@ -42,6 +43,7 @@ class Making:
     formats: Sequence[Sequence[BlockFormat]]
     refinement: Refinement | None
     console: Console
+    token_sizes: tuple[TokenSizes, ...] | None = None
 
     @property
     def experts_per_token(self) -> list[int]:
@@ -99,6 +101,7 @@ class Making:
             budget,
             self.options,
             profile=profile,
+            token_sizes=self.token_sizes,
             costs=costs,
             allocation=allocation,
             refinement=self.refinement,

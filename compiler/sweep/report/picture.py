@@ -24,7 +24,7 @@ from alloc_moe.compiler.sweep.report.svg import (
 )
 
 _WIDTH, _HEIGHT = 800, 450
-_LABEL_LETTERS = 24
+_LABEL_LETTERS = 28
 _LOOKS = (
     Style("m0 own", "circle", ""),
     Style("m1", "square", "2 3"),

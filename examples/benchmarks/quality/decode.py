@@ -37,7 +37,8 @@ class Compiler:
     def artifact(self, method: Method, budget: str) -> Session:
         """Return the artifact of a method and a budget, loaded."""
         measured = f"{method.metric}-{method.redistribution}"
-        path = self._folder / f"{measured}-{method.correction}-{budget}.onnx"
+        sizes = "-token-sizes" if method.token_sizes else ""
+        path = self._folder / f"{measured}-{method.correction}{sizes}-{budget}.onnx"
         if not path.exists():
             compile(
                 self._model,
@@ -48,6 +49,7 @@ class Compiler:
                 allocation="uniform" if method.metric is None else "sensitivity",
                 redistribute=method.redistribution,
                 correct=method.correction,
+                token_sizes=method.token_sizes,
             )
         return open_session(path, ep="cpu", count_activations=True, stop_spinning=True)
 

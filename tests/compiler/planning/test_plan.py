@@ -17,7 +17,7 @@ from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.divergence import Divergence
-from alloc_moe.compiler.planning.plan import make_planned
+from alloc_moe.compiler.planning.plan import expert_sizes, make_planned
 from alloc_moe.compiler.planning.thresholds import Setting
 from alloc_moe.compiler.records import (
     SCORED,
@@ -28,6 +28,7 @@ from alloc_moe.compiler.records import (
 )
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters
+from alloc_moe.compiler.sensitivity.token_sizes import fit_token_sizes
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.console import Console
 
@@ -53,17 +54,21 @@ def make(moe_model: Models, calibration: CalibrationSet, profile_of: Profiles) -
         redistribution: Redistribution,
         *,
         metric: str | None = "fisher",
+        token_sizes: bool = False,
         text: CalibrationSet = calibration,
         console: Console | None = None,
         **options: Any,
     ) -> Planned:
         moe = moe_model("olmoe")
+        profile = None if metric is None else profile_of("olmoe", metric)
+        sizes, quiet = expert_sizes("price", profile, moe) or (), Console(quiet=True)
         return make_planned(
             moe,
             text,
             parse_budget(budget, [layer.experts_per_token for layer in moe.layers]),
             PlanOptions(redistribution, **options),
-            profile=None if metric is None else profile_of("olmoe", metric),
+            profile=profile,
+            token_sizes=fit_token_sizes(moe, text, sizes, quiet) if token_sizes else None,
             console=console or Console(quiet=True),
         )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet
-from alloc_moe.compiler.errors import UnsupportedModelError
+from alloc_moe.compiler.errors import TokenSizesError
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import SensitivityProfile
 from alloc_moe.compiler.sensitivity import token_sizes
@@ -79,7 +79,7 @@ def test_what_is_worse_on_text_it_has_not_seen_is_left_out() -> None:
 def test_what_float16_does_not_hold_is_told() -> None:
     given = seen(0.03 * torch.ones(HIDDEN, EXPERTS))
     given.hidden = [1e-8 * hidden for hidden in given.hidden]
-    with pytest.raises(UnsupportedModelError, match=r"varies by 3e-08 only. Leave it out"):
+    with pytest.raises(TokenSizesError, match=r"varies by 3e-08 only. Leave it out"):
         fitted(given)
 
 
@@ -141,6 +141,29 @@ def test_the_same_text_and_seed_give_the_same(
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(("tokens", "windows"), [(127, 0), (128, 0), (127, 1)])
+def test_so_little_text_that_it_tells_nothing_is_refused(
+    calibration: CalibrationSet, tokens: int, windows: int
+) -> None:
+    ids = np.resize(calibration.ids, (1, tokens))
+    further = np.resize(calibration.ids, (windows, tokens)) if windows else None
+    text = dataclasses.replace(calibration, ids=ids, further=further)
+    if tokens == 128 or windows:
+        seen, held_out = token_sizes._text(text)
+        assert (seen.numel(), held_out) == ((windows + 1) * tokens, tokens if windows else 16)
+        return
+    with pytest.raises(TokenSizesError, match=r"to 128 tokens .* at least, and there are 127"):
+        token_sizes._text(text)
+
+
+def test_much_text_is_bounded_as_all_layers_see_it_at_once(calibration: CalibrationSet) -> None:
+    ids = np.zeros((300, 512), np.int64)
+    alone = dataclasses.replace(calibration, ids=ids, sequence_length=512, further=None)
+    more = dataclasses.replace(alone, further=np.ones((2000, 512), np.int64))
+    sizes = [(found.numel(), held) for found, held in map(token_sizes._text, (alone, more))]
+    assert sizes == [(1 << 16, 1 << 13), (5 << 14, 1 << 14)]
+
+
 def test_a_model_without_room_for_them_is_refused() -> None:
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=999))
     layer = SimpleNamespace(num_experts=100)
@@ -150,7 +173,9 @@ def test_a_model_without_room_for_them_is_refused() -> None:
         return cast("MoeModel", found)
 
     check_room(model(200))
-    with pytest.raises(UnsupportedModelError, match="would put 20100000 numbers into"):
+    with pytest.raises(TokenSizesError, match="would put 20100000 numbers into"):
         check_room(model(201))
-    with pytest.raises(UnsupportedModelError, match="needs the whole model in memory"):
+    with pytest.raises(
+        TokenSizesError, match=r"need the whole model in memory.* or give --offload never"
+    ):
         check_room(model(1, offloading=object()))

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from alloc_moe.compiler.commands.alloc_sweep import sweep_command
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 from alloc_moe.compiler.sweep import cells as sweep
+from alloc_moe.compiler.sweep.methods import DEFAULT
 from alloc_moe.compiler.sweep.records import Cell, SweepResults
 from alloc_moe.compiler.sweep.report.picture import draw_picture
 from alloc_moe.compiler.sweep.report.tables import from_csv
@@ -44,7 +45,7 @@ def swept(model: Path, folder: Path, *options: object, text: Path | None = None)
     return CliRunner().invoke(sweep_command, list(map(str, arguments)))
 
 
-PLANS = ("--budgets", "0.5,0.75", "--plans", "uniform,batch,price,default", "--threads", 1)
+PLANS = ("--budgets", "0.5,0.75", "--plans", "uniform,batch,price+affine,default", "--threads", 1)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_exact_plans_execute_what_they_say(results: SweepResults, name: str) -> 
     assert rows == ((0, 0, 1, 0, 0),) * 3
 
 
-@pytest.mark.parametrize("name", ["price", "price + affine (default)"])
+@pytest.mark.parametrize("name", ["price + affine", DEFAULT.name])
 def test_a_price_is_within_its_budget_on_the_calibration_text(
     results: SweepResults, name: str
 ) -> None:
@@ -114,13 +115,14 @@ def test_the_table_holds_every_cell(folder: Path, results: SweepResults) -> None
     with (folder / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results.cells)
-    assert "price + affine (default)" in (folder / "report.html").read_text()
+    assert DEFAULT.name in (folder / "report.html").read_text()
 
 
 def test_the_chart_shows_the_sweep(folder: Path) -> None:
     chart = (folder / "chart.svg").read_text("utf-8")
     names = re.findall(r'class="name">([^<]+)<', chart)
-    assert sorted(names) == ["Alloc-T batch, uniform k", "price", "price + affine", "uniform k"]
+    own = DEFAULT.name.removesuffix(" (default)")
+    assert sorted(names) == sorted(["Alloc-T batch, uniform k", "price + affine", own, "uniform k"])
     # The table alone gives the same picture.
     table = folder / "sweep.csv"
     model = re.search("<title[^>]*>([^:]+):", chart)
@@ -140,6 +142,7 @@ def test_a_second_sweep_measures_nothing_and_writes_the_same(
     for module, name in (
         (sweep, "export_model"),
         (sweep, "make_planned"),
+        (sweep, "fit_token_sizes"),
         (sweep, "evaluate_artifact"),
         (sensitivity, "FisherRun"),
     ):

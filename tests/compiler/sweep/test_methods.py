@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from alloc_moe.compiler.commands.alloc_sweep import sweep_command
@@ -28,6 +30,11 @@ def test_the_default_is_what_alloc_compile_does() -> None:
         compiled.plan.correction,
     )
     assert not DEFAULT.apart
+    assert compiled.token_sizes is None  # wherever they can be
+    assert DEFAULT.token_sizes
+    assert parse_method("price+token-sizes+affine") == dataclasses.replace(
+        DEFAULT, name="price + token sizes + affine"
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,6 +52,11 @@ def test_the_default_is_what_alloc_compile_does() -> None:
             Method("ppl-suffix + batch + apart", "ppl-suffix", "batch", "none", True),
         ),
         ("kl+none", Method("kl + none", "kl")),
+        ("price+affine", Method("price + affine", "fisher", "price", "affine")),
+        (
+            "token-sizes+price",
+            Method("token sizes + price", "fisher", "price", token_sizes=True),
+        ),
     ],
 )
 def test_a_sum_names_the_parts(text: str, expected: Method) -> None:
@@ -56,6 +68,9 @@ def test_a_sum_names_the_parts(text: str, expected: Method) -> None:
     [
         ("unifrom", "'unifrom' is no way to spend a budget. Did you mean uniform"),
         ("kl+bacth", "'bacth' is no way .* Did you mean batch"),
+        ("kl+token-sizes", "kl.token-sizes has token-sizes, which are for price by fisher"),
+        ("output+price+token-sizes", "token-sizes, which are for price by fisher. Leave it out"),
+        ("price+token-size", "'token-size' is no way .* Did you mean token-sizes"),
         ("papper", "Did you mean paper"),
         ("xyzzy", "'xyzzy' is no way .* Known are uniform, data-free, .*fisher.*affine"),
         ("", "'' is no way"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet
@@ -19,7 +20,7 @@ Models = Callable[[str], MoeModel]
 @pytest.fixture
 def work(moe_model: Models, calibration: CalibrationSet, tmp_path: Path) -> sweep._Work:
     options = sweep.SweepOptions("mixtral", tmp_path, ("0.5",), (), tmp_path / "text")
-    scored = sweep._Scored("text", "0" * 64, [1, 2, 3])
+    scored = sweep.HeldOut("text", "0" * 64, np.array([1, 2, 3], np.intc))
     return sweep._Work(options, Console(quiet=True), moe_model("mixtral"), [calibration], scored)
 
 

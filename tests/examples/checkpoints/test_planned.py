@@ -113,12 +113,12 @@ def test_logits_are_those_of_the_artifact(
 @pytest.mark.parametrize(
     "options",
     [
-        {"token_sizes": True, "correct": "none"},
+        {"token_sizes": False, "correct": "none"},
         {"redistribute": "threshold", "weights": "renorm", "correct": "gain"},
         {"redistribute": "none", "weights": "renorm"},
         {"redistribute": "none", "allocation": "uniform", "correct": "none"},
     ],
-    ids=["token sizes", "threshold", "k per layer", "one k"],
+    ids=["one size", "threshold", "k per layer", "one k"],
 )
 def test_other_plans_are_covered(
     options: dict[str, Any],

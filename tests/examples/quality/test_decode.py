@@ -31,7 +31,7 @@ def test_both_tables_have_a_row_per_method_and_budget(
     assert names == [
         "at half the activations",
         "uniform k",
-        "price + affine (default)",
+        "price + token sizes + affine (default)",
         "budget",
         "0.5",
     ]

@@ -210,7 +210,7 @@ def test_odd_sweeps_are_drawn(synthetic_sweep: ModuleType, case: dict[str, Any])
     [
         ("data-free layers (LExI)", "LExI"),
         ("f(x)", "f(x)"),
-        ("a method with a name far too long", "a method with a name fa…"),
+        ("a method with a name far too long", "a method with a name far to…"),
     ],
 )
 def test_names_are_short(results: SweepResults, method: str, name: str) -> None:
