@@ -170,11 +170,12 @@ _MXFP4_BLOCK = 32
 
 
 class Stored(NamedTuple):
-    """A tensor as a safetensors file has it: ``BF16`` or ``U8``."""
+    """A tensor as a safetensors file has it, ``BF16`` or ``U8``; ``mean`` is that of a vector."""
 
     name: str
     shape: list[int]
     dtype: str = "BF16"
+    mean: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -193,13 +194,13 @@ def write_checkpoint(
     config.architectures = [_architecture(config, model)]
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    layout = _layout(settings)
+    layout, means = _layout(settings), _norms(model)
     shards: list[list[Stored]] = [[]]
     for name, parameter in model.named_parameters():
         for tensor in hub_tensors(name, list(parameter.shape), layout):
             if sum(stored.bytes for stored in shards[-1]) >= shard_bytes:
                 shards.append([])
-            shards[-1].append(tensor)
+            shards[-1].append(tensor._replace(mean=means.get(name, 0.0)))
     weight_map: dict[str, str] = {}
     random = torch.Generator().manual_seed(seed)
     for index, tensors in enumerate(shards, start=1):
@@ -223,6 +224,12 @@ def _architecture(config: Any, model: Any) -> str:
     if "text_config" not in config.sub_configs:
         return type(model).__name__
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__
+
+
+def _norms(model: torch.nn.Module) -> dict[str, float]:
+    """Return what weights of norms begin with: some add one to theirs."""
+    norms = ((name, module) for name, module in model.named_modules() if name.endswith("norm"))
+    return {f"{name}.weight": type(module)(1).weight.item() for name, module in norms}
 
 
 def _layout(settings: dict[str, Any]) -> str:
@@ -289,7 +296,7 @@ def _random(tensor: Stored, random: torch.Generator) -> np.ndarray[Any, Any]:
         return torch.full(shape, _MXFP4_BIAS + exponent, dtype=torch.uint8).numpy()
     values = torch.randn(shape, generator=random)
     if len(shape) == 1:
-        values.mul_(0.1).add_(1.0 if "norm" in name else 0.0)
+        values.mul_(0.1).add_(tensor.mean)
     elif "embed_tokens" not in name:
         values.mul_((_ROUTER_LOGITS if name.endswith(_ROUTERS) else 1.0) / math.sqrt(shape[-1]))
     return values.to(torch.bfloat16).view(torch.uint16).numpy()
