@@ -189,7 +189,7 @@ def test_the_full_budget_has_them_for_its_dial_which_a_cap_leaves_out(
         ({"goal": Goal("bytes", 1e6)}, "they are nothing that targets predict by"),
         ({"offloading": object()}, "they need the whole model in memory, and this one is read"),
     ],
-    ids=str,
+    ids=["CUDA", "a target", "offloaded"],
 )
 def test_what_can_not_have_them_yet_says_so(
     wants: Callable[..., bool],
