@@ -125,7 +125,7 @@ def test_nothing_but_the_command_speaks(
     assert done.stdout.count("\n") == 3
     started = re.compile(
         "Loading|mixtral: 2 MoE layers, 8 experts, top-2|Calibrating on|Profiling: |"
-        "Measuring overlap: |Setting thresholds: |Correcting: |Layers where --correct affine|"
+        "Fitting token sizes: |Measuring overlap: |Setting thresholds: |Correcting: |Layers where --correct affine|"
         "Measuring the dial: |Exporting the graph: |Writing weights: |Verifying against PyTorch: "
     )
     assert [line for line in done.stderr.splitlines() if not started.match(line)] == []
@@ -301,8 +301,10 @@ def test_offloading_is_said_and_gives_the_same_artifact(model: str, tmp_path: Pa
     )
     assert outcome.exit_code == 0, outcome.stderr
     assert "As asked, decoder layers are read from disk when they run" in outcome.stderr
+    assert "Token sizes are left out: they need the whole model in memory" in outcome.stderr
     assert "Profiling by fisher will take about " in outcome.stderr
-    assert compiled(model, tmp_path / "out.onnx", "--correct", "gain").exit_code == 0
+    same = ("--correct", "gain", "--no-token-sizes")
+    assert compiled(model, tmp_path / "out.onnx", *same).exit_code == 0
     paths = [tmp_path / f"{name}.onnx" for name in ("offloaded", "out")]
     first, second = ((path.parent / f"{path.name}.data").read_bytes() for path in paths)
     assert first == second
