@@ -114,7 +114,8 @@ def test_text_like_the_calibration_text_executes_the_plan(bundle: Path) -> None:
     assert plan["redistribution"] == "price"
     assert plan["budget"]["activations"] == pytest.approx(24, rel=0.003)
     assert plan["budget"]["activations"] <= 24
-    assert sum(found["activations_per_token"]) == pytest.approx(24, rel=0.03)
+    # A price that was set on four windows: other text runs some per cent more.
+    assert sum(found["activations_per_token"]) == pytest.approx(24, rel=0.06)
 
 
 @pytest.mark.parametrize(("budget", "activations"), [("0.25", 12), ("36", 36)])
