@@ -125,8 +125,9 @@ def test_nothing_but_the_command_speaks(
     assert done.stdout.count("\n") == 3
     started = re.compile(
         "Loading|mixtral: 2 MoE layers, 8 experts, top-2|Calibrating on|Profiling: |"
-        "Fitting token sizes: |Measuring overlap: |Setting thresholds: |Correcting: |Layers where --correct affine|"
-        "Measuring the dial: |Exporting the graph: |Writing weights: |Verifying against PyTorch: "
+        "Fitting token sizes: |Measuring overlap: |Setting thresholds: |Correcting: |"
+        "Layers where --correct affine|Measuring the dial: |Exporting the graph: |"
+        "Writing weights: |Verifying against PyTorch: "
     )
     assert [line for line in done.stderr.splitlines() if not started.match(line)] == []
     assert "\r" not in done.stderr
