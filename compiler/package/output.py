@@ -98,7 +98,8 @@ def parse_output(text: str, *, force: bool, form: Form | None = None) -> Output:
     if not bundle:
         check_pair(output)
     taken = [p for p in ([path] if bundle else [path, data_path(path)]) if p.exists()]
-    if taken and not force:
+    empty = bundle and path.is_dir() and not any(path.iterdir())
+    if taken and not (force or empty):
         raise OutputError(f"{taken[0]} exists. Give --force to replace it, or another output.")
     return output
 

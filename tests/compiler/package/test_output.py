@@ -110,6 +110,14 @@ def test_an_existing_bundle_is_replaced_with_force_only(tmp_path: Path) -> None:
     parse_output(f"{tmp_path}/half/", force=True)
 
 
+def test_an_empty_folder_needs_no_force(tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    assert parse_output(f"{tmp_path / 'half'}/", force=False).place == tmp_path / "half"
+    (tmp_path / "half" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not a bundle that alloc-compile wrote"):
+        parse_output(f"{tmp_path / 'half'}/", force=True)
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, force: bool) -> None:
     (tmp_path / "home").mkdir()
