@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from small import byte_tokenizer
+from small import ROUTERS, byte_tokenizer
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -162,7 +162,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 _ROUTER_LOGITS = 2.0  # their standard deviation: some experts matter more than others
-_ROUTERS = (".gate.weight", ".router.weight")
 
 _MXFP4_VALUES = 2.93  # the root mean square of what four bits stand for there
 _MXFP4_BIAS = 127  # of the exponents that scales are
@@ -298,7 +297,7 @@ def _random(tensor: Stored, random: torch.Generator) -> np.ndarray[Any, Any]:
     if len(shape) == 1:
         values.mul_(0.1).add_(tensor.mean)
     elif "embed_tokens" not in name:
-        values.mul_((_ROUTER_LOGITS if name.endswith(_ROUTERS) else 1.0) / math.sqrt(shape[-1]))
+        values.mul_((_ROUTER_LOGITS if name.endswith(ROUTERS) else 1.0) / math.sqrt(shape[-1]))
     return values.to(torch.bfloat16).view(torch.uint16).numpy()
 
 

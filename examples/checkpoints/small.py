@@ -39,7 +39,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """The configuration of a small model of each family."""
 
-_ROUTERS = (".gate.weight", ".router.weight")
+ROUTERS = (".gate.weight", ".router.weight")
+"""How names of routers' weights end."""
 
 
 def byte_tokenizer() -> Any:
@@ -64,7 +65,7 @@ def save_checkpoint(folder: Path, settings: dict[str, Any], *, seed: int = 0) ->
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.3 if name.endswith(_ROUTERS) else 0.08)
+                parameter.normal_(std=0.3 if name.endswith(ROUTERS) else 0.08)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
