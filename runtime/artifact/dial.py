@@ -18,6 +18,9 @@ import numpy as np
 from alloc_moe.runtime.artifact.plan import AllocationPlan, DialPoint
 from alloc_moe.runtime.errors import GenerationError
 
+Price = float | tuple[float, ...] | None
+"""Of an activation: one of a call, one per sequence, or the one compiled in."""
+
 _NEAR = 0.01  # activations
 
 

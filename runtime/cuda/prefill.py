@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from alloc_moe.runtime.cuda.cublas import Gemm
@@ -25,8 +25,12 @@ _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 Work = Launch | Gemm | Copy
 
 
-def plan_prefill(program: Program, places: Places, rows: Rows, *, most_shared: int) -> list[Work]:
-    """Return a call's work in order; the last tokens' logits are in ``logits`` [sequences, V].
+def plan_prefill(
+    program: Program, places: Places, rows: Rows, *, most_shared: int
+) -> Iterator[Work]:
+    """Yield a call's work in order; the last tokens' logits are in ``logits`` [sequences, V].
+
+    Planning takes as long as a tenth of the work, which can begin before all is planned.
 
     Args:
         program: The step program.
@@ -35,7 +39,8 @@ def plan_prefill(program: Program, places: Places, rows: Rows, *, most_shared: i
         most_shared: Bytes of shared memory that a block can have.
     """
     planner = _Planner(program, places, rows, most_shared)
-    return [work for op in program["ops"] for work in planner.plan(op)]
+    for op in program["ops"]:
+        yield from planner.plan(op)
 
 
 class _Planner(Planner):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.artifact.dial import Price
 from alloc_moe.runtime.cuda.cublas import Gemm
 from alloc_moe.runtime.cuda.device import Device
 from alloc_moe.runtime.cuda.prefill import Work, plan_prefill
@@ -38,7 +40,7 @@ class Prefiller:
         lengths: NDArray[np.integer],
         cache: CacheMemory,
         *,
-        price: float | None = None,
+        price: Price = None,
     ) -> NDArray[Any]:
         """Return the logits of each sequence's last token, and append keys and values.
 
@@ -47,11 +49,11 @@ class Prefiller:
             counts: How many are a row's own, one or more [batch].
             lengths: The positions that each sequence has had [batch].
             cache: With room for the tokens.
-            price: Of an activation, in place of the one compiled in.
+            price: Of an activation, in place of the one compiled in; one, or one per sequence.
         """
         self._device.make_current()
-        self._stepper.set_price(price)
         batch, width = ids.shape
+        self._stepper.set_prices(price, batch)
         piece = max(1, min(width, _MOST_ROWS // batch))
         logits: NDArray[Any] | None = None
         for start in range(0, width, piece):
@@ -88,9 +90,10 @@ class Prefiller:
             router=self._stepper.router,
         )
         program, most_shared = self._stepper.program, self._device.most_shared
-        work = plan_prefill(program, places, rows, most_shared=most_shared)
-        self._load([item for item in work if isinstance(item, Launch)])
-        for item in work:
+        plan = functools.partial(plan_prefill, program, places, rows, most_shared=most_shared)
+        for item in plan():
+            if isinstance(item, Launch) and item.kernel not in self._checked:
+                self._load([each for each in plan() if isinstance(each, Launch)])
             self._do(item)
         size = batch * int(self._stepper.program["vocabulary"]) * 2
         host = self._device.pinned_once("rows.logits", size)

@@ -53,7 +53,7 @@ def router_of(op: Mapping[str, Any], floats: Callable[[str], int], price: int) -
     Args:
         op: The operation, see compiler's step programs.
         floats: Gives the address of an initializer as float32.
-        price: The address of a price that can change from call to call.
+        price: The address of each sequence's price, which can change from call to call.
     """
     keep, groups = op["keep"], op.get("groups") or {}
     scored = keep["kind"] == "score"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.artifact.dial import Price
 from alloc_moe.runtime.cuda.device import Device
 from alloc_moe.runtime.cuda.launches import plan_launches
 from alloc_moe.runtime.cuda.records import Launch, Memory, Operation, Program, Shape
@@ -27,7 +28,7 @@ class _Inputs(ctypes.Structure):
         ("ids", ctypes.c_int64 * MOST_TOKENS),
         ("lengths", ctypes.c_int32 * MOST_TOKENS),
         ("real", ctypes.c_int32 * MOST_TOKENS),
-        ("price", ctypes.c_float),
+        ("prices", ctypes.c_float * MOST_TOKENS),
     )
 
 
@@ -83,7 +84,7 @@ class Stepper:
         real: NDArray[np.integer],
         cache: CacheMemory,
         *,
-        price: float | None = None,
+        price: Price = None,
     ) -> NDArray[Any]:
         """Return the logits of one new token per sequence, and append its key and value.
 
@@ -92,7 +93,7 @@ class Stepper:
             lengths: The positions that each sequence has had [batch].
             real: 0 for padding, which keeps no expert [batch].
             cache: With room for one position more of each.
-            price: Of an activation, in place of the one compiled in.
+            price: Of an activation, in place of the one compiled in; one, or one per sequence.
 
         Returns:
             [batch, vocabulary] float16 or float32; bfloat16 as uint16.
@@ -103,7 +104,7 @@ class Stepper:
         self._inputs.ids[:batch] = ids.tolist()
         self._inputs.lengths[:batch] = lengths.tolist()
         self._inputs.real[:batch] = real.tolist()
-        self._inputs.price = self._price if price is None else price
+        self._inputs.prices[:batch] = self._prices(price, batch).tolist()
         self._device.replay(graph)
         self._device.wait()
         return self.as_logits(self._logits[: batch * self._row], batch)
@@ -113,10 +114,12 @@ class Stepper:
         kind = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
         return data.view(kind[self.program["dtype"]]).reshape(batch, -1).copy()
 
-    def set_price(self, price: float | None) -> None:
-        """Have routers compare with a price, by default the one compiled in."""
-        value = np.array([self._price if price is None else price], np.float32)
-        self._device.upload(self._given + _Inputs.price.offset, value)
+    def set_prices(self, price: Price, batch: int) -> None:
+        """Have routers compare with prices [batch], by default the one compiled in."""
+        self._device.upload(self._given + _Inputs.prices.offset, self._prices(price, batch))
+
+    def _prices(self, price: Price, batch: int) -> NDArray[np.float32]:
+        return np.full(batch, self._price if price is None else price, np.float32)
 
     def _graph(self, batch: int, cache: CacheMemory) -> Any:
         key = (batch, cache)
@@ -167,7 +170,7 @@ class Stepper:
         """Return the address of a route operation's constants."""
         name = f"router {op['out']} {op['weight']}"
         if name not in self._constants:
-            router: Router = router_of(op, self._constant, self._given + _Inputs.price.offset)
+            router: Router = router_of(op, self._constant, self._given + _Inputs.prices.offset)
             self._constants[name] = self._uploaded(np.frombuffer(bytes(router), np.uint8))
         return self._constants[name]
 

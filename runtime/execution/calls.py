@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from alloc_moe.runtime.artifact.dial import Price
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.cache import Cache
 from alloc_moe.runtime.execution.finite import is_number, is_whole
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.artifact.files import ArtifactFiles
     from alloc_moe.runtime.artifact.plan import AllocationPlan
     from alloc_moe.runtime.execution.slots import CacheSlot
-
-
-Price = float | tuple[float, ...] | None
-"""Of an activation: one of a call, one per sequence, or the one compiled in."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 
 from alloc_moe.runtime.artifact.counting import counted_values, executed, most_executed
+from alloc_moe.runtime.artifact.dial import Price
 from alloc_moe.runtime.artifact.files import ArtifactFiles, find_artifact
 from alloc_moe.runtime.artifact.plan import (
     LATENT_CACHE_KEY,
@@ -23,7 +24,7 @@ from alloc_moe.runtime.artifact.plan import (
 from alloc_moe.runtime.errors import ArtifactError, GenerationError
 from alloc_moe.runtime.execution.buffers import to_numpy
 from alloc_moe.runtime.execution.cache import Cache
-from alloc_moe.runtime.execution.calls import Output, Price, Session, begin_call, check_room
+from alloc_moe.runtime.execution.calls import Output, Session, begin_call, check_room
 from alloc_moe.runtime.execution.opening import check_io, check_past, own_kernels, session_model
 from alloc_moe.runtime.execution.padding import goes_row_by_row, pad_right
 from alloc_moe.runtime.execution.providers import (
@@ -152,11 +153,7 @@ class ArtifactSession:
         ids, new, cache, checked, keep = call
         batch, sequence = ids.shape
         optional = (checked, keep)
-        if (
-            self._kernels is not None
-            and not isinstance(checked, tuple)
-            and self._kernels.takes(ids, new, keep)
-        ):
+        if self._kernels is not None and self._kernels.takes(ids, new, keep):
             logits = self._kernels.run(ids, new, cache, checked)
             cache.append(new)
             return Output(logits, cache, None)

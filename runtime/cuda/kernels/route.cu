@@ -33,7 +33,7 @@ struct Routing {
 struct Router {
     const float* selection_bias;  // [E] added for the choice only, or none
     const float* sizes;           // [E], for prices
-    const float* price;           // on the device, in place of `threshold`, or none
+    const float* price;           // of each sequence, in place of `threshold`, or none
     double quota;                 // of a call's candidates per token; below zero: none
     float threshold, twice_overlap;
     float renormalize_epsilon, scale;
@@ -160,9 +160,10 @@ struct Choice {
     float score, whole;
 };
 
-// Chooses for one token, by a warp. `weights` and `experts` get the candidates in their order.
+// Chooses for one token of a sequence, by a warp. `weights` and `experts` get the candidates in
+// their order.
 __device__ __forceinline__ Choice choose_ranked(float* scores, float* ranking, float* weights,
-                                                int* experts, const Router& r) {
+                                                int* experts, const Router& r, int sequence) {
     const int lane = threadIdx.x % WARP;
     __syncwarp();
     Choice choice = {choose(scores, ranking, r), lane < r.candidates};
@@ -179,7 +180,7 @@ __device__ __forceinline__ Choice choose_ranked(float* scores, float* ranking, f
     choice.score = mine.weight;
     if (r.keep == KEEP_SCORE) {
         choice.score = score_of(mine, r);
-        choice.keep = choice.keep || choice.score >= (r.price ? *r.price : r.threshold);
+        choice.keep = choice.keep || choice.score >= (r.price ? r.price[sequence] : r.threshold);
     }
     choice.keep = choice.keep && choice.used;
     return choice;
@@ -236,7 +237,7 @@ __device__ __forceinline__ void choose_experts(Routing* routing, const float* lo
         for (int e = lane; e < r.experts; e += WARP)
             scores[warp][e] = __ldcg(logits + (long)t * r.experts + e);
         const Choice choice =
-            choose_ranked(scores[warp], ranking[warp], weights[t], experts[t], r);
+            choose_ranked(scores[warp], ranking[warp], weights[t], experts[t], r, t);
         if (choice.used) {
             kept[t][lane] = choice.keep && real[t];
             contest[t][lane] = choice.score;

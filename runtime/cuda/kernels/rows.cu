@@ -78,13 +78,14 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int row = blockIdx.x * ROUTE_WARPS + warp;
     if (row >= rows) return;
-    const bool real = row % width < counts[row / width];
+    const int sequence = row / width;
+    const bool real = row % width < counts[sequence];
     for (int e = lane; e < r.experts; e += WARP) {
         const float x = logits[(long)row * r.experts + e];
         scores[warp][e] = rounded_logits ? to_float(to_real(x)) : x;
     }
     const Choice choice =
-        choose_ranked(scores[warp], ranking[warp], ranked[warp], experts[warp], r);
+        choose_ranked(scores[warp], ranking[warp], ranked[warp], experts[warp], r, sequence);
     const Candidate& mine = choice.mine;
     const bool keep = choice.keep && real;
     const float share = sum_of_warp(keep ? mine.weight : 0.0f);

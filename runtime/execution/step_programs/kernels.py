@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alloc_moe.runtime.artifact.dial import Price
 from alloc_moe.runtime.artifact.tensors import from_bfloat16, read_initializers
 from alloc_moe.runtime.cuda import bindings
 from alloc_moe.runtime.cuda.device import Device
@@ -82,7 +83,7 @@ class OwnKernels:
         return self.prefill_obstacle is None and prompt
 
     def run(
-        self, ids: NDArray[np.int64], new: NDArray[np.int64], cache: Cache, price: float | None
+        self, ids: NDArray[np.int64], new: NDArray[np.int64], cache: Cache, price: Price
     ) -> NDArray[np.floating]:
         """Return the logits [batch, 1, vocabulary] of each sequence's last token.
 
@@ -92,7 +93,7 @@ class OwnKernels:
             ids: [batch, width].
             new: Their mask, of the same shape.
             cache: On the device, with room for them.
-            price: In place of the one compiled in.
+            price: In place of the one compiled in; one, or one per sequence.
         """
         memory = cache.place
         if not isinstance(memory, CacheMemory):

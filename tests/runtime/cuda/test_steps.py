@@ -20,6 +20,7 @@ CASES = [
     ("tiny-qwen3-moe", 2, "float16", "none"),
     ("deepseek_v2", None, "float32", "price"),
     ("deepseek_v2", None, "float16", "none"),
+    ("tiny-moe", 2, "float16", "price"),
     ("deepseek_v2", None, "float16", "batch"),
 ]
 
@@ -87,3 +88,25 @@ def test_prompts_of_half_precision_run_by_own_kernels(
     assert kernels.takes(*prompt, 1) is (half and not competing)
     assert not kernels.takes(*prompt, None), "logits of all tokens"
     assert not kernels.takes(np.zeros((17, 1), np.int64), np.ones((17, 1), np.int64), 1)
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_each_sequence_has_its_price(
+    opened: tuple[ArtifactSession, OwnKernels], width: int
+) -> None:
+    session, kernels = opened
+    if not session.has_dial or (width > 1 and kernels.prefill_obstacle):
+        pytest.skip("this program has no prices, or onnxruntime computes its prompts")
+    prices = 0.0, 0.05, 10.0
+    ids = np.random.default_rng(0).integers(3, session.vocabulary, (3, width))
+    new = np.ones_like(ids)
+
+    def logits(price: float | tuple[float, ...]) -> NDArray[np.floating]:
+        cache = session.empty_cache(3, capacity=width)
+        return kernels.run(ids, new, cache, price)
+
+    alone = np.concatenate([logits(price)[row : row + 1] for row, price in enumerate(prices)])
+    # Sums are in another order where other experts run beside one's own.
+    off = np.abs(logits(prices).astype(float) - alone).max()
+    assert off < TOLERANCE[kernels.stepper.program["dtype"]] / 3
+    assert off < np.abs(logits(prices) - logits(0.0)).max() / 10
