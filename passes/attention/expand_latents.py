@@ -189,13 +189,16 @@ def _made(model: ir.Model, expanded: _Expanded) -> tuple[ir.Value, ir.Value]:
         return rows.reshape(-1, turned)
 
     width = 2 * heads * size
+    repeated = f"alloc_moe.keys_of_all_heads.{heads}x{size}x{turned}"  # the same for all layers
     parts = []
     for source, columns, compute, name in (
-        (layer.latent, latents, own_rows, "expanded"),
-        (expanded.key.source, turned, shared_rows, "shared"),
+        (layer.latent, latents, own_rows, f"{weight.name}.expanded"),
+        (expanded.key.source, turned, shared_rows, repeated),
     ):
-        tensor = lazy_tensor(compute, (width, columns), weight.dtype, f"{weight.name}.{name}")
-        given = add_initializer(model, tensor)
+        given = model.graph.initializers.get(name)
+        if given is None:
+            tensor = lazy_tensor(compute, (width, columns), weight.dtype, name)
+            given = add_initializer(model, tensor)
         parts.append(_multiplied(model, at, _rows(model, at, source), given, width))
     total = _typed(insert(model, at, "Add", parts[::-1]).outputs[0], parts[0])
     total.shape = parts[0].shape

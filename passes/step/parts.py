@@ -37,6 +37,15 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class SharedKeys:
+    """``size`` columns of a buffer: they are added to the first ones of every head's key."""
+
+    buffer: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Rotary:
     """Tables [positions, size / 2] by which the first ``size`` of each head are rotated."""
 

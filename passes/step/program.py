@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from alloc_moe.passes.base import routed_experts
 from alloc_moe.passes.experts.lower import Allocation
@@ -20,6 +23,7 @@ from alloc_moe.passes.step.records import (
     Reason,
     StepProgram,
 )
+from alloc_moe.passes.step.shared_keys import share_keys
 from alloc_moe.passes.step.walk import walk_graph
 
 STEP_KEY = "alloc_moe.step"
@@ -97,7 +101,7 @@ def _program(model: ir.Model, allocation: Allocation, positions: int | None) -> 
     if dtype is None:
         raise NotExpressibleError("it computes in an unknown type")
     ops = [_renamed(op, logits.buffer) for op in walk.ops]
-    fused = fuse(ops)
+    fused = share_keys(fuse(ops), functools.partial(_values, model))
     _check(fused, model)
     embed = next(op for op in fused if isinstance(op, Embed))
     return StepProgram(
@@ -108,6 +112,12 @@ def _program(model: ir.Model, allocation: Allocation, positions: int | None) -> 
         tuple(walk.cache),
         tuple(fused),
     )
+
+
+def _values(model: ir.Model, name: str) -> NDArray[np.generic]:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy()
 
 
 def _renamed(op: Op, logits: str) -> Op:

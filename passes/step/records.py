@@ -19,6 +19,7 @@ from alloc_moe.passes.step.parts import (
     Rotary,
     Router,
     Shared,
+    SharedKeys,
     Slice,
 )
 
@@ -91,6 +92,7 @@ class Attention:
     k_norm: Norm | None = None
     rotary: Rotary | None = None
     softcap: float | None = None
+    k_shared: SharedKeys | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ def reads(op: Op) -> list[str]:
         case Embed():
             return []
         case Attention():
-            return [op.q.buffer, op.k.buffer, op.v.buffer]
+            parts = [op.q, op.k, op.v, op.k_shared]
+            return [part.buffer for part in parts if part is not None]
         case Experts():
             found = [op.x, op.routing, op.residual]
         case Linear():

@@ -79,6 +79,12 @@ class Planner(abc.ABC):
         normed = heads * size if norm.get("whole") else size
         return (*given, self._weight(norm["weight"]), _float(norm["eps"]), _int(normed))
 
+    def _shared_keys(self, op: Operation) -> tuple[Any, ...]:
+        shared = op.get("k_shared")
+        if not shared:
+            return _NOWHERE, _int(0), _int(0)
+        return (*_of_part(self._part(shared)), _int(shared["size"]))
+
     def _rotary(self, op: Operation) -> tuple[Any, ...]:
         rotary = op.get("rotary") or {}
         return (
@@ -167,7 +173,7 @@ class _Planner(Planner):
             *self._heads(op["q"], op.get("q_norm"), heads, size),
             *self._heads(op["k"], op.get("k_norm"), kv_heads, size),
             *_of_part(self._part(op["v"])),
-            *self._rotary(op),
+            *(*self._shared_keys(op), *self._rotary(op)),
             _pointer(self._memory.lengths),
             _pointer(self._memory.buffer("alloc_moe.partial", partial)),
             _pointer(self._memory.zeros("alloc_moe.done", MOST_TOKENS * blocks * 4)),

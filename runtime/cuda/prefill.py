@@ -168,10 +168,11 @@ class _Planner(Planner):
         arguments = (
             *self._heads(op["q"], op.get("q_norm"), heads, size),
             *self._heads(op["k"], op.get("k_norm"), kv_heads, size),
-            *(_pointer(value), _int(value_pitch), *self._rotary(op)),
+            *(_pointer(value), _int(value_pitch), *self._shared_keys(op), *self._rotary(op)),
             *(_pointer(keys), _pointer(values), lengths, counts, *sizes),
         )
-        grid = (self._rows, math.ceil((heads + kv_heads) / _ATTENTION_WARPS), 1)
+        at_once = _ATTENTION_WARPS * heads_per_warp(size)
+        grid = (self._rows, math.ceil((heads + kv_heads) / at_once), 1)
         yield Launch(f"append<{size}>", grid, _ATTENTION_WARPS * _WARP, 0, arguments)
         out = self._out(op["out"], heads * size)
         arguments = (
@@ -304,7 +305,8 @@ def last_uses(program: Program) -> dict[str, Operation]:
     """Return the operation that reads each buffer last."""
     uses: dict[str, Operation] = {}
     for op in program["ops"]:
-        parts = [part["buffer"] for part in (op.get(name) for name in "qkv") if is_part(part)]
+        read = (op.get(name) for name in (*"qkv", "k_shared"))
+        parts = [part["buffer"] for part in read if is_part(part)]
         for name in (*(op.get(key) for key in ("x", "y", "gate", "residual")), *parts):
             if isinstance(name, str):
                 uses[name] = op
@@ -316,9 +318,15 @@ def is_part(value: Any) -> bool:
     return isinstance(value, Mapping) and "buffer" in value
 
 
+def heads_per_warp(size: int) -> int:
+    """Return how many heads the lanes of a warp rotate at once: a vector of 16 bytes each."""
+    vectors = size * _ELEMENT // 16
+    return 1 if vectors & (vectors - 1) else max(1, _WARP // vectors)
+
+
 def attention_bytes(size: int) -> int:
     """Return the shared memory of a block that attends with heads of a size."""
-    return 4 * _POSITIONS * (size + 8) * _ELEMENT
+    return 4 * _POSITIONS * math.ceil(size / _DEPTH) * _DEPTH * _ELEMENT + 1024
 
 
 def _tile_bytes(columns: int, stages: int) -> int:

@@ -14,6 +14,7 @@ from fill import fill
 _BATCHES = (1, 4, 16)
 _STEPS = 12
 _CUDA_ONLY = ("bfloat16",)  # onnxruntime's CPU has no such kernels: CUDA is the reference
+_OURS_ONLY = ("float32",)  # onnxruntime's CUDA misreads such a past, so calls with one are refused
 
 
 def small_model(
@@ -23,7 +24,7 @@ def small_model(
     name = description["name"]
     for plan in description["plans"]:
         for path, capture in (("captured", True), ("onnxruntime", False)):
-            if not capture and description["dtype"] in _CUDA_ONLY:
+            if not capture and description["dtype"] in (*_CUDA_ONLY, *_OURS_ONLY):
                 continue
             check = functools.partial(
                 _check, description, graphs, work, device, plan=plan, capture=capture

@@ -13,6 +13,8 @@ struct Heads {
     const Real* norm;    // RMS weights, or none
     float epsilon;
     int normed;          // elements that share a mean: SIZE, or those of all heads
+    const Real* shared;  // added to the first elements of each head, or none
+    int shared_pitch, shared_size;
 };
 
 struct Rotary {
@@ -70,6 +72,8 @@ __device__ __forceinline__ void prepare_heads(float* to, float* raw, float* sums
                 value = to_float(to_real(value * scale)) * to_float(heads.norm[at]);
                 value = to_float(to_real(value));
             }
+            if (i < heads.shared_size)
+                value += to_float(heads.shared[(long)token * heads.shared_pitch + i]);
             raw[h * SIZE + i] = value;
         }
     }
@@ -88,9 +92,10 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
     attention(Real* out, Real* keys, Real* values, const Real* query, int query_pitch,
               const Real* query_norm, float query_epsilon, int query_normed, const Real* key,
               int key_pitch, const Real* key_norm, float key_epsilon, int key_normed,
-              const Real* value, int value_pitch, const Real* cosine, const Real* sine,
-              int rotary_size, int interleaved, const int* lengths, float* partial, int* done,
-              int heads, int kv_heads, int capacity, int chunk, float scale, float softcap) {
+              const Real* value, int value_pitch, const Real* shared_key, int shared_pitch,
+              int shared_size, const Real* cosine, const Real* sine, int rotary_size,
+              int interleaved, const int* lengths, float* partial, int* done, int heads,
+              int kv_heads, int capacity, int chunk, float scale, float softcap) {
     constexpr int VECS = (SIZE / PER_VEC + SHARING - 1) / SHARING;
     constexpr int STREAMS = ATTENTION_WARPS * WARP / SHARING;
     __shared__ float q[HEADS * SIZE], raw[HEADS * SIZE], k_new[SIZE];
@@ -106,14 +111,16 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
     if (begin > length) return;
     const int end = min(begin + chunk, length + 1), splits = length / chunk + 1;
     const Rotary rotary = {cosine, sine, rotary_size, interleaved};
-    prepare_heads<SIZE>(q, raw, sums, {query, query_pitch, query_norm, query_epsilon, query_normed},
-                        rotary, token, head, HEADS, length);
+    const Heads asking = {query,        query_pitch, query_norm, query_epsilon,
+                          query_normed, nullptr,     0,          0};
+    prepare_heads<SIZE>(q, raw, sums, asking, rotary, token, head, HEADS, length);
     Real* key_rows = keys + ((long)token * kv_heads + kv_head) * capacity * SIZE;
     Real* value_rows = values + ((long)token * kv_heads + kv_head) * capacity * SIZE;
     const Real* new_value = value + (long)token * value_pitch + (long)kv_head * SIZE;
     if (length < end) {
-        prepare_heads<SIZE>(k_new, raw, sums, {key, key_pitch, key_norm, key_epsilon, key_normed},
-                            rotary, token, kv_head, 1, length);
+        const Heads new_keys = {key,        key_pitch,    key_norm,   key_epsilon,
+                                key_normed, shared_key, shared_pitch, shared_size};
+        prepare_heads<SIZE>(k_new, raw, sums, new_keys, rotary, token, kv_head, 1, length);
         if (first_of_group)
             for (int i = thread; i < SIZE; i += ATTENTION_WARPS * WARP) {
                 key_rows[(long)length * SIZE + i] = to_real(k_new[i]);

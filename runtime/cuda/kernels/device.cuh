@@ -31,6 +31,12 @@ __device__ __forceinline__ Real to_real(float x) {
 #endif
 }
 
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Weights are read once per step: they need not push activations out of the first-level cache.
 __device__ __forceinline__ Vec load_once(const void* address) {
     Vec v;

@@ -12,11 +12,6 @@ struct Groups {
 
 #define TILE 128  // rows of a block's tile
 
-// Where eight rows of a tile fill 1024 bytes that begin at a multiple of that.
-__device__ __forceinline__ Real* tiles(Vec* dynamic) {
-    return (Real*)(((unsigned long long)dynamic + 1023) & ~1023ull);
-}
-
 // Finds a block's expert and the first of its rows. Returns false beyond the last tile.
 __device__ __forceinline__ bool find_tile(const int* offsets, int experts, int tile, int& expert,
                                           int& first, int& count) {
@@ -49,11 +44,27 @@ __device__ __forceinline__ bool find_tile(const int* offsets, int experts, int t
     return expert >= 0;
 }
 
-// c[16, COLUMNS] of each of 8 warps += rows[128, K] . columns[COLUMNS, K]; c[n] has columns 8 n to
-// 8 n + 7. `row(i)` and `column(i)` give where a row begins, or nothing. Loads of STAGES - 2 steps
-// are under way while a step multiplies, and the step before it may still.
+// Goes through a tile's steps; with MULTIPLY, it also multiplies.
+template <bool MULTIPLY, int STEPS, int STAGES, int STAGE, int N, class Fetch>
+__device__ __forceinline__ void run_steps(float (&c)[N][4], Real* shared, const Fetch& fetch) {
+    for (int step = 0; step < STEPS; ++step) {
+        wait_for_copies<STAGES - 3>();
+        show_copies_to_tensor_cores();
+        __syncthreads();
+        const Real* rows = shared + step % STAGES * STAGE;
+        if (MULTIPLY) begin_products(c, rows, rows + TILE * DEPTH);
+        fetch(step + STAGES - 2);
+        if (MULTIPLY) end_products<1>(c);
+    }
+    if (MULTIPLY) end_products<0>(c);
+}
+
+// c[16, COLUMNS] of each of 8 warps += rows[128, K] . columns[COLUMNS, K], `count` rows being
+// used; c[n] has columns 8 n to 8 n + 7. `row(i)` and `column(i)` give where a row begins, or
+// nothing. Loads of STAGES - 2 steps are under way while a step multiplies, and the step before it
+// may still.
 template <int K, int COLUMNS, int STAGES, class Row, class Column>
-__device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], Real* shared,
+__device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], Real* shared, int count,
                                               const Row& row, const Column& column) {
     constexpr int STEPS = (K + DEPTH - 1) / DEPTH, STAGE = (TILE + COLUMNS) * DEPTH;
     // Eight threads copy a row's 128 bytes, 32 rows at a time.
@@ -84,16 +95,11 @@ __device__ __forceinline__ void multiply_tile(float (&c)[COLUMNS / 8][4], Real* 
     };
 #pragma unroll
     for (int step = 0; step < STAGES - 2; ++step) fetch(step);
-    for (int step = 0; step < STEPS; ++step) {
-        wait_for_copies<STAGES - 3>();
-        show_copies_to_tensor_cores();
-        __syncthreads();
-        const Real* rows = shared + step % STAGES * STAGE;
-        begin_products(c, rows, rows + TILE * DEPTH);
-        fetch(step + STAGES - 2);
-        end_products<1>(c);
-    }
-    end_products<0>(c);
+    // Of a tile that is half empty, four warps have nothing to do but to copy.
+    if ((int)threadIdx.x / 128 * 64 < count)
+        run_steps<true, STEPS, STAGES, STAGE>(c, shared, fetch);
+    else
+        run_steps<false, STEPS, STAGES, STAGE>(c, shared, fetch);
 }
 
 // Gives `use` each pair of neighbouring columns of a warp's part of a tile: row, column, values.
@@ -120,7 +126,7 @@ __device__ __forceinline__ void multiply_expert(float (&c)[COLUMNS / 8][4], Vec*
                                                 int count, const Row& row) {
     const Real* none = nullptr;
     multiply_tile<K, COLUMNS, STAGES>(
-        c, tiles(dynamic), [&](int i) { return i < count ? row(i) : none; },
+        c, tiles(dynamic), count, [&](int i) { return i < count ? row(i) : none; },
         [&](int i) { return left + i < columns ? matrix + (long)(left + i) * K : none; });
 }
 

@@ -92,4 +92,25 @@ __device__ __forceinline__ void multiply_group(float (&c)[32][4], unsigned long 
             : "l"(rows), "l"(columns));
 }
 
+// c[64, 64] += a[64, 16] columns[64, 16]^T, where lanes hold `a` as they do for other products; or
+// rows[16, 64] of a tile instead of columns.
+template <bool IS_ROWS>
+__device__ __forceinline__ void multiply_group(float (&c)[8][4], const u32 (&a)[4],
+                                               unsigned long long tile) {
+    float* d = &c[0][0];
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." GROUP_TYPES
+            "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+            "{%32,%33,%34,%35}, %36, 1, 1, 1, %37;"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+              "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+              "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+              "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+              "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
+              "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+              "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+              "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile), "n"(IS_ROWS ? 1 : 0));
+}
+
 #endif

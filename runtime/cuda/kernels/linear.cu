@@ -169,14 +169,30 @@ __global__ void __launch_bounds__(256)
     for (int k = threadIdx.x * PER_VEC; k < K; k += 256 * PER_VEC) *(Vec*)(to + k) = load(rows + k);
 }
 
+__device__ __forceinline__ Real gated(float gate, float up) {
+    return to_real(to_float(to_real(silu(gate))) * up);
+}
+
 // out[t, i] = silu(gate[t, i]) up[t, i]; rows are `pitch` apart. Grid: any.
 __global__ void __launch_bounds__(256)
     swiglu(Real* out, const Real* gate, const Real* up, int pitch, int n, int tokens) {
     let_next_begin();
     wait_for_previous();
-    for (int i = blockIdx.x * 256 + threadIdx.x; i < n * tokens; i += gridDim.x * 256) {
-        const long at = (long)(i / n) * pitch + i % n;
-        out[i] = to_real(to_float(to_real(silu(to_float(gate[at])))) * to_float(up[at]));
+    const int each = (n | pitch) % PER_VEC ? 1 : PER_VEC;  // elements of a thread at a time
+    const int count = n / each * tokens;
+    for (int i = blockIdx.x * 256 + threadIdx.x; i < count; i += gridDim.x * 256) {
+        const int row = i / (n / each), column = i % (n / each) * each;
+        const long at = (long)row * pitch + column, to = (long)row * n + column;
+        if (each == 1) {
+            out[to] = gated(to_float(gate[at]), to_float(up[at]));
+            continue;
+        }
+        float x[PER_VEC], y[PER_VEC];
+        unpack(load(gate + at), x);
+        unpack(load(up + at), y);
+#pragma unroll
+        for (int j = 0; j < PER_VEC; ++j) x[j] = to_float(gated(x[j], y[j]));
+        *(Vec*)(out + to) = pack(x);
     }
 }
 

@@ -12,6 +12,11 @@ __device__ __forceinline__ int place(int row, int vec) {
     return row * DEPTH + ((vec ^ row) & 7) * 8;
 }
 
+// Where eight rows of a tile fill 1024 bytes that begin at a multiple of that.
+__device__ __forceinline__ Real* tiles(Vec* dynamic) {
+    return (Real*)(((unsigned long long)dynamic + 1023) & ~1023ull);
+}
+
 // Products of 128 rows and 8 N columns of DEPTH elements, by 8 warps of 16 rows each. `c` must not
 // be read before `end_products<0>`; `end_products<1>` leaves the last product under way.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -27,16 +32,24 @@ __device__ __forceinline__ void keep_in_registers(float (&c)[N][4]) {
         for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
 }
 
+__device__ __forceinline__ void order_registers() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
 template <int N>
 __device__ __forceinline__ void begin_products(float (&c)[N][4], const Real* rows,
                                                const Real* columns) {
     const Real* mine = rows + threadIdx.x / 128 * 64 * DEPTH;
     keep_in_registers(c);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    order_registers();
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 16)
         multiply_group(c, describe(mine + k), describe(columns + k));
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    commit_products();
 }
 
 template <int PENDING, int N>

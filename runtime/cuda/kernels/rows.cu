@@ -3,22 +3,49 @@
 #include "attention.cu"
 #include "route.cu"
 
-// Grid: [sequences * width, heads / 8], of queries and keys together. Normalises and rotates a
-// row's queries in place, and writes its key and value to the cache.
+// Eight elements of a head, rotated: `head` has all of it, `at` is the first.
+template <int SIZE>
+__device__ __forceinline__ void rotate_vec(float (&x)[PER_VEC], const float* head, int at,
+                                           const Rotary& rotary, int position) {
+    const int half = rotary.size / 2;
+    if (!rotary.cosine || at >= rotary.size) {
+#pragma unroll
+        for (int i = 0; i < PER_VEC; ++i) x[i] = head[at + i];
+    } else if (rotary.interleaved || half % PER_VEC) {
+#pragma unroll
+        for (int i = 0; i < PER_VEC; ++i) x[i] = rotated(head, at + i, rotary, position);
+    } else {  // all are of one half, so tables and the other half are read in whole vectors
+        const int pair = at % half;
+        const float sign = at < half ? -1.0f : 1.0f;
+        float c[PER_VEC], s[PER_VEC];
+        unpack(load(rotary.cosine + (long)position * half + pair), c);
+        unpack(load(rotary.sine + (long)position * half + pair), s);
+        const float* other = head + (at < half ? at + half : pair);
+#pragma unroll
+        for (int i = 0; i < PER_VEC; ++i) x[i] = head[at + i] * c[i] + sign * other[i] * s[i];
+    }
+}
+
+// Grid: [sequences * width, any], of queries and keys together. Normalises and rotates a
+// row's queries in place, and writes its key and value to the cache. SIZE is a multiple of 16.
 template <int SIZE>
 __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
     append(Real* query, int query_pitch, const Real* query_norm, float query_epsilon,
            int query_normed, const Real* key, int key_pitch, const Real* key_norm,
            float key_epsilon, int key_normed, const Real* value, int value_pitch,
-           const Real* cosine, const Real* sine, int rotary_size, int interleaved, Real* keys,
-           Real* values, const int* lengths, const int* counts, int width, int heads, int kv_heads,
+           const Real* shared_key, int shared_pitch, int shared_size, const Real* cosine,
+           const Real* sine, int rotary_size, int interleaved, Real* keys, Real* values,
+           const int* lengths, const int* counts, int width, int heads, int kv_heads,
            int capacity) {
-    __shared__ float raw[ATTENTION_WARPS][SIZE];
+    // Lanes that share a head; a warp has several heads where that uses more of its lanes.
+    constexpr int VECS = SIZE / PER_VEC, LANES = VECS & (VECS - 1) || VECS > WARP ? WARP : VECS;
+    constexpr int TOGETHER = WARP / LANES;
+    alignas(16) __shared__ float raw[ATTENTION_WARPS][TOGETHER][SIZE];
     __shared__ float sums[ATTENTION_WARPS];
     const int row = blockIdx.x, sequence = row / width, at = row % width;
     if (at >= counts[sequence]) return;
     const int position = lengths[sequence] + at, warp = threadIdx.x / WARP;
-    const int lane = threadIdx.x % WARP;
+    const int lane = threadIdx.x % LANES, slot = threadIdx.x % WARP / LANES;
     const Rotary rotary = {cosine, sine, rotary_size, interleaved};
     Real* queries = query + (long)row * query_pitch;
     const Real* new_keys = key + (long)row * key_pitch;
@@ -27,41 +54,62 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
         query_scale = scale_of(queries, query_normed, query_epsilon, sums);
     if (key_norm && key_normed != SIZE)
         key_scale = scale_of(new_keys, key_normed, key_epsilon, sums);
-    for (int h = blockIdx.y * ATTENTION_WARPS + warp; h < heads + kv_heads;
-         h += gridDim.y * ATTENTION_WARPS) {
-        const bool is_query = h < heads;
+    const int first = blockIdx.y * ATTENTION_WARPS * TOGETHER + warp * TOGETHER;
+    for (int base = first; base < heads + kv_heads;
+         base += gridDim.y * ATTENTION_WARPS * TOGETHER) {
+        const int h = base + slot;
+        const bool is_query = h < heads, used = h < heads + kv_heads;
         const int head = is_query ? h : h - heads;
         const Real* from = (is_query ? queries : new_keys) + (long)head * SIZE;
         const Real* norm = is_query ? query_norm : key_norm;
         const bool whole = (is_query ? query_normed : key_normed) != SIZE;
-        float scale = is_query ? query_scale : key_scale;
-        if (norm && !whole) {
-            float sum = 0.0f;
-            for (int i = lane; i < SIZE; i += WARP) {
-                const float x = to_float(from[i]);
-                sum += x * x;
+        float* mine = raw[warp][slot];
+        float sum = 0.0f;
+        for (int vec = lane; vec < VECS && used; vec += LANES) {
+            float x[PER_VEC];
+            unpack(load(from + vec * PER_VEC), x);
+            if (!is_query && vec * PER_VEC < shared_size) {
+                float y[PER_VEC];
+                unpack(load(shared_key + (long)row * shared_pitch + vec * PER_VEC), y);
+#pragma unroll
+                for (int i = 0; i < PER_VEC; ++i) x[i] += y[i];
             }
-            scale = rsqrtf(sum_of_warp(sum) / SIZE + (is_query ? query_epsilon : key_epsilon));
+#pragma unroll
+            for (int i = 0; i < PER_VEC; ++i) {
+                mine[vec * PER_VEC + i] = x[i];
+                sum += x[i] * x[i];
+            }
         }
-        for (int i = lane; i < SIZE; i += WARP) {
-            float x = to_float(from[i]);
-            if (norm) {
-                x = to_float(to_real(x * scale)) * to_float(norm[whole ? head * SIZE + i : i]);
-                x = to_float(to_real(x));
+#pragma unroll
+        for (int offset = LANES / 2; offset; offset /= 2)
+            sum += __shfl_xor_sync(~0u, sum, offset);
+        float scale = is_query ? query_scale : key_scale;
+        if (!whole) scale = rsqrtf(sum / SIZE + (is_query ? query_epsilon : key_epsilon));
+        __syncwarp();
+        for (int vec = lane; norm && vec < VECS && used; vec += LANES) {
+            float weight[PER_VEC];
+            unpack(load(norm + (whole ? head * SIZE : 0) + vec * PER_VEC), weight);
+#pragma unroll
+            for (int i = 0; i < PER_VEC; ++i) {
+                float& x = mine[vec * PER_VEC + i];
+                x = to_float(to_real(to_float(to_real(x * scale)) * weight[i]));
             }
-            raw[warp][i] = x;
         }
         __syncwarp();
         const long place = ((long)sequence * kv_heads + head) * capacity + position;
         Real* to = is_query ? queries + (long)head * SIZE : keys + place * SIZE;
-        for (int i = lane; i < SIZE; i += WARP)
-            to[i] = to_real(rotated(raw[warp], i, rotary, position));
+        for (int vec = lane; vec < VECS && used; vec += LANES) {
+            float x[PER_VEC];
+            rotate_vec<SIZE>(x, mine, vec * PER_VEC, rotary, position);
+            *(Vec*)(to + vec * PER_VEC) = pack(x);
+        }
         __syncwarp();
     }
     if (blockIdx.y) return;
-    for (int i = threadIdx.x; i < kv_heads * SIZE; i += ATTENTION_WARPS * WARP) {
-        const long head = (long)sequence * kv_heads + i / SIZE;
-        values[(head * capacity + position) * SIZE + i % SIZE] = value[(long)row * value_pitch + i];
+    for (int i = threadIdx.x; i < kv_heads * VECS; i += ATTENTION_WARPS * WARP) {
+        const long head = (long)sequence * kv_heads + i / VECS;
+        *(Vec*)(values + (head * capacity + position) * SIZE + i % VECS * PER_VEC) =
+            load(value + (long)row * value_pitch + i * PER_VEC);
     }
 }
 

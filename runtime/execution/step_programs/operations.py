@@ -140,7 +140,15 @@ _OPERATIONS = {
             "size": _LANES,
             "scale": number(-1e30, 1e30),
         },
-        {"q_norm": _HEAD_NORM, "k_norm": _HEAD_NORM, "rotary": _ROTARY, "softcap": _FACTOR},
+        {
+            "q_norm": _HEAD_NORM,
+            "k_norm": _HEAD_NORM,
+            "rotary": _ROTARY,
+            "softcap": _FACTOR,
+            "k_shared": optional(
+                record({"buffer": buffer, "size": _LANES}, {"offset": _OFFSET}, closed=True)
+            ),
+        },
     ),
     "route": _shape(
         {

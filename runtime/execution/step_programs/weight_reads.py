@@ -82,6 +82,10 @@ class _Walk:
         self._divides("kv_heads", kv_heads, heads)
         for part, count in zip("qkv", (heads, kv_heads, kv_heads), strict=True):
             self._read(op[part]["buffer"], count * size, op[part].get("offset"))
+        if shared := op.get("k_shared"):
+            self._read(shared["buffer"], shared["size"], shared.get("offset"))
+            if shared["size"] > size or op.get("k_norm"):
+                raise self._wrong(f"adds {shared['size']} elements to keys of {size}")
         if self._cache.get(op["layer"]) != (kv_heads, size, size):
             raise self._wrong(f"has heads that don't fit the cache of layer {op['layer']}")
         for norm, count in (("q_norm", heads), ("k_norm", kv_heads)):

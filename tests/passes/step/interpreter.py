@@ -111,6 +111,9 @@ class Interpreter:
     def _attention(self, op: Op, tokens: NDArray[np.int64]) -> Floats:
         heads = {"q": op["heads"], "k": op["kv_heads"], "v": op["kv_heads"]}
         q, k, v = (self._heads(op, name, count) for name, count in heads.items())
+        if shared := op.get("k_shared"):
+            columns = slice(shared["offset"], shared["offset"] + shared["size"])
+            k[..., : shared["size"]] += self.buffers[shared["buffer"]][:, None, columns]
         cache, made = self.cache[op["layer"]], np.zeros_like(q)
         for row, (keys, values) in enumerate(cache):
             at = keys.shape[1]

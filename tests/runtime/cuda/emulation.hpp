@@ -200,6 +200,7 @@ inline uint32_t __float_as_uint(float x) {
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
+inline float power_of_two(float x) { return std::exp2(x); }
 template <class T>
 T __ldcg(const T* address) {
     return *address;
