@@ -97,12 +97,12 @@ class _Model:
         return marked(result, session) if capture and kind != "prefill" else result
 
     def check_logits(self, budget: str) -> dict[str, Any]:
-        """Compare the captured step with onnxruntime's CUDA, alone and in left-padded batches."""
+        """Compare with onnxruntime's CUDA: alone, in left-padded batches, after a long prompt."""
         price = self._prepared()[budget]["price"]
         pair = self._session("price", True), self._session("price", False)
         together = compare(*pair, batch=1, steps=32, price=price)
-        for batch in (4, 16):
-            each = compare(*pair, batch=batch, steps=12, price=price)
+        for batch, steps, columns in ((4, 12, 24), (16, 12, 24), (1, 4, self._sizes.prompt // 2)):
+            each = compare(*pair, batch=batch, steps=steps, price=price, columns=columns)
             together.errors += each.errors
             together.flips += each.flips
             together.is_finite &= each.is_finite
