@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +116,20 @@ def greedy(
         found.append(ids)
         mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
     return np.concatenate(found, axis=1)
+
+
+@contextlib.contextmanager
+def launched_one_by_one(session: ArtifactSession) -> Iterator[None]:
+    """Have a session's decode steps launch their kernels, and not replay them as a graph."""
+    stepper = None if session._kernels is None else session._kernels.stepper
+    if stepper is None:  # no GPU: onnxruntime computes both
+        yield
+        return
+    stepper.replays = False
+    try:
+        yield
+    finally:
+        stepper.replays = True
 
 
 def same_tokens(found: Any, expected: Any) -> tuple[int, int]:

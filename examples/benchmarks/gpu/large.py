@@ -23,7 +23,7 @@ from artifacts import (
     random_tokens,
     release,
 )
-from checks import TOLERANCES, compare, greedy, same_tokens
+from checks import TOLERANCES, compare, greedy, launched_one_by_one, same_tokens
 from fill import fill
 
 from alloc_moe.runtime.execution.session import ArtifactSession
@@ -33,6 +33,7 @@ Named = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 _CALIBRATION = 256  # tokens that prices are found on
 _KINDS = ("decode", "batch", "prefill")
 _CAPTURED, _STOCK, _PLAIN = "captured", "onnxruntime", "plain top-k"
+_LAUNCHED = "captured or not"
 
 
 def large_model(
@@ -51,6 +52,7 @@ def large_model(
         yield f"{name}/logits/{budget}/{_CAPTURED}", check
     if "quarter" in budgets:  # the model that all is measured of
         yield f"{name}/tokens/full/{_CAPTURED}", model.check_tokens
+        yield f"{name}/tokens/full/{_LAUNCHED}", model.check_capture
     for budget in ("full", "half"):
         time = functools.partial(model.time, "decode", "price", budget, capture=False)
         yield f"{name}/decode/{budget}/{_STOCK}", time
@@ -125,6 +127,18 @@ class _Model:
             f"of {len(given.errors)}, each after the same tokens; on their own {'; '.join(found)}"
         )
         return {"value": equal, "unit": "tokens equal", "ok": verdict["ok"], "note": note}
+
+    def check_capture(self) -> dict[str, Any]:
+        """Compare greedy tokens of our kernels captured and launched one by one: all are equal."""
+        session, price = self._session("price", True), self._prepared()["full"]["price"]
+        equal = of = 0
+        for batch, length in ((1, self._sizes.tokens), (16, self._sizes.tokens // 10)):
+            replayed = greedy(session, length, batch=batch, price=price)
+            with launched_one_by_one(session):
+                launched = greedy(session, length, batch=batch, price=price)
+            each = same_tokens(replayed, launched)
+            equal, of = equal + each[0], of + each[1]
+        return {"value": equal, "unit": "tokens equal", "ok": equal == of, "note": f"of {of}"}
 
     def _session(self, plan: str, capture: bool) -> ArtifactSession:
         key = (plan, capture)

@@ -23,10 +23,11 @@ __device__ __forceinline__ int place_in_tile(int position, int vec) {
 
 template <int SIZE>
 __device__ __forceinline__ void multiply_keys(float (&score)[POSITIONS / 8][4],
-                                              const u32 (&q)[SIZE / 16][4], const Real* keys) {
+                                              u32 (&q)[SIZE / 16][4], const Real* keys) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if constexpr (BY_GROUPS(SIZE)) {
         keep_in_registers(score);
+        keep_in_registers(q);
         order_registers();
 #pragma unroll
         for (int s = 0; s < SIZE / 16; ++s)
@@ -52,12 +53,13 @@ __device__ __forceinline__ void multiply_keys(float (&score)[POSITIONS / 8][4],
 
 template <int SIZE, int PIECES>
 __device__ __forceinline__ void multiply_values(float (&sum)[PIECES][8][4],
-                                                const u32 (&p)[POSITIONS / 16][4],
+                                                u32 (&p)[POSITIONS / 16][4],
                                                 const Real* values) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if constexpr (BY_GROUPS(SIZE)) {
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) keep_in_registers(sum[piece]);
+        keep_in_registers(p);
         order_registers();
 #pragma unroll
         for (int s = 0; s < POSITIONS / 16; ++s)

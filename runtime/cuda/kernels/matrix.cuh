@@ -32,6 +32,14 @@ __device__ __forceinline__ void keep_in_registers(float (&c)[N][4]) {
         for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
 }
 
+template <int N>
+__device__ __forceinline__ void keep_in_registers(u32 (&a)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[n][i])::"memory");
+}
+
 __device__ __forceinline__ void order_registers() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
