@@ -20,6 +20,7 @@ SOURCES = ("linear.cu", "attention.cu", "experts.cu", "rows.cu", "flash.cu", "gr
 TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 """What TYPE is in the sources, by the data type of activations."""
 _CACHE = "ALLOC_MOE_CACHE"
+_FLAGS = "ALLOC_MOE_KERNEL_FLAGS"
 
 
 def compile_kernels(
@@ -28,7 +29,8 @@ def compile_kernels(
     """Return a cubin and each kernel's name in it.
 
     Compiling takes some ten seconds; the result is kept in ``$ALLOC_MOE_CACHE``, by default in the
-    user's cache folder.
+    user's cache folder. ``$ALLOC_MOE_KERNEL_FLAGS`` are more options for NVRTC, to try kernels out:
+    ``-DGROUPS_IN_ATTENTION`` has Hopper's warp groups attend to prompts.
 
     Args:
         kernels: C++ expressions, ``linear<2048, 0, 1, 4, true>``.
@@ -57,7 +59,7 @@ def _key(
     # Hopper's products of warp groups are for that very architecture.
     target = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
     options = [f"-DTYPE={TYPES[dtype]}", f"--gpu-architecture={target}"]
-    options += ["-std=c++17", "-default-device"]
+    options += ["-std=c++17", "-default-device", *os.environ.get(_FLAGS, "").split()]
     sources = {path.name: path.read_text() for path in sorted(FOLDER.iterdir()) if path.is_file()}
     version = call(nvrtc.nvrtcVersion())
     content = json.dumps([wanted, options, sources, version])

@@ -26,6 +26,9 @@ from small_cases import small_model
 
 Result = dict[str, Any]
 
+VARIANTS = {"groups": "-DGROUPS_IN_ATTENTION"}
+"""Kernels that are tried out: what NVRTC is told, by the end of a part's name."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -55,9 +58,14 @@ def measurements(
         model = part.partition("-")[2] or "olmoe"
         yield from _peer(json.loads((graphs / f"{model}.json").read_text("utf-8")), device, sizes)
     else:
-        description = json.loads((graphs / f"{part}.json").read_text("utf-8"))
+        model, _, variant = part.partition("+")
+        description = json.loads((graphs / f"{model}.json").read_text("utf-8"))
+        if variant:
+            os.environ["ALLOC_MOE_KERNEL_FLAGS"] = VARIANTS[variant]
         for name, measure in large_model(description, graphs, work, device, sizes):
-            yield Measurement(name, measure)
+            each = Measurement(name.replace(model, part, 1), measure)
+            if not variant or (each.kind in ("prefill", "logits") and name.endswith("captured")):
+                yield each
 
 
 def _copy(device: str) -> Result:

@@ -29,8 +29,8 @@ from memory import machine
 from report import table, with_fractions
 
 PARTS = (
-    *("memory", "olmoe", "small", "olmoe-int4", "transformers"),
-    *("deepseek", "transformers-deepseek"),
+    *("memory", "olmoe", "olmoe+groups", "small", "olmoe-int4", "transformers"),
+    *("deepseek", "deepseek+groups", "transformers-deepseek"),
 )
 KINDS = ("copy", "decode", "batch", "prefill", "logits", "tokens")
 _SMALLEST = Sizes(past=16, steps=6, prompt=48, batch=2, tokens=20)
@@ -176,7 +176,8 @@ def _needed(graphs: Path, part: str) -> int:
     """Return the bytes of the weights that a part makes."""
     if part == "memory" or part.startswith("transformers"):
         return 0
-    files = graphs.glob("small-*.json") if part == "small" else [graphs / f"{part}.json"]
+    model = part.partition("+")[0]
+    files = graphs.glob("small-*.json") if part == "small" else [graphs / f"{model}.json"]
     return sum(
         json.loads(file.read_text("utf-8"))["data"]["bytes"] for file in files if file.exists()
     )

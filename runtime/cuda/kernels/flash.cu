@@ -13,19 +13,18 @@ __device__ __forceinline__ int place_in_tile(int position, int vec) {
     return vec / 8 * POSITIONS * DEPTH + place(position, vec % 8);
 }
 
-// score[QUERIES, POSITIONS] = q . keys, and sum[QUERIES, SIZE] += p . values, by 4 warps of 16
-// queries. Lanes hold all but the tiles.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define BY_GROUPS(SIZE) (SIZE % DEPTH == 0)
-#else
-#define BY_GROUPS(SIZE) false
+// Warp groups have computed this on no card yet, so that they do it only where that is asked for.
+#if defined(GROUPS_IN_ATTENTION) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define BY_GROUPS
 #endif
 
+// score[QUERIES, POSITIONS] = q . keys, and sum[QUERIES, SIZE] += p . values, by 4 warps of 16
+// queries. Lanes hold all but the tiles.
 template <int SIZE>
 __device__ __forceinline__ void multiply_keys(float (&score)[POSITIONS / 8][4],
                                               u32 (&q)[SIZE / 16][4], const Real* keys) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if constexpr (BY_GROUPS(SIZE)) {
+#ifdef BY_GROUPS
+    if constexpr (SIZE % DEPTH == 0) {
         keep_in_registers(score);
         keep_in_registers(q);
         order_registers();
@@ -55,8 +54,8 @@ template <int SIZE, int PIECES>
 __device__ __forceinline__ void multiply_values(float (&sum)[PIECES][8][4],
                                                 u32 (&p)[POSITIONS / 16][4],
                                                 const Real* values) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if constexpr (BY_GROUPS(SIZE)) {
+#ifdef BY_GROUPS
+    if constexpr (SIZE % DEPTH == 0) {
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) keep_in_registers(sum[piece]);
         keep_in_registers(p);

@@ -40,6 +40,14 @@ def test_all_kernels_compile(capability: tuple[int, int]) -> None:
     assert set(names) == set(KERNELS)
 
 
+def test_kernels_that_are_tried_out_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, settings = ["flash<128>"], {"dtype": "bfloat16", "capability": (9, 0)}
+    plain, _ = compiling.compile_kernels(kernels, **settings)
+    monkeypatch.setenv("ALLOC_MOE_KERNEL_FLAGS", "-DGROUPS_IN_ATTENTION")
+    tried, _ = compiling.compile_kernels(kernels, **settings)
+    assert tried != plain
+
+
 def test_a_kept_result_is_read_and_a_damaged_one_made_again(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
