@@ -52,7 +52,7 @@ from alloc_moe.compiler.rounding.formats import (
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.rounding.weights import chosen_digest
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes import fit_if_possible, wants_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes.wanted import fit_if_possible, wants_token_sizes
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.runtime.artifact.files import ArtifactFiles

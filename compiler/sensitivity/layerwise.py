@@ -68,8 +68,16 @@ class StreamedRun:
             self._advance(1)
         return rows, 0.0
 
-    def fisher(self, run: FisherRun) -> tuple[Rows, float]:
-        """Return the sums of every layer, and the next-token loss, summed."""
+    def fisher(
+        self, run: FisherRun, passed: Callable[[int], None] = lambda _: None
+    ) -> tuple[Rows, float]:
+        """Return the sums of every layer, and the next-token loss, summed.
+
+        Args:
+            run: What is added up.
+            passed: Called with each decoder layer that all gradients have passed, before that is
+                saved: after a kill it is called again, or all that it did is done.
+        """
         progress = self._states.progress() or self._nothing()
         last = len(self._stack)
         if progress.stage == "forward":
@@ -86,7 +94,7 @@ class StreamedRun:
         else:
             self._advance(last + last - progress.layer)
         for layer in reversed(range(self._layers[0].decoder_layer, progress.layer)):
-            progress = self._backward(run, progress, layer)
+            progress = self._backward(run, progress, layer, passed)
         return progress.sums, progress.loss
 
     def _forward(
@@ -116,7 +124,13 @@ class StreamedRun:
             self._advance(1)
         return progress
 
-    def _backward(self, run: FisherRun, progress: LayerProgress, layer: int) -> LayerProgress:
+    def _backward(
+        self,
+        run: FisherRun,
+        progress: LayerProgress,
+        layer: int,
+        passed: Callable[[int], None],
+    ) -> LayerProgress:
         """Move the gradients from behind a layer to before it, adding what they say of it."""
         sums = self._zeros()
         entering = self._states.load(state_name("forward", layer))
@@ -125,6 +139,7 @@ class StreamedRun:
         with self._stack.resident(layer):
             for (_, ids), hidden, gradient in zip(self._batches, entering, gradients, strict=True):
                 before.append(run.backward(ids, hidden, gradient, layer, sums))
+        passed(layer)
         rows = reduced_rows(progress.sums, sums, self._processes)
         progress = LayerProgress("backward", layer, progress.loss, rows)
         self._save(progress, before)

@@ -43,6 +43,10 @@ class SavedResults:
         """Whether anything is kept."""
         return self._folder is not None
 
+    def beside(self, name: str) -> Path | None:
+        """Return a folder of that name for what is kept by other means, if anything is kept."""
+        return self._folder and self._folder.with_name(f"{self._folder.name}.{name}")
+
     def recall(
         self, inputs: Sequence[object], compute: Callable[[], Iterable[torch.Tensor]]
     ) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ from alloc_moe.compiler.records import (
     PlanOptions,
     TargetOptions,
 )
-from alloc_moe.compiler.sensitivity.token_sizes import fit_if_possible, wants_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes.wanted import fit_if_possible, wants_token_sizes
 from alloc_moe.compiler.verify.parity import verify_artifact
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.artifact.token_sizes import TokenSizes
@@ -187,7 +187,7 @@ def test_the_full_budget_has_them_for_its_dial_which_a_cap_leaves_out(
     [
         ({"target": TargetOptions(device="cuda")}, "they would leave an artifact for CUDA no step"),
         ({"goal": Goal("bytes", 1e6)}, "they are nothing that targets predict by"),
-        ({"offloading": object()}, "they need the whole model in memory, and this one is read"),
+        ({"offloading": object()}, "they take several times as long as the profile where layers"),
     ],
     ids=["CUDA", "a target", "offloaded"],
 )

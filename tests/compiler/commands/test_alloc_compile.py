@@ -297,14 +297,12 @@ def test_a_compile_on_many_processes_is_wrong_usage(
 
 
 def test_offloading_is_said_and_gives_the_same_artifact(model: str, tmp_path: Path) -> None:
-    outcome = compiled(
-        model, tmp_path / "offloaded.onnx", "--offload", "always", "--correct", "gain"
-    )
+    same = ("--correct", "gain", "--token-sizes")
+    outcome = compiled(model, tmp_path / "offloaded.onnx", "--offload", "always", *same)
     assert outcome.exit_code == 0, outcome.stderr
     assert "As asked, decoder layers are read from disk when they run" in outcome.stderr
-    assert "Token sizes are left out: they need the whole model in memory" in outcome.stderr
     assert "Profiling by fisher will take about " in outcome.stderr
-    same = ("--correct", "gain", "--no-token-sizes")
+    assert "Fitting token sizes will take about " in outcome.stderr
     assert compiled(model, tmp_path / "out.onnx", *same).exit_code == 0
     paths = [tmp_path / f"{name}.onnx" for name in ("offloaded", "out")]
     first, second = ((path.parent / f"{path.name}.data").read_bytes() for path in paths)
