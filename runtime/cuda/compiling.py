@@ -16,7 +16,15 @@ from alloc_moe.runtime.errors import DeviceError
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "kernels"
-SOURCES = ("linear.cu", "attention.cu", "experts.cu", "rows.cu", "flash.cu", "grouped.cu")
+SOURCES = (
+    "linear.cu",
+    "attention.cu",
+    "experts.cu",
+    "rows.cu",
+    "flash.cu",
+    "grouped.cu",
+    "grouped_blocks.cu",
+)
 TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 """What TYPE is in the sources, by the data type of activations."""
 _CACHE = "ALLOC_MOE_CACHE"

@@ -7,9 +7,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from alloc_moe.runtime.cuda.blocks import Blocks
 from alloc_moe.runtime.cuda.cublas import Gemm
 from alloc_moe.runtime.cuda.launches import Planner
-from alloc_moe.runtime.cuda.records import Copy, Launch, Operation, Places, Program, Rows
+from alloc_moe.runtime.cuda.records import (
+    Copy,
+    Launch,
+    Operation,
+    Places,
+    Program,
+    Rows,
+    last_uses,
+)
 
 _WARP = 32
 _ATTENTION_WARPS, _ROUTE_WARPS = 8, 8
@@ -50,16 +59,19 @@ class _Planner(Planner):
         self._rows = rows.sequences * rows.width
         self._row_counts: dict[str, int] = {}  # of buffers that have fewer
         self._tile = _WIDE if most_shared >= _tile_bytes(*_WIDE) else _NARROW
+        self._blocks = Blocks(program, places, most_shared=most_shared)
         self._last_uses = last_uses(program)
         self._places_of: dict[str, str] = {}  # of buffers that took another one's memory over
 
     def plan_embed(self, op: Operation) -> Iterable[Work]:
         out, table = self._out(op["out"], self._hidden), self._places.weight(op["weight"])
-        arguments = (
-            *(_pointer(out), _pointer(table), _pointer(self._given.ids)),
-            _float(op.get("scale") or 1.0),
-        )
-        yield Launch(f"embed<{self._hidden}>", (self._rows, 1, 1), 128, 0, arguments)
+        ids, scale = _pointer(self._given.ids), _float(op.get("scale") or 1.0)
+        if form := op.get("format"):
+            kernel, scales = f"embed_blocks<{self._hidden}, {form['bits']}>", self._scales(form)
+        else:
+            kernel, scales = f"embed<{self._hidden}>", ()
+        arguments = (_pointer(out), _pointer(table), *scales, ids, scale)
+        yield Launch(kernel, (self._rows, 1, 1), 128, 0, arguments)
 
     def plan_linear(self, op: Operation) -> Iterable[Work]:
         n, k = op["n"], op["k"]
@@ -71,7 +83,6 @@ class _Planner(Planner):
             yield self._normalized(("normed", k), (x, pitch), norm, k)
             x, pitch = self._address("normed"), k
         residual: str | None = op.get("residual")
-        weight = self._places.weight(op["weight"])
         if residual is not None and self._last_uses[residual] is op:
             self._places_of[op["out"]] = self._places_of.get(residual, residual)
             residual, add = None, True
@@ -80,10 +91,26 @@ class _Planner(Planner):
         out = self._out(op["out"], n)
         if residual is not None:
             yield Copy(out, self._address(residual), self._rows * n * _ELEMENT)
-        yield Gemm(out, x, weight, self._rows, n, k, pitch, add=add)
+        form = op.get("format")
+        yield from self._product((out, x, n, k), op["weight"], form, pitch=pitch, add=add)
         if bias := op.get("bias"):
             arguments = (_pointer(out), _pointer(self._places.weight(bias)), _int(n))
             yield self._elementwise("add_bias", n, (*arguments, _int(self._rows)))
+
+    def _product(
+        self,
+        sizes: tuple[int, int, int, int],
+        weight: str,
+        form: Mapping[str, Any] | None,
+        *,
+        pitch: int | None = None,
+        add: bool = False,
+    ) -> Iterable[Work]:
+        """Yield a dense product; ``sizes`` are where out and x are, n and k."""
+        out, x, n, k = sizes
+        at = self._places.weight(weight)
+        gemm = Gemm(out, x, at, self._rows, n, k, pitch or k, add=add)
+        yield from self._blocks.product(gemm, weight, form) if form else (gemm,)
 
     def _logits(self, op: Operation) -> Iterable[Work]:
         """Yield what computes the logits of each sequence's last token."""
@@ -103,6 +130,9 @@ class _Planner(Planner):
             yield self._normalized(("last_normed", k), (last, k), norm, k, rows=sequences)
             last = self._address("last_normed")
         out = self._out("logits", n, sequences)
+        if op.get("format"):
+            yield self._blocks.head(op, out=out, x=last, tokens=sequences)
+            return
         yield Gemm(out, last, self._places.weight(op["weight"]), sequences, n, k, k)
         if bias := op.get("bias"):
             arguments = (_pointer(out), _pointer(self._places.weight(bias)), _int(n))
@@ -236,27 +266,11 @@ class _Planner(Planner):
         pairs = self._raw("pairs", candidates * n * _ELEMENT)
         offsets = _pointer(self._places.buffer("rows.offsets", (experts + 1) * _INT))
         rows, weights = map(_pointer, self._placed(candidates))
-        x, weight = self._address(op["x"]), self._places.weight
-        biases = [
-            _pointer(weight(op[name])) if op.get(name) else _pointer(0)
-            for name in ("gate_up_bias", "down_bias")
-        ]
-        arguments: tuple[Any, ...] = (
-            *(_pointer(hidden), _pointer(x), offsets, rows, weights),
-            *(_pointer(weight(op["gate_up"])), biases[0], _int(experts), _int(inner)),
-        )
-        columns, stages = self._tile
-        shared_bytes = _tile_bytes(columns, stages)
-        grid = (math.ceil(2 * inner / columns), tiles, 1)
-        kernel = f"grouped_gate_up<{k}, {columns}, {stages}>"
-        yield Launch(kernel, grid, 256, shared_bytes, arguments)
-        arguments = (
-            *(_pointer(pairs), _pointer(hidden), offsets, weights),
-            *(_pointer(weight(op["down"])), biases[1], _int(experts), _int(n)),
-        )
-        grid = (math.ceil(n / columns), tiles, 1)
-        kernel = f"grouped_down<{inner}, {columns}, {stages}>"
-        yield Launch(kernel, grid, 256, shared_bytes, arguments)
+        x = self._address(op["x"])
+        arguments: tuple[Any, ...] = (_pointer(hidden), _pointer(x), offsets, rows, weights)
+        yield self._grouped(op, "gate_up", (2 * inner, k), (tiles, inner), arguments)
+        arguments = (_pointer(pairs), _pointer(hidden), offsets, weights)
+        yield self._grouped(op, "down", (n, inner), (tiles, n), arguments)
         ids, _, places = self._pairs(candidates)
         residual = self._address(op["residual"]) if op.get("residual") else 0
         out = self._out(op["out"], n)
@@ -268,24 +282,55 @@ class _Planner(Planner):
         if shared := op.get("shared"):
             yield from self._shared_expert(shared, x, k, out)
 
+    def _grouped(
+        self,
+        op: Operation,
+        part: str,
+        sizes: tuple[int, int],
+        grid: tuple[int, int],
+        rows: tuple[Any, ...],
+    ) -> Launch:
+        """Return the product of the experts' rows with their weights [n, k], being ``sizes``.
+
+        ``grid`` has the most tiles of rows, and what ``n`` is in the kernel's last argument.
+        """
+        form, (n, k), (columns, stages) = (op.get("format") or {}).get(part), sizes, self._tile
+        kernel, shared = f"grouped_{part}<{k}, {columns}, {stages}>", _tile_bytes(*self._tile)
+        if form:
+            tile, columns, shared = self._blocks.expert_tile(form["bits"])
+            kernel = f"grouped_{part}_blocks<{k}, {tile}>"
+        arguments = (
+            *(
+                *rows,
+                self._weight(op[part]),
+                *self._scales(form),
+                self._weight(op.get(f"{part}_bias")),
+            ),
+            *(_int(self._routes[op["routing"]]["experts"]), _int(grid[1])),
+        )
+        return Launch(kernel, (math.ceil(n / columns), grid[0], 1), 256, shared, arguments)
+
+    def _scales(self, form: Mapping[str, Any] | None) -> tuple[Any, ...]:
+        return (self._weight(form["scales"]), _int(form["block"])) if form else ()
+
     def _shared_expert(self, shared: Mapping[str, Any], x: int, k: int, out: int) -> Iterable[Work]:
-        inner, given, weight = shared["intermediate"], shared["gate_up"], self._places.weight
+        inner, given, forms = shared["intermediate"], shared["gate_up"], shared.get("format") or {}
+        form, product = forms.get("gate_up"), self._product
         if isinstance(given, str):
             gate = self._out("shared_gate_up", 2 * inner)
             up, pitch = gate + inner * _ELEMENT, 2 * inner
-            yield Gemm(gate, x, weight(given), self._rows, 2 * inner, k, k)
+            yield from product((gate, x, 2 * inner, k), given, form)
         else:
             gate, up = self._out("shared_gates", inner), self._out("shared_ups", inner)
             pitch = inner
-            yield Gemm(gate, x, weight(given["gate"]), self._rows, inner, k, k)
-            yield Gemm(up, x, weight(given["up"]), self._rows, inner, k, k)
+            for to, part in ((gate, "gate"), (up, "up")):
+                yield from product((to, x, inner, k), given[part], (form or {}).get(part))
         hidden = self._out("shared_hidden", inner)
         yield self._gated(hidden, gate, up, pitch, inner)
         if shared.get("gate"):
             yield self._scaled(hidden, hidden, self._address("shared_gate"), inner)
-        yield Gemm(
-            out, hidden, weight(shared["down"]), self._rows, self._hidden, inner, inner, True
-        )
+        down = (out, hidden, self._hidden, inner)
+        yield from product(down, shared["down"], forms.get("down"), add=True)
 
     def _out(self, name: str, width: int, rows: int | None = None) -> int:
         self._widths[name] = width
@@ -299,23 +344,6 @@ class _Planner(Planner):
 
     def _raw(self, name: str, size: int, rows: int | None = None) -> int:
         return self._places.buffer(f"rows.{name}", (self._rows if rows is None else rows) * size)
-
-
-def last_uses(program: Program) -> dict[str, Operation]:
-    """Return the operation that reads each buffer last."""
-    uses: dict[str, Operation] = {}
-    for op in program["ops"]:
-        read = (op.get(name) for name in (*"qkv", "k_shared"))
-        parts = [part["buffer"] for part in read if is_part(part)]
-        for name in (*(op.get(key) for key in ("x", "y", "gate", "residual")), *parts):
-            if isinstance(name, str):
-                uses[name] = op
-    return uses
-
-
-def is_part(value: Any) -> bool:
-    """Whether a field of an operation is a part of a buffer, and not a number of elements."""
-    return isinstance(value, Mapping) and "buffer" in value
 
 
 def heads_per_warp(size: int) -> int:

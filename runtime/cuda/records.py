@@ -100,3 +100,20 @@ class Rows:
     keys: Mapping[int, int]
     values: Mapping[int, int]
     capacity: int
+
+
+def last_uses(program: Program) -> dict[str, Operation]:
+    """Return the operation that reads each buffer last."""
+    uses: dict[str, Operation] = {}
+    for op in program["ops"]:
+        read = (op.get(name) for name in (*"qkv", "k_shared"))
+        parts = [part["buffer"] for part in read if is_part(part)]
+        for name in (*(op.get(key) for key in ("x", "y", "gate", "residual")), *parts):
+            if isinstance(name, str):
+                uses[name] = op
+    return uses
+
+
+def is_part(value: Any) -> bool:
+    """Whether a field of an operation is a part of a buffer, and not a number of elements."""
+    return isinstance(value, Mapping) and "buffer" in value

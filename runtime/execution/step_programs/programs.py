@@ -36,11 +36,13 @@ def step_program(metadata: Mapping[str, str]) -> Mapping[str, Any] | str:
         if reason := _refusal(given):
             return reason
         program: Program = PROGRAM(given, "")
-        weight_names(program)
+        quantized = quantized_names(program)
     except ShapeError as error:
         return f"its step program is damaged: {error}"
     except (KeyError, TypeError, AttributeError) as error:
         return f"its step program is damaged: {error!r}"
+    if quantized and program["dtype"] != "float16":
+        return f"its weights are in blocks and its activations {program['dtype']}"
     return program
 
 
@@ -85,12 +87,6 @@ def prefill_obstacle(program: Program, *, redistribution: str, most_shared: int)
     if redistribution in _POOLS:
         return f"redistribution {redistribution}"
     for op in program["ops"]:
-        shared = op.get("shared") or {}
-        formats = [op.get("format"), shared.get("format")]
-        if any(formats) and any(
-            format_ for given in formats if given for format_ in given.values()
-        ):
-            return "quantised weights"
         if op["op"] == "route" and (op["keep"].get("quota") is not None or op.get("bias")):
             return "a cap or a biased router"
         if op["op"] == "attention" and op["size"] % 16:

@@ -23,6 +23,12 @@ KERNELS = (
     "append<192>",
     "flash<64>",
     "flash<192>",
+    "grouped_gate_up_blocks<192, 4, 256, 4, 3>",
+    "grouped_gate_up_blocks<192, 8, 128, 3, 3>",
+    "grouped_down_blocks<64, 4, 128, 3, 3>",
+    "grouped_down_blocks<64, 8, 256, 4, 3>",
+    "decode_weight<4>",
+    "decode_weight<8>",
 )
 
 

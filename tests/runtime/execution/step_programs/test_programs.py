@@ -163,6 +163,17 @@ def test_quantised_weights_are_integers_with_enough_scales() -> None:
         check_program(program, _initializers(scales=40))
 
 
+def test_weights_in_blocks_are_for_activations_of_float16() -> None:
+    program = copy.deepcopy(PROGRAM)
+    program["ops"][HEAD]["format"] = {"bits": 4, "block": 32, "scales": "scales"}
+    given: dict[str, Any] = {"redistribution": "none", "most_shared": 101_376}
+    assert prefill_obstacle(program, **given) is None
+    assert not isinstance(step_program({STEP_KEY: json.dumps(program)}), str)
+    for dtype in ("bfloat16", "float32"):
+        found = step_program({STEP_KEY: json.dumps({**program, "dtype": dtype})})
+        assert found == f"its weights are in blocks and its activations {dtype}"
+
+
 SHARED = {"gate_up": {"gate": "gate", "up": "second"}, "down": "last", "intermediate": 32}
 BLOCKS = [{"bits": 8, "block": 16, "scales": name} for name in ("s1", "s2")]
 
