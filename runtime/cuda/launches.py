@@ -20,6 +20,7 @@ _PAD_BYTES = 64  # ROW_PAD of kernels/linear.cu
 _MOST_HEAD_ELEMENTS = 512  # of the query heads that one block attends with
 _FEWEST_POSITIONS, _ROUND = 64, 32  # of a block of the attention; how many it sees at once
 _GROUP = 8  # tokens of one product
+_PROMPT_POSITIONS, _DEPTH = 64, 64  # of kernels/flash.cu
 
 _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 _NOWHERE = _pointer(0)
@@ -300,6 +301,18 @@ def heads_per_block(group: int, size: int) -> int:
     """Return how many query heads of a key/value head's group one block attends with."""
     most = max(1, _MOST_HEAD_ELEMENTS // size)
     return max(each for each in range(1, group + 1) if group % each == 0 and each <= most)
+
+
+def heads_per_warp(size: int) -> int:
+    """Return how many heads of 16-bit elements a warp rotates at once, 16 bytes to a lane."""
+    vectors = size * 2 // 16
+    return 1 if vectors & (vectors - 1) else max(1, _WARP // vectors)
+
+
+def attention_bytes(size: int) -> int:
+    """Return the shared memory of a block that attends to a prompt with heads of a size."""
+    tile = _PROMPT_POSITIONS * math.ceil(size / _DEPTH) * _DEPTH * 2
+    return 4 * tile + 1024
 
 
 def split_positions(capacity: int, *, blocks: int, multiprocessors: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from alloc_moe.runtime.cuda.blocks import Blocks
 from alloc_moe.runtime.cuda.cublas import Gemm
-from alloc_moe.runtime.cuda.launches import Planner
+from alloc_moe.runtime.cuda.launches import Planner, attention_bytes, heads_per_warp
 from alloc_moe.runtime.cuda.records import (
     Copy,
     Launch,
@@ -24,7 +24,7 @@ _WARP = 32
 _ATTENTION_WARPS, _ROUTE_WARPS = 8, 8
 _TILE, _DEPTH = 128, 64  # of kernels/grouped.cu
 _WIDE, _NARROW = (256, 4), (128, 3)  # columns and stages of its tiles
-_QUERIES, _POSITIONS = 64, 64  # of kernels/flash.cu
+_QUERIES = 64  # of kernels/flash.cu
 _PAD_BYTES = 64
 _ELEMENT, _FLOAT, _INT = 2, 4, 4  # bytes; prompts are computed in 16 bits
 
@@ -344,17 +344,6 @@ class _Planner(Planner):
 
     def _raw(self, name: str, size: int, rows: int | None = None) -> int:
         return self._places.buffer(f"rows.{name}", (self._rows if rows is None else rows) * size)
-
-
-def heads_per_warp(size: int) -> int:
-    """Return how many heads the lanes of a warp rotate at once: a vector of 16 bytes each."""
-    vectors = size * _ELEMENT // 16
-    return 1 if vectors & (vectors - 1) else max(1, _WARP // vectors)
-
-
-def attention_bytes(size: int) -> int:
-    """Return the shared memory of a block that attends with heads of a size."""
-    return 4 * _POSITIONS * math.ceil(size / _DEPTH) * _DEPTH * _ELEMENT + 1024
 
 
 def _tile_bytes(columns: int, stages: int) -> int:

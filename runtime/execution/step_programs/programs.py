@@ -10,7 +10,7 @@ from typing import Any
 from alloc_moe.runtime.artifact.plan import NO_STEP_KEY, STEP_KEY
 from alloc_moe.runtime.artifact.shapes import ShapeError, load_json
 from alloc_moe.runtime.artifact.tensors import Initializer
-from alloc_moe.runtime.cuda.prefill import attention_bytes
+from alloc_moe.runtime.cuda.launches import attention_bytes
 from alloc_moe.runtime.cuda.routers import MOST_CANDIDATES, MOST_EXPERTS
 from alloc_moe.runtime.errors import ArtifactError, DeviceError
 from alloc_moe.runtime.execution.buffers import BFLOAT16, FLOAT, FLOAT16
