@@ -182,11 +182,6 @@ def check_token_sizes(options: CompileOptions) -> None:
     """Raise OptionsError if token sizes are asked for where tokens can't have them."""
     if not options.token_sizes:
         return
-    if options.goal is not None:
-        raise OptionsError(
-            f"--target-{options.goal.kind} predicts by sizes of all tokens, so leave out "
-            "--token-sizes."
-        )
     for advice in _against_token_sizes(options.plan, options.sensitivity):
         raise OptionsError(f"--token-sizes needs {advice}.")
 

@@ -122,7 +122,11 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     goal = options.goal
     if goal is not None:
         reading = weights_read(
-            moe.checkpoint, dtype=target.dtype, quantization=chosen, formats=formats
+            moe.checkpoint,
+            dtype=target.dtype,
+            quantization=chosen,
+            formats=formats,
+            token_sizes=with_token_sizes,
         )
         check_reachable(goal, reading)
     calibration = calibrate(moe.checkpoint, options.calibration, console)
@@ -156,6 +160,8 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     if goal is None:
         moe, planned = making.of_budget(budget, costs)
     else:
+        if token_sizes is None:
+            reading = dataclasses.replace(reading, token_sizes=0)
         moe, planned = meet_goal(goal, making, reading, loss)
     planned = _stated(planned, moe)
     with package.staging(output, note=console.note) as staged:

@@ -99,7 +99,7 @@ if TYPE_CHECKING:
     help="Fit how large each expert is for a token to what enters the layer, instead of one size "
     "for all tokens: less is lost at the same budget, for a small product more per layer. For "
     "--redistribute price and --sensitivity fisher. Default: wherever possible, which is for "
-    "the CPU, of models in memory, on a --budget.",
+    "the CPU, of models in memory.",
 )
 @click.option(
     "--refine",

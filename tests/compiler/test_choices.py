@@ -155,9 +155,7 @@ def test_a_price_per_sequence_that_can_not_be_is_rejected(
         ({"mixed_bits": True, "dtype": "int4"}, "a budget of activations: leave out --cost and"),
         ({"sensitivity": "output"}, "needs --sensitivity fisher, not output"),
         ({"sensitivity": "kl"}, "needs --sensitivity fisher, not kl"),
-        ({"target_bytes": "1MB"}, "--target-bytes predicts by sizes of all tokens, so leave out"),
         ({"allocation": "uniform"}, "needs --allocation sensitivity, not uniform"),
-        ({"target_loss": 0.01}, "--target-loss predicts by sizes of all tokens, so leave out"),
     ],
     ids=str,
 )

@@ -52,7 +52,7 @@ def check_reachable(goal: Goal, reading: WeightsRead) -> None:
 
     A correction's shifts aren't counted: no layer need have them.
     """
-    least = reading.others + float(reading.costs(shifted=False).cheapest)
+    least = reading.always + float(reading.costs(shifted=False).cheapest)
     if goal.kind == "bytes" and goal.most < least:
         raise _too_few_bytes(goal, reading, least)
 
@@ -60,7 +60,7 @@ def check_reachable(goal: Goal, reading: WeightsRead) -> None:
 def _too_few_bytes(goal: Goal, reading: WeightsRead, least: float) -> BudgetError:
     return BudgetError(
         f"--target-bytes is {goal.most:.0f}, but with one expert in each MoE layer a token "
-        f"reads {math.ceil(least)} bytes of weights already, {reading.others} of them not of "
+        f"reads {math.ceil(least)} bytes of weights already, {reading.always} of them not of "
         f"routed experts. Give {math.ceil(least)} to {math.ceil(reading.most)}, which all experts "
         "take, or another --dtype."
     )
@@ -109,7 +109,12 @@ def _frontier(goal: Goal, making: Making, reading: WeightsRead) -> Frontier:
     if goal.kind == "loss":
         assert making.profile is not None
         sizes = expert_sizes(making.options.redistribution, making.profile, making.moe)
-        setting = Setting(making.options.redistribution, making.options.weights, sizes)
+        setting = Setting(
+            making.options.redistribution,
+            making.options.weights,
+            sizes,
+            token_sizes=making.token_sizes,
+        )
         with layers_progress(making.console, "Predicting losses", making.moe, passes=1):
             ids = torch.from_numpy(making.calibration.ids)
             costs = dropped_costs(making.moe, ids, setting)
@@ -144,7 +149,7 @@ class _Search:
 
     def within_bytes(self) -> tuple[MoeModel, Planned]:
         """Return the plan that costs least of those that read no more than the goal."""
-        room = self.goal.most - self.reading.others
+        room = self.goal.most - self.reading.always
         # What the full model reads has no shifts, which the layers' own choices count. Nor may one
         # expert in each layer get them, though it counts them too.
         full = self.goal.most >= self.reading.most
@@ -246,7 +251,7 @@ class _Search:
             "asked": self.goal.kind,
             "most": self.goal.most,
             "bytes": round(made.nbytes),
-            "bytes_predicted": round(self.reading.others + choice.nbytes),
+            "bytes_predicted": round(self.reading.always + choice.nbytes),
             "bytes_original": round(self.reading.original),
             **facts,
         }

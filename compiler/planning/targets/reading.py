@@ -30,8 +30,8 @@ class WeightsRead:
     """Bytes of weights: ``experts[l][w]`` of one routed expert of MoE layer l in its w-th width.
 
     ``shifts[l]`` is what a correction with a shift adds to one of them; ``others`` is everything
-    that isn't routed experts. ``dtype`` names the width of ``trained``, each layer's experts as
-    trained.
+    that isn't routed experts, ``token_sizes`` what the plan adds to that. ``dtype`` names the width
+    of ``trained``, each layer's experts as trained.
     """
 
     dtype: str
@@ -40,6 +40,12 @@ class WeightsRead:
     shifts: tuple[int, ...]
     experts_per_token: tuple[int, ...]
     trained: tuple[float, ...]
+    token_sizes: int = 0
+
+    @property
+    def always(self) -> int:
+        """What is read whichever experts run."""
+        return self.others + self.token_sizes
 
     @property
     def original(self) -> float:
@@ -50,7 +56,7 @@ class WeightsRead:
     def most(self) -> float:
         """What the full model reads, its experts in their largest width."""
         pairs = zip(self.experts, self.experts_per_token, strict=True)
-        return self.others + sum(most * max(widths) for widths, most in pairs)
+        return self.always + sum(most * max(widths) for widths, most in pairs)
 
     def costs(self, *, shifted: bool) -> CostTable:
         """Return the bytes of experts of every k in every width, with shifts or without."""
@@ -69,7 +75,7 @@ class WeightsRead:
         widths: Sequence[int],
     ) -> float:
         """Return what a token reads under a plan in the mean, each layer in the width given."""
-        total = float(self.others)
+        total = float(self.always)
         for index, (layer, correction) in enumerate(zip(plan.layers, corrections, strict=True)):
             shifted = correction is not None and correction.bias is not None
             nbytes = self.experts[index][widths[index]]
@@ -83,6 +89,7 @@ def weights_read(
     dtype: str,
     quantization: Quantization | None = None,
     formats: Sequence[Sequence[BlockFormat]] = (),
+    token_sizes: bool = False,
 ) -> WeightsRead:
     """Return what a token reads of a model.
 
@@ -91,6 +98,7 @@ def weights_read(
         dtype: Type of the artifact's weights.
         quantization: How they are stored if that is in 4 or 8 bits.
         formats: Per MoE layer what its experts may be stored in, if a plan chooses that.
+        token_sizes: Whether each layer has a map of its tokens' sizes.
     """
     floats = _FLOAT_BYTES[dtype if quantization is None else quantization.activations]
     shapes = expert_shapes(checkpoint)
@@ -115,7 +123,13 @@ def weights_read(
         tuple(0 if shape.biased else shape.hidden * floats for shape in shapes),
         most,
         tuple(k * nbytes for k, nbytes in zip(most, trained, strict=True)),
+        sum(_map_bytes(shape) for shape in shapes) if token_sizes else 0,
     )
+
+
+def _map_bytes(shape: ExpertShape) -> int:
+    """Return the bytes of a layer's weights and biases of token sizes, which stay in float32."""
+    return shape.experts * (shape.hidden + 1) * _FLOAT_BYTES["float32"]
 
 
 def _stored(count: int, form: BlockFormat | None, floats: int) -> float:

@@ -78,7 +78,6 @@ def fit_if_possible(
 def _check_surroundings(options: CompileOptions, moe: MoeModel) -> None:
     """Raise TokenSizesError for what is made or met without them unless they are asked for."""
     for fault, reason in (
-        (options.goal is not None, "are nothing that targets predict by"),
         (options.target.device != "cpu", "would leave an artifact for CUDA no step program"),
         (
             moe.offloading is not None,

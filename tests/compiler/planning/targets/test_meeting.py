@@ -209,9 +209,25 @@ def test_bytes_give_the_plan_of_the_largest_budget_that_reads_no_more(
     expert = 3 * 64 * 32 * 4 + 64 * 4  # and its shift
     assert target["bytes_predicted"] + expert > 450_000
     assert isinstance(plan.budget.requested, int)
-    budget = {"budget": plan.budget.requested, "token_sizes": False}
-    same = compile_to(tmp_path / "b.onnx", **budget).plan
+    assert all(layer.token_sizes is not None for layer in plan.layers)
+    same = compile_to(tmp_path / "b.onnx", budget=plan.budget.requested).plan
     assert dataclasses.replace(plan, target={}) == same
+
+
+def test_bytes_count_what_says_the_sizes_of_tokens(
+    compile_to: Callable[..., Compiled], tmp_path: Path
+) -> None:
+    paths = {chosen: tmp_path / f"{chosen}.onnx" for chosen in (True, False)}
+    targets, stored = {}, {}
+    for chosen, path in paths.items():
+        target = {"target_bytes": "1GB", "token_sizes": chosen}
+        targets[chosen] = compile_to(path, **target).plan.target
+        stored[chosen] = path.with_name(f"{path.name}.data").stat().st_size
+    added = targets[True]["bytes"] - targets[False]["bytes"]
+    assert added > 0
+    assert targets[True]["bytes_original"] == targets[False]["bytes_original"]
+    # Weights begin at addresses that are aligned, and small biases are in the graph.
+    assert abs(stored[True] - stored[False] - added) < 0.1 * added
 
 
 def test_a_threshold_keeps_to_the_bytes_with_its_own_k_per_layer(

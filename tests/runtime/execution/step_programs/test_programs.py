@@ -233,11 +233,11 @@ def test_prompts_that_kernels_leave_to_onnxruntime() -> None:
 
 
 def test_prompts_with_heads_too_large_for_the_gpu_are_left_to_onnxruntime() -> None:
-    program = {**PROGRAM, "ops": [{"op": "attention", "size": 192}]}
+    program = {**PROGRAM, "ops": [{"op": "attention", "size": 256}]}
     given: dict[str, Any] = {"redistribution": "none"}
-    assert prefill_obstacle(program, **given, most_shared=102_400) is None
+    assert prefill_obstacle(program, **given, most_shared=166_912) is None
     assert prefill_obstacle(program, **given, most_shared=101_376) == (
-        "heads of 192, for which the GPU has too little shared memory"
+        "heads of 256, for which the GPU has too little shared memory"
     )
 
 
