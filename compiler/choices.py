@@ -205,11 +205,6 @@ def check_price_per(target: TargetOptions, plan: PlanOptions) -> None:
         raise OptionsError(
             f"--price-per {target.price_per} needs a price to set: --redistribute price, no --cap."
         )
-    if target.device != "cpu":
-        raise OptionsError(
-            f"--price-per {target.price_per} is for --device cpu; kernels of {target.device} take "
-            "one price per call."
-        )
 
 
 def chosen_goal(target_bytes: Any, target_loss: Any, budget: Any) -> Goal | None:

@@ -132,7 +132,6 @@ def test_a_rounding_that_can_not_be_is_rejected(
     [
         ({"redistribute": "threshold"}, "needs a price to set: --redistribute price, no --cap"),
         ({"cap": 2.0}, "needs a price to set: --redistribute price, no --cap"),
-        ({"device": "cuda"}, "is for --device cpu; kernels of cuda take one price per call"),
         ({"output": "out.pt"}, "--price-per sequence is for ONNX artifacts; out.pt is one of"),
         ({"price_per": "token"}, "--price-per can't be 'token'"),
     ],

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,9 @@ def compiled_for_cuda(
     """
     from alloc_moe.compiler import api
 
-    def compiled(name: str, layers: int | None, dtype: str, redistribute: str) -> Path:
+    def compiled(
+        name: str, layers: int | None, dtype: str, redistribute: str, **options: Any
+    ) -> Path:
         folder = tmp_path_factory.mktemp(name)
         model = EXAMPLES / name
         if not model.is_dir():
@@ -59,6 +62,7 @@ def compiled_for_cuda(
             redistribute=redistribute,
             correct="none",
             tokens=512,
+            **options,
         )
         return path
 

@@ -148,3 +148,25 @@ def test_each_sequence_has_its_price(
     off = np.abs(logits(prices).astype(float) - alone).max()
     assert off < TOLERANCE[kernels.stepper.program["dtype"]] / 3
     assert off < np.abs(logits(prices) - logits(0.0)).max() / 10
+
+
+def test_prices_of_sequences_give_the_graphs_logits(
+    tmp_path: Path, compiled_for_cuda: Callable[..., Path], emulator: ModuleType
+) -> None:
+    path = compiled_for_cuda("tiny-moe", 2, "float32", "price", price_per="sequence")
+    session = open_session(path, ep="cpu")
+    program = step_program(session.files.onnx.metadata)
+    assert not isinstance(program, str), program
+    device = emulator.EmulatedDevice(tmp_path)
+    kernels = OwnKernels(program, session.files, session.files.check_data(), device)
+    ids = np.random.default_rng(0).integers(3, session.vocabulary, (3, 8))
+
+    def logits(by: OwnKernels | None, prices: list[float]) -> NDArray[np.floating]:
+        session._kernels, cache = None, session.empty_cache(3, capacity=8)
+        session.run(ids[:, :7], cache=cache)
+        session._kernels = by
+        return session.run(ids[:, 7:], cache=cache, price=prices, logits_to_keep=1).logits
+
+    prices = [0.0, 0.05, 10.0]
+    assert np.abs(logits(kernels, prices) - logits(None, prices)).max() < TOLERANCE["float32"]
+    assert np.abs(logits(kernels, prices) - logits(kernels, [0.0] * 3)).max() > 0.01
