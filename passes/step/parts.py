@@ -65,6 +65,18 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class TokenMap:
+    """What a token h multiplies sizes by: exp(clip(h @ matrix + bias)), clipped to ``limit``.
+
+    ``matrix`` [hidden, experts] and ``bias`` [experts] are float32.
+    """
+
+    matrix: str
+    bias: str
+    limit: float
+
+
+@dataclass(frozen=True)
 class Keep:
     """Which of a token's candidates run, ranked by weight.
 
@@ -82,6 +94,7 @@ class Keep:
     threshold: float | None = None
     dial: bool | None = None
     quota: float | None = None
+    token_sizes: TokenMap | None = None
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,8 @@ class _Planner(Planner):
         padded = math.ceil(experts / _WARP) * _WARP
         normed, gate = op.get("normed"), self._shared.get(op["out"], {}).get("gate")
         normed_rows = self._out({"out": normed}, k) if normed and norm else _NOWHERE
-        logits = MOST_TOKENS * padded * 4
+        maps = bool(op["keep"].get("token_sizes"))
+        logits = MOST_TOKENS * padded * 4 * (1 + maps)
         arguments = (
             self._routing(),
             _pointer(self._memory.buffer("alloc_moe.router_logits", logits)),
@@ -201,7 +202,7 @@ class _Planner(Planner):
             *(_int(bool(op.get("rounded_logits"))), _int(self._shape.tokens)),
         )
         kernel = f"route<{k}, {self._groups}, {padded}, {_bool(norm)}>"
-        grid = (math.ceil(experts / 16) + bool(gate), 1, 1)
+        grid = (math.ceil(experts / 16) * (1 + maps) + bool(gate), 1, 1)
         shared = self._normed(k) if norm else 0
         yield Launch(kernel, grid, _ROUTE_WARPS * _WARP, shared, arguments)
 

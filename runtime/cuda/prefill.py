@@ -222,6 +222,11 @@ class _Planner(Planner):
         logits = self._raw("router_logits", experts * _FLOAT)
         weight = self._places.weight(op["weight"])
         yield Gemm(logits, x, weight, self._rows, experts, k, k, floats=True)
+        logs = 0
+        if tokens := op["keep"].get("token_sizes"):
+            logs = self._raw("token_logs", experts * _FLOAT)
+            weight = self._places.transposed(tokens["matrix"], experts)
+            yield Gemm(logs, x, weight, self._rows, experts, k, k, floats=True)
         if gate := self._shared.get(op["out"], {}).get("gate"):
             out = self._out("shared_gate", 1)
             yield Gemm(out, x, self._places.weight(gate), self._rows, 1, k, k)
@@ -229,7 +234,7 @@ class _Planner(Planner):
         counts = self._places.zeros("rows.expert_counts", experts * _INT)
         offsets = self._places.buffer("rows.offsets", (experts + 1) * _INT)
         arguments = (
-            *map(_pointer, (ids, weights, places, counts, logits, self._places.router(op))),
+            *map(_pointer, (ids, weights, places, counts, logits, logs, self._places.router(op))),
             _pointer(self._given.counts),
             *(_int(bool(op.get("rounded_logits"))), _int(self._given.width), _int(self._rows)),
         )

@@ -88,6 +88,7 @@ class Prefiller:
             buffer=self._buffer,
             zeros=lambda name, size: self._buffer(name, size, zero=True),
             router=self._stepper.router,
+            transposed=self._stepper.transposed,
         )
         program, most_shared = self._stepper.program, self._device.most_shared
         plan = functools.partial(plan_prefill, program, places, rows, most_shared=most_shared)

@@ -33,12 +33,14 @@ class Places:
         buffer: Gives that of so many bytes by a name, the same for the same name.
         zeros: The same, of bytes that were set to zero.
         router: Gives that of a route operation's constants.
+        transposed: Gives that of an initializer of so many columns, transposed.
     """
 
     weight: Callable[[str], int]
     buffer: Callable[[str, int], int]
     zeros: Callable[[str, int], int]
     router: Callable[[Operation], int]
+    transposed: Callable[[str, int], int]
 
 
 @dataclass(frozen=True)

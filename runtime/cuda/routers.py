@@ -19,11 +19,17 @@ class Router(ctypes.Structure):
     """As `Router` in kernels/route.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("selection_bias", "sizes", "price")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("selection_bias", "sizes", "price", "token_weights", "token_bias")
+        ),
         ("quota", ctypes.c_double),
         *(
             (name, ctypes.c_float)
-            for name in ("threshold", "twice_overlap", "renormalize_epsilon", "scale")
+            for name in (
+                *("threshold", "twice_overlap", "renormalize_epsilon", "scale"),
+                "most_token_log",
+            )
         ),
         *(
             (name, ctypes.c_int)
@@ -47,20 +53,29 @@ class Routing(ctypes.Structure):
     )
 
 
-def router_of(op: Mapping[str, Any], floats: Callable[[str], int], price: int) -> Router:
+def router_of(
+    op: Mapping[str, Any],
+    floats: Callable[[str], int],
+    transposed: Callable[[str, int], int],
+    price: int,
+) -> Router:
     """Return the constants of a route operation.
 
     Args:
         op: The operation, see compiler's step programs.
         floats: Gives the address of an initializer as float32.
+        transposed: Gives that of a matrix of so many columns, transposed, in the program's type.
         price: The address of each sequence's price, which can change from call to call.
     """
     keep, groups = op["keep"], op.get("groups") or {}
-    scored = keep["kind"] == "score"
+    scored, tokens = keep["kind"] == "score", keep.get("token_sizes") or {}
     return Router(
         selection_bias=floats(op["selection_bias"]) if op.get("selection_bias") else None,
         sizes=floats(keep["sizes"]) if keep.get("sizes") else None,
         price=price if keep.get("dial") else None,
+        token_weights=transposed(tokens["matrix"], op["experts"]) if tokens else None,
+        token_bias=floats(tokens["bias"]) if tokens else None,
+        most_token_log=tokens.get("limit", 0.0),
         threshold=keep.get("threshold", 0.0),
         twice_overlap=keep.get("twice_overlap") or 0.0,
         quota=-1.0 if keep.get("quota") is None else keep["quota"],

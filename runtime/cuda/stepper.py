@@ -154,6 +154,7 @@ class Stepper:
             buffer=self._buffer,
             zeros=self._buffer,  # all are zeros at first, and kernels leave these so
             router=self.router,
+            transposed=self.transposed,
             keys=dict(enumerate(cache.keys)),
             values=dict(enumerate(cache.values)),
             ids=self._given + _Inputs.ids.offset,
@@ -175,7 +176,8 @@ class Stepper:
         """Return the address of a route operation's constants."""
         name = f"router {op['out']} {op['weight']}"
         if name not in self._constants:
-            router: Router = router_of(op, self._constant, self._given + _Inputs.prices.offset)
+            prices = self._given + _Inputs.prices.offset
+            router: Router = router_of(op, self._constant, self.transposed, prices)
             self._constants[name] = self._uploaded(np.frombuffer(bytes(router), np.uint8))
         return self._constants[name]
 
@@ -184,10 +186,26 @@ class Stepper:
             self._constants[name] = self._uploaded(self._floats(name))
         return self._constants[name]
 
+    def transposed(self, name: str, columns: int) -> int:
+        """Return the address of an initializer of so many columns, transposed, in the own type."""
+        key = f"transposed {name}"
+        if key not in self._constants:
+            matrix = np.ascontiguousarray(self._floats(name).reshape(-1, columns).T)
+            self._constants[key] = self._uploaded(_as_stored(matrix, self.program["dtype"]))
+        return self._constants[key]
+
     def _uploaded(self, array: NDArray[Any]) -> int:
         address = self._device.allocate(array.nbytes)
         self._device.upload(address, array)
         return address
+
+
+def _as_stored(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Return numbers in a program's type; bfloat16 as uint16, rounded to the nearest."""
+    if dtype == "bfloat16":
+        bits = array.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return array.astype(np.float16 if dtype == "float16" else np.float32)
 
 
 def _compiled_price(program: Mapping[str, Any]) -> float:

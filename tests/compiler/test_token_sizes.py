@@ -151,7 +151,7 @@ def test_what_has_sizes_in_nats_has_them_unless_told_otherwise(
 ) -> None:
     assert wants(plan)
     assert not wants(plan, token_sizes=False)
-    assert wants(plan, token_sizes=True, target=TargetOptions(device="cuda"))
+    assert wants(plan, target=TargetOptions(device="cuda"))
     assert wants(plan, goal=Goal("bytes", 1e6))
     assert not capsys.readouterr().err
 
@@ -186,10 +186,9 @@ def test_the_full_budget_has_them_for_its_dial_which_a_cap_leaves_out(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"target": TargetOptions(device="cuda")}, "they would leave an artifact for CUDA no step"),
         ({"offloading": object()}, "they take several times as long as the profile where layers"),
     ],
-    ids=["CUDA", "offloaded"],
+    ids=["offloaded"],
 )
 def test_what_can_not_have_them_yet_says_so(
     wants: Callable[..., bool],

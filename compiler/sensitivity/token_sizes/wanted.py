@@ -46,7 +46,7 @@ def wants_token_sizes(
     if full and options.plan.cap is not None:
         return False
     try:
-        _check_surroundings(options, moe)
+        _check_time(moe)
         check_room(moe)
     except TokenSizesError as error:
         _tell(error, console)
@@ -75,18 +75,13 @@ def fit_if_possible(
         return None
 
 
-def _check_surroundings(options: CompileOptions, moe: MoeModel) -> None:
-    """Raise TokenSizesError for what is made or met without them unless they are asked for."""
-    for fault, reason in (
-        (options.target.device != "cpu", "would leave an artifact for CUDA no step program"),
-        (
-            moe.offloading is not None,
+def _check_time(moe: MoeModel) -> None:
+    """Raise TokenSizesError where they take too long to be fitted unless they are asked for."""
+    if moe.offloading is not None:
+        raise TokenSizesError(
             "take several times as long as the profile where layers are read as they run, and "
-            "nobody asked for them (--token-sizes)",
-        ),
-    ):
-        if fault:
-            raise TokenSizesError(reason)
+            "nobody asked for them (--token-sizes)"
+        )
 
 
 def _tell(error: TokenSizesError, console: Console) -> None:

@@ -31,7 +31,10 @@ def visit(walk: Walk, node: ir.Node) -> Results:
     matched = match_router(node)
     layer = node.attributes["layer"].as_int()
     routing = walk.buffer(0, ROUTED)
-    walk.add(_route(walk, matched, layer, routing.buffer))
+    route = _route(walk, matched, layer, routing.buffer)
+    if route.keep.token_sizes is not None and route.x != x.buffer:
+        raise NotExpressibleError("its router reads something else than its experts")
+    walk.add(route)
     gate_up, down = _required(node, GATE_UP), _required(node, DOWN)
     shape = sizes(argument(node, GATE_UP))
     if len(shape) != 3 or shape[1] is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from alloc_moe.passes.experts.lower import Allocation
 from alloc_moe.passes.experts.policies import SCORES
-from alloc_moe.passes.step.matching import NotExpressibleError
-from alloc_moe.passes.step.parts import Keep
+from alloc_moe.passes.step.parts import Keep, TokenMap
 
 SIZES = "alloc_moe.sizes.{layer}"
 """The initializer of a layer's sizes, which the lowering adds."""
+TOKEN_MAP = "alloc_moe.token_{part}.{layer}"
+"""The initializers of what tokens multiply these by, which the lowering adds too."""
 _WORDS = {"threshold": "weight", "price": "price", "top-p": "top-p", "ratio": "ratio"}
 
 
@@ -39,8 +40,6 @@ def weights_of(allocation: Allocation, layer: int, trained: int) -> str:
 def _scored(allocation: Allocation, layer: int, trained: int) -> Keep:
     policy = allocation.redistribution
     priced = policy == "price"
-    if any(allocation.token_factors):
-        raise NotExpressibleError("each token has sizes of its own")
     given = allocation.sizes[layer] if layer < len(allocation.sizes) else None
     quota = None
     if allocation.cap is not None:
@@ -53,4 +52,14 @@ def _scored(allocation: Allocation, layer: int, trained: int) -> Keep:
         threshold=float(allocation.thresholds[layer]),
         dial=priced and allocation.dial,
         quota=quota if quota is not None and quota < trained - 1 else None,
+        token_sizes=_token_map(allocation, layer) if priced else None,
     )
+
+
+def _token_map(allocation: Allocation, layer: int) -> TokenMap | None:
+    given = allocation.token_factors
+    factors = given[layer] if layer < len(given) else None
+    if factors is None:
+        return None
+    names = (TOKEN_MAP.format(part=part, layer=layer) for part in ("matrix", "bias"))
+    return TokenMap(*names, factors.limit)

@@ -34,9 +34,11 @@ struct Router {
     const float* selection_bias;  // [E] added for the choice only, or none
     const float* sizes;           // [E], for prices
     const float* price;           // of each sequence, in place of `threshold`, or none
+    const Real* token_weights;    // [E, K]: of the logarithms of what a token multiplies sizes by
+    const float* token_bias;      // [E]
     double quota;                 // of a call's candidates per token; below zero: none
     float threshold, twice_overlap;
-    float renormalize_epsilon, scale;
+    float renormalize_epsilon, scale, most_token_log;
     int experts, candidates, score, groups, kept_groups, best_of_group;
     int renormalize, rounded, keep, kept, kept_score, renormalize_kept;
 };
@@ -127,12 +129,19 @@ __device__ __forceinline__ int rank_of(const Candidate& mine, int candidates) {
     return rank;
 }
 
-// What is compared with the threshold. Candidates are ranked.
-__device__ __forceinline__ float score_of(const Candidate& mine, const Router& r) {
+// What is compared with the threshold. Candidates are ranked. `token_logs` [E] are the token's
+// products with `token_weights`, in global memory, or none.
+__device__ __forceinline__ float score_of(const Candidate& mine, const float* token_logs,
+                                          const Router& r) {
     const int lane = threadIdx.x % WARP;
     float added = mine.weight, behind = 0.0f;
-    if (r.kept_score == SCORE_PRICE || r.kept_score == SCORE_OVERLAP)
+    if (r.kept_score == SCORE_PRICE || r.kept_score == SCORE_OVERLAP) {
         added = r.sizes[mine.expert] * mine.weight;
+        if (token_logs) {
+            const float log = __ldcg(token_logs + mine.expert) + r.token_bias[mine.expert];
+            added *= expf(fminf(fmaxf(log, -r.most_token_log), r.most_token_log));
+        }
+    }
     if (r.kept_score == SCORE_OVERLAP) {
         for (int j = r.candidates - 1; j > 0; --j) {
             const float other = __shfl_sync(~0u, added, j);
@@ -163,7 +172,8 @@ struct Choice {
 // Chooses for one token of a sequence, by a warp. `weights` and `experts` get the candidates in
 // their order.
 __device__ __forceinline__ Choice choose_ranked(float* scores, float* ranking, float* weights,
-                                                int* experts, const Router& r, int sequence) {
+                                                int* experts, const float* token_logs,
+                                                const Router& r, int sequence) {
     const int lane = threadIdx.x % WARP;
     __syncwarp();
     Choice choice = {choose(scores, ranking, r), lane < r.candidates};
@@ -179,7 +189,7 @@ __device__ __forceinline__ Choice choose_ranked(float* scores, float* ranking, f
     choice.keep = r.keep == KEEP_TOP ? lane < r.kept : lane == 0;
     choice.score = mine.weight;
     if (r.keep == KEEP_SCORE) {
-        choice.score = score_of(mine, r);
+        choice.score = score_of(mine, token_logs, r);
         choice.keep = choice.keep || choice.score >= (r.price ? r.price[sequence] : r.threshold);
     }
     choice.keep = choice.keep && choice.used;
@@ -221,7 +231,8 @@ __device__ __forceinline__ void compete(Kept& kept, const PerCandidate& contest,
     __syncthreads();
 }
 
-// Chooses for all tokens, by one block. `logits`: [tokens, E] in global memory.
+// Chooses for all tokens, by one block. `logits`: [tokens, E] in global memory, after them as many
+// products with `token_weights`, if there are any.
 template <int EXPERTS>
 __device__ __forceinline__ void choose_experts(Routing* routing, const float* logits,
                                                const Router& r, const int* real, int tokens) {
@@ -237,7 +248,8 @@ __device__ __forceinline__ void choose_experts(Routing* routing, const float* lo
         for (int e = lane; e < r.experts; e += WARP)
             scores[warp][e] = __ldcg(logits + (long)t * r.experts + e);
         const Choice choice =
-            choose_ranked(scores[warp], ranking[warp], weights[t], experts[t], r, t);
+            choose_ranked(scores[warp], ranking[warp], weights[t], experts[t],
+                          r.token_weights ? logits + (long)(tokens + t) * r.experts : nullptr, r, t);
         if (choice.used) {
             kept[t][lane] = choice.keep && real[t];
             contest[t][lane] = choice.score;
@@ -282,8 +294,8 @@ __device__ __forceinline__ void choose_experts(Routing* routing, const float* lo
     }
 }
 
-// Grid: one block per 16 experts, and one more with a shared expert's gate. The last block to end
-// chooses. Shared memory: [tokens, K + ROW_PAD] Real. arrived: zero.
+// Grid: one block per 16 experts, again as many with token sizes, and one more with a shared
+// expert's gate. The last block to end chooses. Shared memory: [tokens, K + ROW_PAD] Real. arrived: zero.
 template <int K, int GROUPS, int EXPERTS, bool NORMED>
 __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     route(Routing* routing, float* logits, Real* normed, int* arrived, const Real* x,
@@ -297,11 +309,13 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     const int warp = threadIdx.x / WARP, g = (threadIdx.x % WARP) / 4, tile = blockIdx.x;
     const Router r = *router;
     const int tiles = (r.experts + 15) / 16;
-    const bool is_gate = tile == tiles;
+    const bool is_log = r.token_weights && tile >= tiles && tile < 2 * tiles;
+    const bool is_gate = tile >= tiles && !is_log;
     const int n = is_gate ? 1 : r.experts;
+    const char* of_tile = is_log ? (const char*)r.token_weights : values;
     const Weight<0> weight =
-        one_weight<0>(is_gate ? (const char*)shared_gate : values, nullptr, 0);
-    const int base = is_gate ? 0 : tile * 16;
+        one_weight<0>(is_gate ? (const char*)shared_gate : of_tile, nullptr, 0);
+    const int base = is_gate ? 0 : tile % tiles * 16;
     Real* rows = (Real*)dynamic;
     const long row = min(base + g, n - 1), row8 = min(base + g + 8, n - 1);
     Pieces<K, 0, ROUTE_WARPS> first;
@@ -327,9 +341,11 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
         const int t = i / 16, e = base + i % 16;
         if (e >= n) continue;
         float sum = sum_of_parts<GROUPS, ROUTE_WARPS>(parts, i);
-        if (bias && !is_gate) sum += to_float(bias[e]);
-        if (rounded_logits || is_gate) sum = to_float(to_real(sum));
-        if (is_gate) {
+        if (bias && !is_gate && !is_log) sum += to_float(bias[e]);
+        if ((rounded_logits && !is_log) || is_gate) sum = to_float(to_real(sum));
+        if (is_log) {
+            logits[(long)(tokens + t) * r.experts + e] = sum;
+        } else if (is_gate) {
             routing->shared[t] = to_float(to_real(1.0f / (1.0f + expf(-sum))));
         } else {
             logits[(long)t * r.experts + e] = sum;

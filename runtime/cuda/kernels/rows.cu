@@ -115,10 +115,11 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
 
 // Grid: rows / 8. A warp chooses the experts of a row from `logits` [rows, E] float: ids [rows, K]
 // are -1 where dropped, `counts` of the experts grow, `places` are the rows' among an expert's.
+// `token_logs` [rows, E] are products with the router's `token_weights`, or none.
 template <int EXPERTS>
 __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     route_rows(int* ids, float* weights, int* places, int* expert_counts, const float* logits,
-               const Router* router, const int* counts, int rounded_logits, int width, int rows) {
+               const float* token_logs, const Router* router, const int* counts, int rounded_logits, int width, int rows) {
     __shared__ float scores[ROUTE_WARPS][EXPERTS], ranking[ROUTE_WARPS][EXPERTS];
     __shared__ float ranked[ROUTE_WARPS][MOST_CANDIDATES];
     __shared__ int experts[ROUTE_WARPS][MOST_CANDIDATES];
@@ -133,7 +134,8 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
         scores[warp][e] = rounded_logits ? to_float(to_real(x)) : x;
     }
     const Choice choice =
-        choose_ranked(scores[warp], ranking[warp], ranked[warp], experts[warp], r, sequence);
+        choose_ranked(scores[warp], ranking[warp], ranked[warp], experts[warp],
+                      token_logs ? token_logs + (long)row * r.experts : nullptr, r, sequence);
     const Candidate& mine = choice.mine;
     const bool keep = choice.keep && real;
     const float share = sum_of_warp(keep ? mine.weight : 0.0f);

@@ -79,6 +79,9 @@ _KEEP = record(
         "threshold": optional(number()),
         "dial": _FLAG,
         "quota": optional(number(0, _MOST_SIZE)),
+        "token_sizes": optional(
+            record({"matrix": _NAME, "bias": _NAME, "limit": number(0, 80)}, closed=True)
+        ),
     },
     closed=True,
 )

@@ -118,6 +118,11 @@ class _Walk:
         for name in (op.get("selection_bias"), keep.get("sizes")):
             if name:
                 yield Read(name, experts, constant=True)
+        if token_sizes := keep.get("token_sizes"):
+            if not keep.get("sizes"):
+                raise self._wrong("multiplies sizes of experts, and has none")
+            yield Read(token_sizes["matrix"], self._hidden * experts, constant=True)
+            yield Read(token_sizes["bias"], experts, constant=True)
         if op.get("normed"):
             if not op.get("norm"):
                 raise self._wrong("passes on normed values, and norms none")

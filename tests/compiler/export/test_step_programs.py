@@ -274,15 +274,21 @@ def test_prices_can_be_dialled(
     assert 0 < np.mean(kept) < 1
 
 
-def test_tokens_with_sizes_of_their_own_have_no_program(
-    graphs: Callable[..., ir.Model], models: Models
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+def test_tokens_have_sizes_of_their_own(
+    graphs: Callable[..., ir.Model], models: Models, step_interpreter: ModuleType, overlap: float
 ) -> None:
-    allocation = allocated(models("olmoe"), "price", thresholds=[0.2] * 3, sizes=[[1.0] * 8] * 3)
-    factors = TokenFactors(np.zeros((1, 8), np.float32), np.zeros(8, np.float32), 2.5)
-    model = specialized(
-        graphs("olmoe"), dataclasses.replace(allocation, token_factors=[factors] * 3)
+    allocation = allocated(
+        models("olmoe"), "price", thresholds=[0.2] * 3, sizes=[[1.0] * 8] * 3, overlap=overlap
     )
-    assert model.metadata_props["alloc_moe.no_step"] == "each token has sizes of its own"
+    random = np.random.default_rng(0)
+    hidden = models("olmoe").config.hidden_size
+    maps = [random.normal(size=(hidden, 8)).astype(np.float32) for _ in range(3)]
+    factors = [TokenFactors(each, each[0], 2.5) for each in maps]
+    model = specialized(graphs("olmoe"), dataclasses.replace(allocation, token_factors=factors))
+    kept = check(model, step_interpreter)
+    alike = check(specialized(graphs("olmoe"), allocation), step_interpreter)
+    assert not np.array_equal(kept, alike), "all tokens are alike"
 
 
 def test_a_program_in_float16_is_as_near_as_rounding_lets_it_be(

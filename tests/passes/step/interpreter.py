@@ -206,7 +206,7 @@ class Interpreter:
             others[winners] = True
             kept[:, 1:] = others.reshape(rows, -1)
             return kept
-        scores = self._scores(keep, ids, weights)
+        scores = self._scores(keep, x, ids, weights)
         threshold = np.float32(keep["threshold"])
         if keep["dial"] and self.price is not None:
             threshold = np.float32(self.price)
@@ -221,7 +221,9 @@ class Interpreter:
             kept[:, 1:] = won.reshape(rows, -1)
         return kept
 
-    def _scores(self, keep: Mapping[str, Any], ids: NDArray[np.int64], weights: Floats) -> Floats:
+    def _scores(
+        self, keep: Mapping[str, Any], x: Floats, ids: NDArray[np.int64], weights: Floats
+    ) -> Floats:
         match keep["score"]:
             case "weight":
                 return weights
@@ -230,6 +232,10 @@ class Interpreter:
             case "top-p":
                 return -_before(weights)
         added = self._weight(keep["sizes"])[ids] * weights
+        if tokens := keep.get("token_sizes"):
+            logs = x @ self._weight(tokens["matrix"]) + self._weight(tokens["bias"])
+            factors = np.exp(np.clip(logs, -tokens["limit"], tokens["limit"]))
+            added *= np.take_along_axis(factors, ids, 1)
         if keep["score"] == "price":
             return added
         assert keep["score"] == "overlap"
