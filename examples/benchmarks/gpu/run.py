@@ -30,7 +30,7 @@ from report import table, with_fractions
 
 PARTS = (
     *("memory", "olmoe", "small", "olmoe-int4", "transformers"),
-    *("deepseek", "transformers-deepseek"),
+    *("deepseek", "deepseek-int4", "transformers-deepseek"),
 )
 KINDS = ("copy", "decode", "batch", "prefill", "logits", "tokens")
 _SMALLEST = Sizes(past=16, steps=6, prompt=48, batch=2, tokens=20)

@@ -25,6 +25,7 @@ CASES = [
     ("deepseek_v2", None, "float16", "batch"),
     ("tiny-moe", 2, "int4", "price"),
     ("tiny-moe", 2, "int8", "price"),
+    ("deepseek_v2", None, "int4", "price"),
 ]
 
 
