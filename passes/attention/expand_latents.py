@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,6 @@ from alloc_moe.passes.attention.latent_layers import (
     latent_rows,
     match_latent_layers,
     match_pairs,
-    transposed_weight,
 )
 from alloc_moe.passes.attention.layers import (
     ROWS_TO_HEADS,
@@ -25,6 +23,14 @@ from alloc_moe.passes.attention.layers import (
     is_transposed,
     producer,
     take_over,
+)
+from alloc_moe.passes.attention.projections import (
+    ZERO,
+    Projection,
+    match_projection,
+    multiply,
+    multiply_floats,
+    takes_columns,
 )
 from alloc_moe.passes.base import add_initializer, lazy_tensor, shared_integers
 
@@ -38,8 +44,8 @@ class _Expanded:
     layer: LatentLayer
     query: PairRotation
     key: PairRotation
-    asking: ir.Node
-    closing: ir.Node
+    asking: Projection
+    closing: Projection
 
     @property
     def own(self) -> int:
@@ -66,7 +72,8 @@ class ExpandLatentsPass(ir.passes.InPlacePass):
     that is left is attention as `RotaryGroupAttentionPass` knows it, and weights rearranged.
 
     All layers or none: it takes rotations of pairs, queries from a weight [out, in], values no
-    longer than keys. Quantised projections stay as they are.
+    longer than keys. Weights in blocks keep their integers and scales, unless their blocks would
+    have to be cut to fewer than 32.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -97,25 +104,26 @@ def _match(layer: LatentLayer) -> _Expanded | None:
     split = producer(layer.own)
     parts = [] if split is None or split.op_type != "Split" else list(split.outputs)
     asking = _before_heads(split) if parts == [layer.own, query.source] else None
-    closing = list(layer.attended.consumers())
-    if asking is None or len(closing) != 1 or not _is_product(closing[0]):
+    users = list(layer.attended.consumers())
+    closing = match_projection(users[0].outputs[0]) if len(users) == 1 else None
+    if asking is None or closing is None or not closing.is_whole:
         return None
-    found = _Expanded(layer, query, key, asking, closing[0])
-    return found if found.size % 8 == 0 and layer.value_size <= found.size else None
+    found = _Expanded(layer, query, key, asking, closing)
+    fits = found.size % 8 == 0 and layer.value_size <= found.size
+    return found if fits and takes_columns(closing, layer.value_size, found.size) else None
 
 
-def _before_heads(split: ir.Node | None) -> ir.Node | None:
+def _before_heads(split: ir.Node | None) -> Projection | None:
     """Return the product whose heads are split, through their Reshape and Transpose."""
     transpose = None if split is None else producer(split.inputs[0])
     if transpose is None or not is_transposed(transpose):
         return None
     reshape = producer(transpose.inputs[0])
-    node = producer(reshape.inputs[0]) if reshape and reshape.op_type == "Reshape" else None
-    return node if node is not None and _is_product(node) else None
-
-
-def _is_product(node: ir.Node) -> bool:
-    return node.op_type == "MatMul" and transposed_weight(node.inputs[1]) is not None
+    if reshape is None or reshape.op_type != "Reshape":
+        return None
+    found = match_projection(reshape.inputs[0])
+    alone = found is not None and len(list(found.value.consumers())) == 1
+    return found if alone else None
 
 
 class _Angles:
@@ -157,49 +165,54 @@ def _replace(model: ir.Model, expanded: _Expanded, angles: _Angles) -> None:
 
 def _asked(model: ir.Model, expanded: _Expanded) -> ir.Value:
     """Return queries [batch, heads, sequence, size], what will be rotated first."""
-    heads, own, size = expanded.layer.heads, expanded.own, expanded.size
-
-    def rearranged(weight: np.ndarray) -> np.ndarray:
-        by_head = weight.reshape(heads, size, -1)
-        return np.concatenate([by_head[:, own:], by_head[:, :own]], axis=1)
-
-    at = expanded.asking
-    rows = _product(model, expanded.layer.node, at.inputs[0], at, heads * size, rearranged)
-    return _heads(model, expanded, rows)
+    product, own = expanded.asking, expanded.own
+    by_head = np.arange(product.rows).reshape(expanded.layer.heads, expanded.size)
+    mine = np.concatenate([by_head[:, own:], by_head[:, :own]], axis=1).reshape(-1)
+    if product.is_whole:
+        at, source = expanded.layer.node, product.source
+        return _heads(model, expanded, multiply(model, at, source, product, rows=mine))
+    # What else the product gives stays where it is.
+    whole = product.node.outputs[0]
+    assert whole.shape is not None
+    rows = np.arange(int(whole.shape[-1]))  # type: ignore[arg-type]
+    rows[product.begin : product.begin + product.rows] = product.begin + mine
+    made = multiply(model, product.node, product.source, product, rows=rows)
+    ir.convenience.replace_all_uses_with(whole, made)
+    return _heads(model, expanded, product.value)
 
 
 def _made(model: ir.Model, expanded: _Expanded) -> tuple[ir.Value, ir.Value]:
     """Return a token's keys and values [batch, heads, sequence, size], not yet rotated."""
     layer, turned = expanded.layer, expanded.turned
     heads, own, size, at = layer.heads, expanded.own, expanded.size, expanded.layer.node
-    weight = layer.expansion.const_value
-    assert weight is not None
-    latents = int(weight.shape.numpy()[1])
-
-    def own_rows() -> np.ndarray:
-        by_head = weight.numpy().reshape(heads, own + layer.value_size, latents)
-        rows = np.zeros((2, heads, size, latents), by_head.dtype)
-        rows[0, :, turned:] = by_head[:, :own]
-        rows[1, :, : layer.value_size] = by_head[:, own:]
-        return rows.reshape(-1, latents)
+    by_head = np.arange(layer.expansion.rows).reshape(heads, own + layer.value_size)
+    rows = np.full((2, heads, size), ZERO)
+    rows[0, :, turned:] = by_head[:, :own]
+    rows[1, :, : layer.value_size] = by_head[:, own:]
+    dtype = layer.latent.dtype
+    assert dtype is not None
 
     def shared_rows() -> np.ndarray:
-        rows = np.zeros((2, heads, size, turned), weight.dtype.numpy())
-        rows[0, :, :turned] = np.eye(turned, dtype=rows.dtype)
-        return rows.reshape(-1, turned)
+        ones = np.zeros((2, heads, size, turned), dtype.numpy())
+        ones[0, :, :turned] = np.eye(turned, dtype=ones.dtype)
+        return ones.reshape(-1, turned)
 
     width = 2 * heads * size
-    repeated = f"alloc_moe.keys_of_all_heads.{heads}x{size}x{turned}"  # the same for all layers
-    parts = []
-    for source, columns, compute, name in (
-        (layer.latent, latents, own_rows, f"{weight.name}.expanded"),
-        (expanded.key.source, turned, shared_rows, repeated),
-    ):
-        given = model.graph.initializers.get(name)
-        if given is None:
-            tensor = lazy_tensor(compute, (width, columns), weight.dtype, name)
-            given = add_initializer(model, tensor)
-        parts.append(_multiplied(model, at, _rows(model, at, source), given, width))
+    name = f"alloc_moe.keys_of_all_heads.{heads}x{size}x{turned}"  # the same for all layers
+    ones = model.graph.initializers.get(name)
+    if ones is None:
+        ones = add_initializer(model, lazy_tensor(shared_rows, (width, turned), dtype, name))
+    parts = [
+        multiply(
+            model,
+            at,
+            _rows(model, at, layer.latent),
+            layer.expansion,
+            rows=rows.reshape(-1),
+            name="expanded",
+        ),
+        multiply_floats(model, at, _rows(model, at, expanded.key.source), ones, width),
+    ]
     total = _typed(insert(model, at, "Add", parts[::-1]).outputs[0], parts[0])
     total.shape = parts[0].shape
     sizes = shared_integers(model, "keys_and_values", heads * size, heads * size)
@@ -214,7 +227,7 @@ def _made(model: ir.Model, expanded: _Expanded) -> tuple[ir.Value, ir.Value]:
 def _close(model: ir.Model, expanded: _Expanded, attended: ir.Value) -> None:
     """Merge the heads, and multiply by the weight that takes them."""
     layer, size = expanded.layer, expanded.size
-    at, heads, values = expanded.closing, layer.heads, layer.value_size
+    at, heads, values = expanded.closing.node, layer.heads, layer.value_size
     blind = next(iter(layer.node.outputs[0].consumers()))
     if blind.op_type == "Where":  # zeros for tokens that see nothing
         zero = ir.tensor(np.zeros((), _numpy(attended)), name=f"{layer.attended.name}.zero")
@@ -226,49 +239,10 @@ def _close(model: ir.Model, expanded: _Expanded, attended: ir.Value) -> None:
     assert layer.attended.shape is not None
     merged.shape = ir.Shape([*layer.attended.shape[:2], heads * size])
 
-    def widened(weight: np.ndarray) -> np.ndarray:
-        by_head = weight.reshape(-1, heads, values)
-        return np.pad(by_head, ((0, 0), (0, 0), (0, size - values)))
-
-    result = at.outputs[0]
-    assert result.shape is not None
-    made = _product(model, at, merged, at, int(result.shape[-1]), widened)  # type: ignore[arg-type]
-    take_over(result, made)
-
-
-def _product(
-    model: ir.Model,
-    before: ir.Node,
-    source: ir.Value | None,
-    old: ir.Node,
-    width: int,
-    change: Callable[[np.ndarray], np.ndarray],
-) -> ir.Value:
-    """Return the product of `source` and the changed weight of another product, [out, in]."""
-    weight = transposed_weight(old.inputs[1])
-    assert weight is not None
-    assert source is not None
-    tensor = weight.const_value
-    assert tensor is not None
-    assert source.shape is not None
-    columns = source.shape[-1]
-    assert isinstance(columns, int)
-
-    def compute() -> np.ndarray:
-        return np.ascontiguousarray(change(tensor.numpy())).reshape(width, columns)
-
-    made = lazy_tensor(compute, (width, columns), tensor.dtype, f"{tensor.name}.by_head")
-    return _multiplied(model, before, source, add_initializer(model, made), width)
-
-
-def _multiplied(
-    model: ir.Model, at: ir.Node, source: ir.Value, weight: ir.Value, width: int
-) -> ir.Value:
-    transposed = insert(model, at, "Transpose", [weight], {"perm": (1, 0)}).outputs[0]
-    made = _typed(insert(model, at, "MatMul", [source, transposed]).outputs[0], source)
-    assert source.shape is not None
-    made.shape = ir.Shape([*source.shape[:-1], width])
-    return made
+    columns = np.full((heads, size), ZERO)
+    columns[:, :values] = np.arange(heads * values).reshape(heads, values)
+    made = multiply(model, at, merged, expanded.closing, columns=columns.reshape(-1))
+    take_over(at.outputs[0], made)
 
 
 def _heads(model: ir.Model, expanded: _Expanded, rows: ir.Value) -> ir.Value:

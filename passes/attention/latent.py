@@ -99,7 +99,7 @@ class LatentAttentionPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         layers = match_latent_layers(model, (ir.DataType.FLOAT,))
-        if not layers:
+        if not layers or any(layer.expansion.block for layer in layers):
             return ir.passes.PassResult(model, modified=False)
         model.opset_imports.setdefault(MICROSOFT, 1)
         free_past_lengths(model)
@@ -249,7 +249,7 @@ def _values(model: ir.Model, layer: LatentLayer) -> ir.Value:
 
 
 def _expansion(model: ir.Model, layer: LatentLayer, part: str, size: int) -> ir.Value:
-    weight = layer.expansion.const_value
+    weight = layer.expansion.weight.const_value
     assert weight is not None
     width = int(weight.shape.numpy()[1])
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from alloc_moe.passes.attention.layers import PAST, constant, heads_of, insert, producer, rank
 from alloc_moe.passes.attention.masks import window_of
+from alloc_moe.passes.attention.projections import Projection, match_projection
 from alloc_moe.passes.base import shared_integers
 
 _LAST_AXIS = (-1, 3)
@@ -48,7 +49,7 @@ class LatentLayer:
     shared: ir.Value
     past: tuple[ir.Value, ir.Value]
     present: tuple[ir.Value, ir.Value]
-    expansion: ir.Value
+    expansion: Projection
     attended: ir.Value
     heads: int
     value_size: int
@@ -90,10 +91,12 @@ def _match(node: ir.Node, dtypes: Collection[ir.DataType | None]) -> LatentLayer
         return None
     if expand is None or expand.op_type != "Expand":
         return None
-    product = _before(split, "Transpose", "Reshape", "MatMul")
-    expansion = None if product is None else transposed_weight(product.inputs[1])
-    latents, shared = None if product is None else _cached(product.inputs[0]), _cached(expand)
-    if expansion is None or latents is None or shared is None:
+    reshape = _before(split, "Transpose", "Reshape")
+    expansion = None if reshape is None else match_projection(reshape.inputs[0])
+    if expansion is None or not expansion.is_whole or len(list(expansion.value.consumers())) != 1:
+        return None
+    latents, shared = _cached(expansion.source), _cached(expand)
+    if latents is None or shared is None:
         return None
     (past, latent), (past_shared, new_shared) = (cache.inputs for cache in (latents, shared))
     heads, value_size = heads_of(values)
@@ -145,13 +148,6 @@ def _before(node: ir.Node | None, *op_types: str) -> ir.Node | None:
         if node is None or node.op_type != op_type or len(list(node.outputs[0].consumers())) != 1:
             return None
     return node
-
-
-def transposed_weight(value: ir.Value | None) -> ir.Value | None:
-    """Return the weight [out, in] that a value is the transpose of."""
-    node = producer(value)
-    weight = node.inputs[0] if node is not None and node.op_type == "Transpose" else None
-    return weight if weight is not None and weight.const_value is not None else None
 
 
 def _cached(given: ir.Value | ir.Node | None) -> ir.Node | None:

@@ -15,6 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from alloc_moe.runtime.execution.step_programs.programs import prefill_obstacle, step_program
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="writes at offsets of a file")
 
 
@@ -63,14 +65,17 @@ def test_a_tiny_model_is_made_checked_timed_and_reported(
 
 
 @pytest.mark.rare
-def test_steps_of_deepseek_have_a_program(gpu: Callable[[str], ModuleType], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["deepseek", "deepseek-int4"])
+def test_steps_of_deepseek_have_a_program(
+    gpu: Callable[[str], ModuleType], tmp_path: Path, name: str
+) -> None:
     cases = gpu("cases")
-    case = cases.tiny(next(case for case in cases.LARGE if case.name == "deepseek"))
+    case = cases.tiny(next(case for case in cases.LARGE if case.name == name))
     gpu("make").write_case(dataclasses.replace(case, plans=("price",)), tmp_path)
-    metadata = ir.load(tmp_path / "deepseek-price.onnx").metadata_props
-    assert "alloc_moe.no_step" not in metadata
-    kinds = [op["op"] for op in json.loads(metadata["alloc_moe.step"])["ops"]]
-    assert kinds.count("attention") == 2
+    program = step_program(ir.load(tmp_path / f"{name}-price.onnx").metadata_props)
+    assert not isinstance(program, str), program
+    assert [op["op"] for op in program["ops"]].count("attention") == 2
+    assert prefill_obstacle(program, redistribution="price", most_shared=232_448) is None
 
 
 def test_parts_that_end_or_hang_are_reported_and_the_rest_goes_on(

@@ -149,6 +149,7 @@ LARGE = (
     Case("olmoe", OLMOE, "float16", ("price", *_PLAIN)),
     Case("olmoe-int4", OLMOE, "int4", ("price", "full", "half")),
     Case("deepseek", DEEPSEEK, "float16", ("price", "full", "half")),
+    Case("deepseek-int4", DEEPSEEK, "int4", ("price", "full", "half")),
 )
 SMALL = (
     *(
@@ -160,6 +161,10 @@ SMALL = (
     *(
         Case(f"small-olmoe-{dtype}", SMALL_FAMILIES["olmoe"], dtype, ("price",))
         for dtype in ("bfloat16", "int8", "int4")
+    ),
+    *(
+        Case(f"small-deepseek_v2-{dtype}", SMALL_FAMILIES["deepseek_v2"], dtype, ("price",))
+        for dtype in ("int8", "int4")
     ),
 )
 

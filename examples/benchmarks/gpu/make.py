@@ -170,7 +170,7 @@ def filling(name: str, dtype: ir.DataType, shape: list[int], *, hidden: int) -> 
         return {}
     std = 1 / math.sqrt(hidden)
     if name.endswith(".scales"):
-        bits = 4 if ".int4.scales" in name else 8
+        bits = 4 if ".int4" in name else 8
         middle = std / ((1 << bits) / math.sqrt(12))
     elif len(shape) == 1 and "norm" in name:
         middle = 1.0

@@ -30,7 +30,7 @@ from report import table, with_fractions
 
 PARTS = (
     *("memory", "olmoe", "olmoe+groups", "small", "olmoe-int4", "transformers"),
-    *("deepseek", "deepseek+groups", "transformers-deepseek"),
+    *("deepseek", "deepseek+groups", "deepseek-int4", "transformers-deepseek"),
 )
 KINDS = ("copy", "decode", "batch", "prefill", "logits", "tokens")
 _SMALLEST = Sizes(past=16, steps=6, prompt=48, batch=2, tokens=20)

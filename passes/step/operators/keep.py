@@ -61,5 +61,5 @@ def _token_map(allocation: Allocation, layer: int) -> TokenMap | None:
     factors = given[layer] if layer < len(given) else None
     if factors is None:
         return None
-    names = (TOKEN_MAP.format(part=part, layer=layer) for part in ("matrix", "bias"))
-    return TokenMap(*names, factors.limit)
+    matrix, bias = (TOKEN_MAP.format(part=part, layer=layer) for part in ("matrix", "bias"))
+    return TokenMap(matrix, bias, factors.limit)

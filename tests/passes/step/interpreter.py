@@ -161,7 +161,7 @@ class Interpreter:
         ids, weights = self._candidates(op, logits)
         order = np.argsort(-weights, axis=1, kind="stable")
         ids, weights = (np.take_along_axis(each, order, 1) for each in (ids, weights))
-        keep = self._kept(op["keep"], ids, weights)
+        keep = self._kept(op["keep"], x, ids, weights)
         self.kept.append(keep)
         made = np.where(keep, weights, 0)
         if op["weights"] == "renorm":
@@ -191,7 +191,7 @@ class Interpreter:
         return ids, self._rounded(weights) if op["rounded"] else weights
 
     def _kept(
-        self, keep: Mapping[str, Any], ids: NDArray[np.int64], weights: Floats
+        self, keep: Mapping[str, Any], x: Floats, ids: NDArray[np.int64], weights: Floats
     ) -> NDArray[np.bool_]:
         rows, width = weights.shape
         kept = np.zeros((rows, width), bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ CASES = [
     ("deepseek_v2", None, "float16", "batch"),
     ("tiny-moe", 2, "int4", "price"),
     ("tiny-moe", 2, "int8", "price"),
+    ("deepseek_v2", None, "int4", "price"),
 ]
 
 
@@ -114,6 +116,30 @@ def test_prompts_give_the_logits_of_steps(opened: tuple[ArtifactSession, OwnKern
         step = session.run(tokens, attention_mask=seen, cache=cache, logits_to_keep=1).logits
     assert np.abs(prompt.astype(float) - step).max() < TOLERANCE["float16"]
     assert np.abs(step).max() > 1
+
+
+def test_a_shared_experts_gate_and_factor_may_be_two_weights(
+    opened: tuple[ArtifactSession, OwnKernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, kernels = opened
+    program, address = copy.deepcopy(dict(kernels.stepper.program)), kernels.stepper.weight
+    shared = next((op["shared"] for op in program["ops"] if op.get("shared")), None)
+    if shared is None or not shared.get("format"):
+        pytest.skip("it has no shared expert in blocks")
+    session._kernels = kernels
+    ids = np.random.default_rng(2).integers(3, session.vocabulary, (1, 5))
+    expected = session.run(ids, logits_to_keep=1).logits
+    name, form = shared["gate_up"], shared["format"]["gate_up"]
+    values = shared["intermediate"] * program["hidden"]
+    second = {
+        "second": address(name) + values * form["bits"] // 8,
+        "second.scales": address(form["scales"]) + values // form["block"] * 2,
+    }
+    shared["gate_up"] = {"gate": name, "up": "second"}
+    shared["format"]["gate_up"] = {"gate": form, "up": {**form, "scales": "second.scales"}}
+    monkeypatch.setattr(kernels.stepper, "program", program)
+    monkeypatch.setattr(kernels.stepper, "weight", lambda name: second.get(name) or address(name))
+    np.testing.assert_array_equal(session.run(ids, logits_to_keep=1).logits, expected)
 
 
 def test_prompts_of_half_precision_run_by_own_kernels(
