@@ -98,8 +98,8 @@ if TYPE_CHECKING:
     default=None,
     help="Fit how large each expert is for a token to what enters the layer, instead of one size "
     "for all tokens: less is lost at the same budget, for a small product more per layer. For "
-    "--redistribute price and --sensitivity fisher. Default: wherever possible, which is for "
-    "the CPU, of models in memory.",
+    "--redistribute price and --sensitivity fisher. Default: wherever possible, which is "
+    "for models in memory.",
 )
 @click.option(
     "--refine",

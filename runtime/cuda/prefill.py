@@ -30,7 +30,6 @@ _ELEMENT, _FLOAT, _INT = 2, 4, 4  # bytes; prompts are computed in 16 bits
 
 _int, _float, _pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
-
 Work = Launch | Gemm | Copy
 
 
@@ -116,14 +115,9 @@ class _Planner(Planner):
         """Yield what computes the logits of each sequence's last token."""
         n, k, sequences = op["n"], op["k"], self._given.sequences
         last = self._out("last", k, sequences)
-        source = _pointer(self._address(op["x"]))
-        counts = _pointer(self._given.counts)
         arguments: tuple[Any, ...] = (
-            _pointer(last),
-            source,
-            counts,
-            _int(self._given.width),
-            _int(k),
+            *map(_pointer, (last, self._address(op["x"]), self._given.counts)),
+            *(_int(self._given.width), _int(k)),
         )
         yield Launch("last_rows", (sequences, 1, 1), 256, 0, arguments)
         if norm := op.get("norm"):

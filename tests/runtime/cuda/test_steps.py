@@ -39,11 +39,15 @@ def opened(
     emulator: ModuleType,
 ) -> tuple[ArtifactSession, OwnKernels]:
     """Return a session on the CPU and what emulates its kernels."""
-    path = compiled_for_cuda(*request.param)
+    _, _, dtype, redistribution = request.param
+    own_sizes = redistribution == "price" and dtype != "int4"  # of tokens
+    path = compiled_for_cuda(*request.param, **({} if own_sizes else {"token_sizes": False}))
     _keep_activations(path)
     session = open_session(path, ep="cpu")
     program = step_program(session.files.onnx.metadata)
     assert not isinstance(program, str), program
+    routes = [op for op in program["ops"] if op["op"] == "route"]
+    assert all(("token_sizes" in op["keep"]) is own_sizes for op in routes)
     check_graph(program, session.slots, session.vocabulary, path=session.files.graph)
     device = emulator.EmulatedDevice(tmp_path_factory.mktemp("kernels"))
     if request.param[2] == "int8":  # the smaller tiles too
