@@ -72,7 +72,7 @@ def reference(bundle: Path) -> Reference:
     from alloc_moe.compiler.planning.allocation import parse_budget
     from alloc_moe.compiler.planning.plan import expert_sizes, make_planned
     from alloc_moe.compiler.records import CalibrationOptions, PlanOptions, SensitivityProfile
-    from alloc_moe.compiler.sensitivity.token_sizes import fit_token_sizes
+    from alloc_moe.compiler.sensitivity.token_sizes.fitting import fit_token_sizes
     from alloc_moe.runtime.artifact.files import find_artifact
     from alloc_moe.runtime.console import Console
 

@@ -34,7 +34,7 @@ from alloc_moe.compiler.records import (
 from alloc_moe.compiler.sensitivity.corrected import measured_correction
 from alloc_moe.compiler.sensitivity.kept import measured_redistribution
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes import fit_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes.fitting import fit_token_sizes
 from alloc_moe.compiler.sweep.held_out import HeldOut, read_held_out
 from alloc_moe.compiler.sweep.methods import DEFAULT, Method
 from alloc_moe.compiler.sweep.records import (

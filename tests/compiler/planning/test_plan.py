@@ -28,7 +28,7 @@ from alloc_moe.compiler.records import (
 )
 from alloc_moe.compiler.reference.experts import allocated
 from alloc_moe.compiler.reference.policies import layer_parameters
-from alloc_moe.compiler.sensitivity.token_sizes import fit_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes.fitting import fit_token_sizes
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.console import Console
 

@@ -15,9 +15,10 @@ from alloc_moe.compiler.calibration.windows import CalibrationSet
 from alloc_moe.compiler.errors import TokenSizesError
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import SensitivityProfile
-from alloc_moe.compiler.sensitivity import token_sizes
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes import check_room, fit_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes import fitting
+from alloc_moe.compiler.sensitivity.token_sizes.choosing import check_room
+from alloc_moe.compiler.sensitivity.token_sizes.fitting import fit_token_sizes
 from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 from alloc_moe.runtime.console import Console
 
@@ -27,23 +28,23 @@ EXPERTS, HIDDEN, CANDIDATES, TOKENS = 5, 6, 3, 8192
 SIZES = torch.linspace(0.5, 2, EXPERTS)
 
 
-def seen(truth: torch.Tensor, *, dead: bool = False) -> token_sizes._Seen:
+def seen(truth: torch.Tensor, *, dead: bool = False) -> fitting._Seen:
     """Return tokens whose squares are those of normals, their deviations exp(h truth) sizes."""
     random = torch.Generator().manual_seed(4)
     hidden = 2 + 3 * torch.randn(TOKENS, HIDDEN, generator=random)
     hidden[:, -1] = 7.0 if dead else hidden[:, -1]
     ids = torch.rand(TOKENS, EXPERTS, generator=random).topk(CANDIDATES).indices
     deviations = SIZES[ids] * (hidden @ truth).exp().gather(1, ids)
-    found = token_sizes._Seen()
+    found = fitting._Seen()
     normal = torch.randn(TOKENS, CANDIDATES, generator=random)
     for part in (slice(0, 5000), slice(5000, TOKENS)):
         found.add(hidden[part], ids[part], (deviations * normal)[part].double().square())
     return found
 
 
-def fitted(given: token_sizes._Seen) -> TokenSizes:
+def fitted(given: fitting._Seen) -> TokenSizes:
     held_out = sum(map(len, given.hidden)) // 8
-    return token_sizes._fit(given, SIZES, held_out, torch.Generator().manual_seed(0))
+    return fitting._fit(given, SIZES, held_out, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -65,7 +66,7 @@ def test_squares_that_depend_on_nothing_give_next_to_nothing() -> None:
 
 def test_what_is_worse_on_text_it_has_not_seen_is_left_out() -> None:
     random = torch.Generator().manual_seed(6)
-    found = token_sizes._Seen()
+    found = fitting._Seen()
     hidden = torch.randn(64, 48, generator=random)
     ids = torch.rand(64, EXPERTS, generator=random).topk(CANDIDATES).indices
     found.add(
@@ -88,13 +89,13 @@ def test_a_layer_is_seen_with_what_its_sizes_are_made_of(
 ) -> None:
     moe = moe_model("olmoe")
     profile = measure_sensitivity(moe, calibration, metric="fisher")
-    layers: list[token_sizes._Seen] = []
+    layers: list[fitting._Seen] = []
 
-    def fit(given: token_sizes._Seen, *_: object) -> TokenSizes:
+    def fit(given: fitting._Seen, *_: object) -> TokenSizes:
         layers.append(given)
         return TokenSizes.of(np.zeros((1, 1)), np.zeros(1))
 
-    monkeypatch.setattr(token_sizes, "_fit", fit)
+    monkeypatch.setattr(fitting, "_fit", fit)
     sizes = [row for row in profile.expert_sizes if row is not None]
     fit_token_sizes(moe, calibration, sizes, Console(quiet=True))
     for layer, row in zip(layers, sizes, strict=True):
@@ -110,11 +111,11 @@ def test_further_text_is_fitted_to_and_the_calibration_text_held_out(
 ) -> None:
     calls: list[tuple[int, int]] = []
 
-    def fit(given: token_sizes._Seen, _: object, held_out: int, __: object) -> TokenSizes:
+    def fit(given: fitting._Seen, _: object, held_out: int, __: object) -> TokenSizes:
         calls.append((sum(map(len, given.hidden)), held_out))
         return TokenSizes.of(np.zeros((1, 1)), np.zeros(1))
 
-    monkeypatch.setattr(token_sizes, "_fit", fit)
+    monkeypatch.setattr(fitting, "_fit", fit)
     moe, tokens = moe_model("olmoe"), calibration.tokens
     sizes = [[1.0] * layer.num_experts for layer in moe.layers]
     for windows in (0, 3, 56):
@@ -149,18 +150,18 @@ def test_so_little_text_that_it_tells_nothing_is_refused(
     further = np.resize(calibration.ids, (windows, tokens)) if windows else None
     text = dataclasses.replace(calibration, ids=ids, further=further)
     if tokens == 128 or windows:
-        seen, held_out = token_sizes._text(text)
+        seen, held_out = fitting._text(text)
         assert (seen.numel(), held_out) == ((windows + 1) * tokens, tokens if windows else 16)
         return
     with pytest.raises(TokenSizesError, match=r"to 128 tokens .* at least, and there are 127"):
-        token_sizes._text(text)
+        fitting._text(text)
 
 
 def test_much_text_is_bounded_as_all_layers_see_it_at_once(calibration: CalibrationSet) -> None:
     ids = np.zeros((300, 512), np.int64)
     alone = dataclasses.replace(calibration, ids=ids, sequence_length=512, further=None)
     more = dataclasses.replace(alone, further=np.ones((2000, 512), np.int64))
-    sizes = [(found.numel(), held) for found, held in map(token_sizes._text, (alone, more))]
+    sizes = [(found.numel(), held) for found, held in map(fitting._text, (alone, more))]
     assert sizes == [(1 << 16, 1 << 13), (5 << 14, 1 << 14)]
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alloc_moe.compiler.choices import have_sizes_in_nats
 from alloc_moe.compiler.errors import TokenSizesError
 from alloc_moe.compiler.reference.token_sizes import log_factors
 from alloc_moe.compiler.sensitivity.corrected import Reduced
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
-    from alloc_moe.compiler.records import CompileOptions
-    from alloc_moe.runtime.artifact.plan import Budget
     from alloc_moe.runtime.console import Console
 
 _FURTHER = 4  # in calibration tokens: more numbers are fitted than sizes are
@@ -46,90 +43,11 @@ _RATE = 3e-3
 _DECAY = 1e-2
 _HELD_OUT = 8  # without further text, one of so many tokens tells when to stop
 _LEAST_SPREAD = 1e-2  # of a dimension, in the mean of all: what hardly varies tells nothing
-_MOST_WEIGHTS = 20_000_000  # in all layers: they are text in the plan
-
-
-def wants_token_sizes(
-    options: CompileOptions, budget: Budget, moe: MoeModel, console: Console
-) -> bool:
-    """Return whether tokens get sizes of their own: as asked, else wherever they can.
-
-    Where a limit of this compiler forbids what is not asked for, that is told.
-
-    Args:
-        options: What was asked for.
-        budget: What for; at the full one sizes are for the dial, and a cap leaves none.
-        moe: The model.
-        console: Where it is told.
-
-    Raises:
-        TokenSizesError: They are asked for, and a model of this size has none.
-    """
-    if options.token_sizes is False or not have_sizes_in_nats(options.plan, options.sensitivity):
-        return False
-    if options.token_sizes:
-        check_room(moe)
-        return True
-    full = options.goal is None and budget.activations == budget.original
-    if full and options.plan.cap is not None:
-        return False
-    try:
-        _check_surroundings(options)
-        check_room(moe)
-    except TokenSizesError as error:
-        _tell(error, console)
-        return False
-    return True
-
-
-def fit_if_possible(
-    options: CompileOptions,
-    moe: MoeModel,
-    calibration: CalibrationSet,
-    sizes: Sequence[Sequence[float]],
-    console: Console,
-) -> tuple[TokenSizes, ...] | None:
-    """Return what `fit_token_sizes` does; None, and why, if it can't and nobody asked for it.
-
-    Raises:
-        TokenSizesError: It can't, and was asked for.
-    """
-    try:
-        return fit_token_sizes(moe, calibration, sizes, console)
-    except TokenSizesError as error:
-        if options.token_sizes:
-            raise
-        _tell(error, console)
-        return None
-
-
-def _check_surroundings(options: CompileOptions) -> None:
-    """Raise TokenSizesError for what is made or met without them so far."""
-    for fault, reason in (
-        (options.goal is not None, "are nothing that targets predict by"),
-        (options.target.device != "cpu", "would leave an artifact for CUDA no step program"),
-    ):
-        if fault:
-            raise TokenSizesError(reason)
-
-
-def _tell(error: TokenSizesError, console: Console) -> None:
-    console.note(f"Token sizes are left out: they {error.reason}")
-
-
-def check_room(moe: MoeModel) -> None:
-    """Raise TokenSizesError if a model has no token sizes, for its size."""
-    if moe.offloading is not None:
-        raise TokenSizesError(
-            "need the whole model in memory, and this one is read layer by layer",
-            ", or give --offload never where memory is enough",
-        )
-    hidden = moe.config.get_text_config().hidden_size
-    weights = sum(layer.num_experts * (hidden + 1) for layer in moe.layers)
-    if weights > _MOST_WEIGHTS:
-        raise TokenSizesError(
-            f"would put {weights} numbers into the plan, more than {_MOST_WEIGHTS}"
-        )
+METHOD = (
+    *(_FURTHER, _MOST_TOKENS, _TOKENS_PER_BATCH, _EPOCHS, _LEAST_STEPS, _TOKENS_PER_STEP),
+    *(_RATE, _DECAY, _HELD_OUT, _LEAST_SPREAD),
+)
+"""What a fit depends on besides model, text and sizes."""
 
 
 def fit_token_sizes(
