@@ -52,7 +52,11 @@ from alloc_moe.compiler.rounding.formats import (
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.rounding.weights import chosen_digest
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes.wanted import fit_if_possible, wants_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes.choosing import (
+    fit_if_possible,
+    wants_token_sizes,
+)
+from alloc_moe.compiler.sensitivity.token_sizes.kept import token_sizes_path
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.runtime.artifact.files import ArtifactFiles
@@ -153,7 +157,9 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     if with_token_sizes:
         sizes = expert_sizes("price", profile, moe)
         assert sizes is not None
-        token_sizes = fit_if_possible(options, moe, calibration, sizes, console)
+        assert profile_path is not None
+        path = token_sizes_path(profile_path)
+        token_sizes = fit_if_possible(options, moe, calibration, sizes, path, console)
     making = Making(
         moe, calibration, options.plan, profile, formats, refinement, console, token_sizes
     )

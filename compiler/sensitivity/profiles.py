@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,14 +82,10 @@ def read_profile(
         found = SensitivityProfile.from_json(read_file(path), path=path)
     except (OSError, ShapeError) as error:
         raise ProfileError(f"The profile {path} can't be read: {error}.") from error
-    differences = [
-        words + _both(_in_words(found, name), _in_words(expected, name))
-        for name, words in COMPARED.items()
-        if getattr(found, name) != getattr(expected, name)
-    ]
-    if differences:
+    there, now = ({name: _in_words(each, name) for name in COMPARED} for each in (found, expected))
+    if changed := differences(there, now, COMPARED):
         raise ProfileError(
-            f"The profile {path} was measured differently: {', '.join(differences)} changed. "
+            f"The profile {path} was measured differently: {', '.join(changed)} changed. "
             "Delete the file, or give another path."
         )
     lengths = [
@@ -104,6 +100,17 @@ def read_profile(
             f"The profile {path} is damaged: its costs don't fit its layers. Delete the file."
         )
     return found
+
+
+def differences(
+    found: Mapping[str, object], expected: Mapping[str, object], words: Mapping[str, str]
+) -> list[str]:
+    """Return in words which of the values named in `words` differ, and how."""
+    return [
+        word + _both(found[name], expected[name])
+        for name, word in words.items()
+        if found[name] != expected[name]
+    ]
 
 
 def _both(found: object, expected: object) -> str:

@@ -26,7 +26,10 @@ from alloc_moe.compiler.records import (
     PlanOptions,
     TargetOptions,
 )
-from alloc_moe.compiler.sensitivity.token_sizes.wanted import fit_if_possible, wants_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes.choosing import (
+    fit_if_possible,
+    wants_token_sizes,
+)
 from alloc_moe.compiler.verify.parity import verify_artifact
 from alloc_moe.runtime.artifact.plan import AllocationPlan
 from alloc_moe.runtime.artifact.token_sizes import TokenSizes
@@ -205,15 +208,17 @@ def test_text_too_short_for_them_is_an_error_only_if_they_are_asked_for(
     moe_model: Models,
     calibration: CalibrationSet,
     asked: bool | None,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     moe = moe_model("olmoe")
     text = dataclasses.replace(calibration, ids=calibration.ids[:1], further=None)
     options = CompileOptions("model", "out.onnx", "0.5", token_sizes=asked)
     sizes = [[1.0] * layer.num_experts for layer in moe.layers]
+    given = options, moe, text, sizes, tmp_path / "kept.json", Console()
     if asked:
         with pytest.raises(TokenSizesError, match=r"--token-sizes can't be: .* Leave it out\."):
-            fit_if_possible(options, moe, text, sizes, Console())
+            fit_if_possible(*given)
         return
-    assert fit_if_possible(options, moe, text, sizes, Console()) is None
+    assert fit_if_possible(*given) is None
     assert "left out: they are fitted to 128 tokens of" in capsys.readouterr().err

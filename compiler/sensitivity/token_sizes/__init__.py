@@ -1,5 +1,5 @@
-"""How large what experts add is for one token, predicted from what enters them.
+"""How large what each expert adds is for one token: whether that is fitted, the fit, what is kept.
 
-In: a model, token windows and the sizes of its experts. Out: `TokenSizes` of each layer.
-Begin at `fitting`; `wanted` says whether a compile has them, `regression` is the fit.
+In: a model, its calibration text and a profile's sizes. Out: `TokenSizes` of each layer.
+Begin at `fitting`.
 """

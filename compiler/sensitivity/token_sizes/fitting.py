@@ -15,6 +15,7 @@ from alloc_moe.compiler.sensitivity.fisher import FisherRun
 from alloc_moe.compiler.sensitivity.kept import make_keep
 from alloc_moe.compiler.sensitivity.layerwise import StreamedRun
 from alloc_moe.compiler.sensitivity.sums import LayerSums
+from alloc_moe.compiler.sensitivity.token_sizes import regression
 from alloc_moe.compiler.sensitivity.token_sizes.regression import Seen, fit
 from alloc_moe.compiler.workspace.processes import Processes
 from alloc_moe.compiler.workspace.results import digest_of
@@ -37,6 +38,9 @@ _HELD_OUT = 8  # without further text, one of so many tokens tells when to stop
 _FITTING = "Fitting token sizes"
 _FISHER = 4  # forward passes that a layer's gradients cost, the one before them included
 _ALONE = Processes()
+
+METHOD = (_FURTHER, _MOST_TOKENS, _TOKENS_PER_BATCH, _HELD_OUT, *regression.METHOD)
+"""What a fit depends on besides model, text and sizes."""
 
 
 def fit_token_sizes(

@@ -23,6 +23,8 @@ _TOKENS_PER_STEP = 1024
 _RATE = 3e-3
 _DECAY = 1e-2
 _LEAST_SPREAD = 1e-2  # of a dimension, in the mean of all: what hardly varies tells nothing
+METHOD = (_EPOCHS, _LEAST_STEPS, _TOKENS_PER_STEP, _RATE, _DECAY, _LEAST_SPREAD)
+"""What a fit depends on besides what it is fitted to."""
 
 
 @dataclass

@@ -26,13 +26,14 @@ from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.plan import make_planned
+from alloc_moe.compiler.planning.plan import expert_sizes, make_planned
 from alloc_moe.compiler.records import CalibrationOptions, CorrectionMode, PlanOptions
 from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.formats import choose_formats
 from alloc_moe.compiler.rounding.weights import quantized
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
+from alloc_moe.compiler.sensitivity.token_sizes.fitting import fit_token_sizes
 from alloc_moe.runtime.console import Console
 
 WINDOW = 512
@@ -63,6 +64,8 @@ def planned(
         correction=correction,
         console=console,
     )
+    sizes = expert_sizes("price", profile, moe)
+    assert sizes is not None
     trained = [layer.experts_per_token for layer in moe.layers]
     made = make_planned(
         moe,
@@ -71,6 +74,7 @@ def planned(
         PlanOptions(dial=False, correction=correction),
         profile=profile,
         console=console,
+        token_sizes=fit_token_sizes(moe, text, sizes, console),
     )
     with under_plan(moe, made.plan, made.corrections):
         yield
@@ -110,6 +114,8 @@ def costs(
 
 def beginning(text: CalibrationSet, tokens: int) -> CalibrationSet:
     """Return the first windows of a text, all if it has no more tokens."""
+    if tokens >= text.ids.size:
+        return text
     ids = text.ids[: max(1, tokens // text.sequence_length)]
     return dataclasses.replace(text, ids=ids, tokens=ids.size, further=None)
 

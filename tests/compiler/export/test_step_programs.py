@@ -278,17 +278,15 @@ def test_prices_can_be_dialled(
 def test_tokens_have_sizes_of_their_own(
     graphs: Callable[..., ir.Model], models: Models, step_interpreter: ModuleType, overlap: float
 ) -> None:
-    allocation = allocated(
-        models("olmoe"), "price", thresholds=[0.2] * 3, sizes=[[1.0] * 8] * 3, overlap=overlap
-    )
+    given = {"thresholds": [0.2] * 3, "sizes": [[1.0] * 8] * 3, "overlap": overlap}
+    allocation = allocated(models("olmoe"), "price", **given)
     random = np.random.default_rng(0)
     hidden = models("olmoe").config.hidden_size
     maps = [random.normal(size=(hidden, 8)).astype(np.float32) for _ in range(3)]
     factors = [TokenFactors(each, each[0], 2.5) for each in maps]
     model = specialized(graphs("olmoe"), dataclasses.replace(allocation, token_factors=factors))
-    kept = check(model, step_interpreter)
-    alike = check(specialized(graphs("olmoe"), allocation), step_interpreter)
-    assert not np.array_equal(kept, alike), "all tokens are alike"
+    alike = specialized(graphs("olmoe"), allocation)
+    assert not np.array_equal(*(check(each, step_interpreter) for each in (model, alike)))
 
 
 def test_a_program_in_float16_is_as_near_as_rounding_lets_it_be(

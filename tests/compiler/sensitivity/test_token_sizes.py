@@ -20,9 +20,9 @@ from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.records import SensitivityProfile
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.sensitivity.token_sizes import fitting
+from alloc_moe.compiler.sensitivity.token_sizes.choosing import check_room
 from alloc_moe.compiler.sensitivity.token_sizes.fitting import fit_token_sizes
 from alloc_moe.compiler.sensitivity.token_sizes.regression import Seen, fit
-from alloc_moe.compiler.sensitivity.token_sizes.wanted import check_room
 from alloc_moe.runtime.console import Console
 
 Models = Callable[[str], MoeModel]

@@ -1,4 +1,4 @@
-"""Whether tokens get sizes of their own, and what is told if they don't."""
+"""Options, budget and model -> whether tokens get sizes of their own, and what they are."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from alloc_moe.compiler.choices import have_sizes_in_nats
 from alloc_moe.compiler.errors import TokenSizesError
-from alloc_moe.compiler.sensitivity.token_sizes.fitting import fit_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes.kept import fit_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
@@ -59,15 +60,17 @@ def fit_if_possible(
     moe: MoeModel,
     calibration: CalibrationSet,
     sizes: Sequence[Sequence[float]],
+    path: Path,
     console: Console,
 ) -> tuple[TokenSizes, ...] | None:
-    """Return what `fit_token_sizes` does; None, and why, if it can't and nobody asked for it.
+    """Return what is fitted or kept at `path`; None, and why, if nothing can be and nobody asked.
 
     Raises:
-        TokenSizesError: It can't, and was asked for.
+        TokenSizesError: Nothing can be fitted, and it was asked for.
+        ProfileError: What is kept can't be read, or was fitted to something else.
     """
     try:
-        return fit_token_sizes(moe, calibration, sizes, console)
+        return fit_once(moe, calibration, sizes, path, console)
     except TokenSizesError as error:
         if options.token_sizes:
             raise
