@@ -36,13 +36,11 @@ def step_program(metadata: Mapping[str, str]) -> Mapping[str, Any] | str:
         if reason := _refusal(given):
             return reason
         program: Program = PROGRAM(given, "")
-        quantized = quantized_names(program)
+        weight_names(program)
     except ShapeError as error:
         return f"its step program is damaged: {error}"
     except (KeyError, TypeError, AttributeError) as error:
         return f"its step program is damaged: {error!r}"
-    if quantized and program["dtype"] != "float16":
-        return f"its weights are in blocks and its activations {program['dtype']}"
     return program
 
 
@@ -97,11 +95,14 @@ def prefill_obstacle(program: Program, *, redistribution: str, most_shared: int)
 
 
 def check_program(program: Program, initializers: Mapping[str, Initializer]) -> None:
-    """Raise DeviceError unless the weights have the sizes that kernels will read.
+    """Raise DeviceError unless the weights have the types and sizes that kernels will read.
 
     Kernels check nothing: what a damaged or hostile program says would be read beyond its end.
     """
-    element_type = _ELEMENT_TYPES[program["dtype"]]
+    dtype = program["dtype"]
+    if dtype != "float16" and quantized_names(program):
+        raise DeviceError(f"kernels take weights in blocks with float16, not with {dtype}")
+    element_type = _ELEMENT_TYPES[dtype]
     for read in weight_reads(program):
         given, block = initializers[read.name], read.block
         if block is None:

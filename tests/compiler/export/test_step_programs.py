@@ -334,12 +334,14 @@ def test_a_changed_weight_shows(
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
 def test_quantised_weights_are_read_as_the_kernels_read_them(
-    checkpoint: Callable[[str], Path], step_interpreter: ModuleType, family: str, dtype: str
+    checkpoint: Callable[..., Path], step_interpreter: ModuleType, family: str, dtype: str
 ) -> None:
-    moe = load_model(str(checkpoint(family)))
-    moe = quantized(moe, choose_formats(moe.checkpoint, dtype))
+    wide = {"qk_nope_head_dim": 48, "v_head_dim": 32} if family.startswith("deepseek") else {}
+    moe = load_model(str(checkpoint(family, **wide)))
+    forms = choose_formats(moe.checkpoint, dtype, device="cuda")
+    moe = quantized(moe, dataclasses.replace(forms, activations="float32"))
     assert moe.quantization is not None
     formats = dict(enumerate(moe.quantization.experts))
     model = specialized(export_model(moe, dtype=dtype), allocated(moe), formats=formats)

@@ -168,10 +168,9 @@ def test_weights_in_blocks_are_for_activations_of_float16() -> None:
     program["ops"][HEAD]["format"] = {"bits": 4, "block": 32, "scales": "scales"}
     given: dict[str, Any] = {"redistribution": "none", "most_shared": 101_376}
     assert prefill_obstacle(program, **given) is None
-    assert not isinstance(step_program({STEP_KEY: json.dumps(program)}), str)
     for dtype in ("bfloat16", "float32"):
-        found = step_program({STEP_KEY: json.dumps({**program, "dtype": dtype})})
-        assert found == f"its weights are in blocks and its activations {dtype}"
+        with pytest.raises(DeviceError, match=f"blocks with float16, not with {dtype}"):
+            check_program({**program, "dtype": dtype}, _initializers(scales=40))
 
 
 SHARED = {"gate_up": {"gate": "gate", "up": "second"}, "down": "last", "intermediate": 32}
