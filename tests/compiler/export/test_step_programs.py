@@ -311,23 +311,25 @@ def test_latent_attention_goes_with_plans_that_choose_per_call(
     check(specialized(graphs("deepseek_v2"), allocation), step_interpreter)
 
 
-def test_what_all_heads_share_of_a_key_shows(
-    graphs: Callable[..., ir.Model], models: Models, step_interpreter: ModuleType
+@pytest.mark.parametrize(
+    ("family", "where", "changed"),
+    [
+        ("deepseek_v2", "k_shared", {"offset": 16}),
+        ("olmoe", "k_norm", {"eps": 1e-2}),
+    ],
+    ids=["what all heads share", "a norm"],
+)
+def test_what_is_changed_shows(
+    graphs: Callable[..., ir.Model],
+    models: Models,
+    step_interpreter: ModuleType,
+    family: str,
+    where: str,
+    changed: dict[str, float],
 ) -> None:
-    model = specialized(graphs("deepseek_v2"), allocated(models("deepseek_v2")))
+    model = specialized(graphs(family), allocated(models(family)))
     steps = program(model)
-    next(op for op in steps["ops"] if op["op"] == "attention")["k_shared"]["offset"] -= 16
-    model.metadata_props["alloc_moe.step"] = json.dumps(steps)
-    with pytest.raises(AssertionError):
-        check(model, step_interpreter)
-
-
-def test_a_changed_weight_shows(
-    graphs: Callable[..., ir.Model], models: Models, step_interpreter: ModuleType
-) -> None:
-    model = specialized(graphs("olmoe"), allocated(models("olmoe")))
-    steps = program(model)
-    steps["ops"][2]["k_norm"]["eps"] = 1e-2
+    next(op for op in steps["ops"] if op["op"] == "attention")[where].update(changed)
     model.metadata_props["alloc_moe.step"] = json.dumps(steps)
     with pytest.raises(AssertionError):
         check(model, step_interpreter)
