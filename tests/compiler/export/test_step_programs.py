@@ -313,11 +313,7 @@ def test_latent_attention_goes_with_plans_that_choose_per_call(
 
 @pytest.mark.parametrize(
     ("family", "where", "changed"),
-    [
-        ("deepseek_v2", "k_shared", {"offset": 16}),
-        ("olmoe", "k_norm", {"eps": 1e-2}),
-    ],
-    ids=["what all heads share", "a norm"],
+    [("deepseek_v2", "k_shared", {"offset": 16}), ("olmoe", "k_norm", {"eps": 1e-2})],
 )
 def test_what_is_changed_shows(
     graphs: Callable[..., ir.Model],

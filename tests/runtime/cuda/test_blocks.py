@@ -49,7 +49,7 @@ def _places(arrays: dict[str, NDArray[Any]]) -> Places:
         assert arrays[name].nbytes >= size
         return int(arrays[name].ctypes.data)
 
-    return Places(address, address, address, lambda op: 0)
+    return Places(address, address, address, lambda op: 0, address)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
