@@ -34,6 +34,7 @@ from alloc_moe.runtime.execution.session import open_session
 Compile = Callable[..., Compiled]
 
 FILES = ("out.onnx", "out.onnx.data", "out.onnx.profile.json")
+TOKEN_SIZES = "out.onnx.token-sizes.json"
 
 # A profile that is measured layer by layer, and a plan that is met exactly.
 BY_LAYER = {"sensitivity": "kl", "redistribute": "batch"}
@@ -81,7 +82,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_compile_leaves_artifact_and_profile(compile_to: Compile, tmp_path: Path) -> None:
     compiled = compile_to(tmp_path / "out.onnx")
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, TOKEN_SIZES}
     assert compiled.path == tmp_path / "out.onnx"
     assert compiled.profile == tmp_path / "out.onnx.profile.json"
     session = open_session(compiled.path, ep="cpu", count_activations=True)
@@ -147,7 +148,8 @@ def test_the_same_compile_twice_gives_the_same_bytes(compile_to: Compile, tmp_pa
 
 def test_a_bundle_has_graph_plan_and_tokenizer(compile_to: Compile, tmp_path: Path) -> None:
     compiled = compile_to(f"{tmp_path / 'half'}/")
-    assert {path.name for path in tmp_path.iterdir()} == {"half", "half.profile.json"}
+    beside = {"half.profile.json", "half.token-sizes.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"half", *beside}
     names = {path.name for path in (tmp_path / "half").iterdir()}
     assert {MODEL_FILE, f"{MODEL_FILE}.data", PLAN_FILE, "tokenizer.json"} <= names
     written = json.loads((tmp_path / "half" / PLAN_FILE).read_text())

@@ -51,7 +51,11 @@ def test_a_dialled_and_corrected_script_is_verified_and_runs(
     compiled = compile_to(path)
     assert compiled.verification.max_abs_logit_error < 1e-4
     assert compiled.plan.correction["mode"] == "affine"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.pt", "out.pt.profile.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "out.pt",
+        "out.pt.profile.json",
+        "out.pt.token-sizes.json",
+    }
     files = find_artifact(path)
     assert files.plan == compiled.plan
     assert check_all(files) == {"out.pt": path.stat().st_size}
