@@ -104,7 +104,11 @@ def _see_layer_by_layer(
 ) -> None:
     """Fit each layer when all gradients have passed it; after a kill the next layer goes on."""
     tokens = sum(ids.numel() for _, ids in batches)
-    needed = expected_time(moe, passes=2, gflop=_FISHER * forward_gflop(moe, tokens))
+    gflop = _FISHER * forward_gflop(moe, tokens) + sum(
+        regression.fit_gflop(tokens, moe.config.get_text_config().hidden_size, layer.num_experts)
+        for layer in moe.layers
+    )
+    needed = expected_time(moe, passes=2, gflop=gflop)
     console.note(f"{_FITTING} will take {needed}")
     at = {layer.decoder_layer: index for index, layer in enumerate(moe.layers)}
     states = LayerStates(moe.results.beside("token-sizes"), {"of": fitting.identity}, _ALONE)

@@ -42,6 +42,11 @@ class Seen:
         self.squares.append(squares.float())
 
 
+def fit_gflop(tokens: int, hidden: int, experts: int) -> float:
+    """Return the operations of a layer's fit to so many tokens, in 1e9."""
+    return 6 * tokens * _EPOCHS * hidden * experts / 1e9  # forward, and twice that back
+
+
 def fit(
     seen: Seen, sizes: torch.Tensor, held_out: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
