@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 from cases import LARGE, SMALL, Case, tiny
 from transformers import AutoConfig
@@ -33,6 +34,7 @@ from alloc_moe.compiler.records import MoeLayer, Quantization
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats
 from alloc_moe.passes.default import normalize_passes
 from alloc_moe.runtime.artifact.plan import GENERATION_KEY, AllocationPlan, Budget, PlannedLayer
+from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 
 _INLINE = 256  # up to so many bytes a weight is in the graph itself
 _COMPUTED = re.compile(
@@ -58,7 +60,7 @@ def write_case(case: Case, folder: Path) -> None:
     store = _Store(f"{case.name}.data", config.hidden_size)
     described: dict[str, Any] = {}
     for plan in case.plans:
-        wanted = make_plan(checkpoint.layers, plan, form)
+        wanted = make_plan(checkpoint.layers, plan, form, hidden=config.hidden_size)
         model = specialize(graph, wanted, quantization=form, device=device)
         if case.is_small:
             compute_exactly(model)
@@ -91,7 +93,9 @@ def compute_exactly(model: ir.Model) -> None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
 
 
-def make_plan(layers: Sequence[MoeLayer], plan: str, form: Quantization | None) -> AllocationPlan:
+def make_plan(
+    layers: Sequence[MoeLayer], plan: str, form: Quantization | None, *, hidden: int
+) -> AllocationPlan:
     """Return a plan by its name in `Case`; a dial begins with all experts."""
     trained = sum(layer.experts_per_token for layer in layers)
     priced = plan == "price"
@@ -103,6 +107,7 @@ def make_plan(layers: Sequence[MoeLayer], plan: str, form: Quantization | None) 
             layer.experts_per_token,
             max(layer.experts_per_token // divisor, 1),
             sizes=tuple(1.0 + 0.1 * (e % 3) for e in range(layer.num_experts)) if priced else None,
+            token_sizes=token_sizes(hidden, layer.num_experts) if priced else None,
         )
         for layer in layers
     )
@@ -117,6 +122,13 @@ def make_plan(layers: Sequence[MoeLayer], plan: str, form: Quantization | None) 
         overlap=0.5 if priced else None,
         quantization=form.to_plan() if form else {},
     )
+
+
+def token_sizes(hidden: int, experts: int) -> TokenSizes:
+    """Return maps that multiply sizes by about 0.8 to 1.2, and are short if compressed."""
+    columns, rows = np.meshgrid(np.arange(experts), np.arange(hidden))
+    matrix = ((7 * rows + 3 * columns) % 11 - 5) / (16 * math.sqrt(hidden))
+    return TokenSizes.of(matrix, np.zeros(experts))
 
 
 class _Store:
