@@ -118,6 +118,36 @@ __device__ __forceinline__ void for_each_result(const float (&c)[N][4], int coun
         }
 }
 
+// Results of an expert's rows from `first` on: what `grouped_gate_up` gives.
+template <int N>
+__device__ __forceinline__ void store_gated(Real* hidden, const float (&c)[N][4],
+                                            const float* pair_weights, const Real* bias, int expert,
+                                            int first, int count, int left, int columns) {
+    for_each_result(c, count, left, columns, [&](int row, int column, float gate, float up) {
+        const long pair = first + row;
+        if (bias) {
+            gate += to_float(bias[(long)expert * columns + column]);
+            up += to_float(bias[(long)expert * columns + column + 1]);
+        }
+        hidden[pair * (columns / 2) + column / 2] = to_real(silu(gate) * up * pair_weights[pair]);
+    });
+}
+
+// The same of `grouped_down`.
+template <int N>
+__device__ __forceinline__ void store_pairs(Real* out, const float (&c)[N][4],
+                                            const float* pair_weights, const Real* bias, int expert,
+                                            int first, int count, int left, int columns) {
+    for_each_result(c, count, left, columns, [&](int row, int column, float x, float y) {
+        const long pair = first + row;
+        if (bias) {
+            x += pair_weights[pair] * to_float(bias[(long)expert * columns + column]);
+            y += pair_weights[pair] * to_float(bias[(long)expert * columns + column + 1]);
+        }
+        *(u32*)(out + pair * columns + column) = (u32)to_real(x) | (u32)to_real(y) << 16;
+    });
+}
+
 // Products of an expert's matrix [columns, K] with its rows in a block's tile; `row(i)` gives where
 // the i-th begins.
 template <int K, int COLUMNS, int STAGES, class Row>
@@ -146,14 +176,7 @@ __global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
     multiply_expert<K, COLUMNS, STAGES>(
         c, dynamic, weight + (long)expert * columns * K, columns, left, count,
         [&](int i) { return x + (long)rows[first + i] * K; });
-    for_each_result(c, count, left, columns, [&](int row, int column, float gate, float up) {
-        const long pair = first + row;
-        if (bias) {
-            gate += to_float(bias[(long)expert * columns + column]);
-            up += to_float(bias[(long)expert * columns + column + 1]);
-        }
-        hidden[pair * inner + column / 2] = to_real(silu(gate) * up * pair_weights[pair]);
-    });
+    store_gated(hidden, c, pair_weights, bias, expert, first, count, left, columns);
 }
 
 // out[pair, n] = hidden[pair] . weight[expert, n] + pair_weight bias.
@@ -170,14 +193,7 @@ __global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
     multiply_expert<INNER, COLUMNS, STAGES>(
         c, dynamic, weight + (long)expert * columns * INNER, columns, left, count,
         [&](int i) { return hidden + (long)(first + i) * INNER; });
-    for_each_result(c, count, left, columns, [&](int row, int column, float x, float y) {
-        const long pair = first + row;
-        if (bias) {
-            x += pair_weights[pair] * to_float(bias[(long)expert * columns + column]);
-            y += pair_weights[pair] * to_float(bias[(long)expert * columns + column + 1]);
-        }
-        *(u32*)(out + pair * columns + column) = (u32)to_real(x) | (u32)to_real(y) << 16;
-    });
+    store_pairs(out, c, pair_weights, bias, expert, first, count, left, columns);
 }
 
 #endif

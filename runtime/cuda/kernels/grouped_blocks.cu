@@ -26,8 +26,8 @@ __device__ __forceinline__ void decode(const Vec& packed, u32 scale, Vec (&out)[
     }
 }
 
-// Stages of rows, of decoded columns and of packed ones. While a product is under way, and on Hopper
-// the one before it too, the next columns are decoded.
+// Stages of rows, of decoded columns and of packed ones. While a product is under way, and on
+// Hopper the one before it too, the next columns are decoded.
 template <int BITS, int COLUMNS, int STAGES, int DECODED>
 struct Stages {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -158,14 +158,7 @@ __global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
         one_weight<BITS>(values + begin * Layout<K, BITS>::PITCH, scales + begin * (K / block),
                          block),
         columns - left, [&](int i) { return i < count ? x + (long)rows[first + i] * K : none; });
-    for_each_result(c, count, left, columns, [&](int row, int column, float gate, float up) {
-        const long pair = first + row;
-        if (bias) {
-            gate += to_float(bias[(long)expert * columns + column]);
-            up += to_float(bias[(long)expert * columns + column + 1]);
-        }
-        hidden[pair * inner + column / 2] = to_real(silu(gate) * up * pair_weights[pair]);
-    });
+    store_gated(hidden, c, pair_weights, bias, expert, first, count, left, columns);
 }
 
 // `grouped_down` of weights in blocks.
@@ -187,14 +180,7 @@ __global__ void __launch_bounds__(256, COLUMNS == 128 ? 2 : 1)
                          scales + begin * (INNER / block), block),
         columns - left,
         [&](int i) { return i < count ? hidden + (long)(first + i) * INNER : none; });
-    for_each_result(c, count, left, columns, [&](int row, int column, float x, float y) {
-        const long pair = first + row;
-        if (bias) {
-            x += pair_weights[pair] * to_float(bias[(long)expert * columns + column]);
-            y += pair_weights[pair] * to_float(bias[(long)expert * columns + column + 1]);
-        }
-        *(u32*)(out + pair * columns + column) = (u32)to_real(x) | (u32)to_real(y) << 16;
-    });
+    store_pairs(out, c, pair_weights, bias, expert, first, count, left, columns);
 }
 
 // Grid: any. A weight's elements, eight to a thread: `vecs` times eight.

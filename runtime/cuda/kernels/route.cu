@@ -247,9 +247,10 @@ __device__ __forceinline__ void choose_experts(Routing* routing, const float* lo
     for (int t = warp; t < tokens; t += ROUTE_WARPS) {
         for (int e = lane; e < r.experts; e += WARP)
             scores[warp][e] = __ldcg(logits + (long)t * r.experts + e);
+        const float* token_logs =
+            r.token_weights ? logits + (long)(tokens + t) * r.experts : nullptr;
         const Choice choice =
-            choose_ranked(scores[warp], ranking[warp], weights[t], experts[t],
-                          r.token_weights ? logits + (long)(tokens + t) * r.experts : nullptr, r, t);
+            choose_ranked(scores[warp], ranking[warp], weights[t], experts[t], token_logs, r, t);
         if (choice.used) {
             kept[t][lane] = choice.keep && real[t];
             contest[t][lane] = choice.score;
@@ -295,7 +296,8 @@ __device__ __forceinline__ void choose_experts(Routing* routing, const float* lo
 }
 
 // Grid: one block per 16 experts, again as many with token sizes, and one more with a shared
-// expert's gate. The last block to end chooses. Shared memory: [tokens, K + ROW_PAD] Real. arrived: zero.
+// expert's gate. The last block to end chooses. Shared memory: [tokens, K + ROW_PAD] Real.
+// arrived: zero.
 template <int K, int GROUPS, int EXPERTS, bool NORMED>
 __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     route(Routing* routing, float* logits, Real* normed, int* arrived, const Real* x,

@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
 template <int EXPERTS>
 __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
     route_rows(int* ids, float* weights, int* places, int* expert_counts, const float* logits,
-               const float* token_logs, const Router* router, const int* counts, int rounded_logits, int width, int rows) {
+               const float* token_logs, const Router* router, const int* counts,
+               int rounded_logits, int width, int rows) {
     __shared__ float scores[ROUTE_WARPS][EXPERTS], ranking[ROUTE_WARPS][EXPERTS];
     __shared__ float ranked[ROUTE_WARPS][MOST_CANDIDATES];
     __shared__ int experts[ROUTE_WARPS][MOST_CANDIDATES];
