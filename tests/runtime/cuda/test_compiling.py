@@ -47,11 +47,12 @@ def test_all_kernels_compile(capability: tuple[int, int]) -> None:
 
 
 def test_kernels_that_are_tried_out_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels, settings = ["flash<128>"], {"dtype": "bfloat16", "capability": (9, 0)}
-    plain, _ = compiling.compile_kernels(kernels, **settings)
     monkeypatch.setenv("ALLOC_MOE_KERNEL_FLAGS", "-DGROUPS_IN_ATTENTION")
-    tried, _ = compiling.compile_kernels(kernels, **settings)
-    assert tried != plain
+    cubin, _ = compiling.compile_kernels(["flash<64>"], dtype="bfloat16", capability=(9, 0))
+    assert cubin.startswith(b"\x7fELF")
+    monkeypatch.setenv("ALLOC_MOE_KERNEL_FLAGS", "-DNO_SUCH(")
+    with pytest.raises(DeviceError, match="NVRTC can't compile the kernels"):
+        compiling.compile_kernels(["flash<64>"], dtype="bfloat16", capability=(9, 0))
 
 
 def test_a_kept_result_is_read_and_a_damaged_one_made_again(
