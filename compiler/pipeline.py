@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +36,9 @@ from alloc_moe.compiler.planning.shapes import expert_shapes
 from alloc_moe.compiler.planning.targets.making import Making
 from alloc_moe.compiler.planning.targets.meeting import (
     by_activations,
-    check_reachable,
     full_loss,
     meet_goal,
+    reachable,
 )
 from alloc_moe.compiler.planning.targets.reading import weights_read
 from alloc_moe.compiler.programs.build import build, check_program
@@ -56,9 +56,11 @@ from alloc_moe.compiler.sensitivity.token_sizes.choosing import (
     fit_if_possible,
     wants_token_sizes,
 )
+from alloc_moe.compiler.sensitivity.token_sizes.fitting import TOKEN_STATES
 from alloc_moe.compiler.sensitivity.token_sizes.kept import token_sizes_path
 from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
 from alloc_moe.compiler.workspace.results import results_path
+from alloc_moe.compiler.workspace.states import delete_kept
 from alloc_moe.runtime.artifact.files import ArtifactFiles
 from alloc_moe.runtime.artifact.onnx_file import OnnxFile
 from alloc_moe.runtime.artifact.plan import (
@@ -125,14 +127,12 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
     with_token_sizes = wants_token_sizes(options, budget, moe, console)
     goal = options.goal
     if goal is not None:
-        reading = weights_read(
-            moe.checkpoint,
-            dtype=target.dtype,
-            quantization=chosen,
-            formats=formats,
-            token_sizes=with_token_sizes,
-        )
-        check_reachable(goal, reading)
+        stored: Any = {"dtype": target.dtype, "quantization": chosen, "formats": formats}
+        reading = weights_read(moe.checkpoint, **stored, token_sizes=with_token_sizes)
+        reading = reachable(goal, reading, needs_token_sizes=bool(options.token_sizes))
+        if with_token_sizes and not reading.token_sizes:
+            with_token_sizes = False
+            console.note("Token sizes are left out: their maps take what --target-bytes asks for")
     calibration = calibrate(moe.checkpoint, options.calibration, console)
     loss = 0.0  # not looked at unless it is asked for
     if goal is not None and goal.kind == "loss":
@@ -176,7 +176,7 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
             make = build_checkpoint
         plan, verification = make(moe, planned, calibration.ids, options, output, staged, console)
         package.publish(staged, output)
-    moe.results.delete()
+    delete_kept(output.results_path, TOKEN_STATES)
     return Compiled(output.path, plan, profile_path, verification)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from alloc_moe.compiler.model.offloading import weights_bytes
 from alloc_moe.compiler.rounding.formats import BITS
+from alloc_moe.compiler.sensitivity.token_sizes.fitting import FURTHER
 
 if TYPE_CHECKING:
     from alloc_moe.compiler.model.moe_model import MoeModel
@@ -33,5 +34,6 @@ def needed_space(moe: MoeModel, options: CompileOptions) -> int:
     if moe.offloading is not None and options.plan.allocation == "sensitivity":
         config = moe.config.get_text_config()
         layers = config.num_hidden_layers + 2  # what enters each, and gradients on the way back
-        states = layers * options.calibration.tokens * config.hidden_size * 4
+        tokens = options.calibration.tokens * (1 + FURTHER if options.token_sizes else 1)
+        states = layers * tokens * config.hidden_size * 4
     return int(weights * _OVERHEAD) + max(states, _SMALL_FILES)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from alloc_moe.compiler.workspace.files import explained, load_tensors, save_tensors, save_text
 from alloc_moe.compiler.workspace.folders import claim, is_ours, remove
 from alloc_moe.compiler.workspace.processes import Processes
+from alloc_moe.compiler.workspace.results import SavedResults
 from alloc_moe.runtime.artifact.shapes import (
     ShapeError,
     measured,
@@ -33,7 +34,7 @@ from alloc_moe.runtime.artifact.shapes import (
 
 _PROGRESS = "progress.json"
 _OURS = re.compile(
-    r"progress\.json|\.progress\.json\.partial"
+    r"progress\.json|\.progress\.json\.partial|\.tmp\w+"
     r"|(?:entering|gradient)-\d+-\d+of\d+\.(?:safetensors|\d+\.partial)"
 )
 
@@ -148,6 +149,15 @@ class LayerStates:
             if data.pop("identity") == self._identity:
                 return LayerProgress(**data)
         return None
+
+
+def delete_kept(results: Path, *names: str) -> None:
+    """Delete saved results, and states of these names beside them, of interrupted runs too."""
+    saved = SavedResults(results)
+    saved.delete()
+    for name in names:
+        if folder := saved.beside(name):
+            remove(folder, _OURS)
 
 
 def state_name(stage: str, layer: int) -> str:

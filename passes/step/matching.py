@@ -108,7 +108,14 @@ def block_format(node: ir.Node, scales: int, zero_points: int, *more: int) -> Fo
     if names[0] is None or lost or any(argument(node, index) is not None for index in more):
         raise NotExpressibleError(f"{node.name or node.op_type} is quantised in another way")
     bits, block = integer(node, "bits", 4), integer(node, "block_size", 0)
+    check_block(bits, block)
     return Format(bits, block, names[0], names[1])
+
+
+def check_block(bits: int, block: int) -> None:
+    """Raise NotExpressibleError for blocks that 16 bytes of values go beyond."""
+    if block % (128 // bits):
+        raise NotExpressibleError(f"{bits}-bit weights have a scale for each {block}")
 
 
 def _is_transposed(node: ir.Node) -> bool:

@@ -195,8 +195,9 @@ class _Planner(Planner):
             *(_pointer(value), _int(value_pitch), *self._shared_keys(op), *self._rotary(op)),
             *(_pointer(keys), _pointer(values), lengths, counts, *sizes),
         )
-        at_once = _ATTENTION_WARPS * heads_per_warp(size)
-        grid = (self._rows, math.ceil((heads + kv_heads) / at_once), 1)
+        blocks = math.ceil((heads + kv_heads) / (_ATTENTION_WARPS * heads_per_warp(size)))
+        whole = (op.get("q_norm") or {}).get("whole")  # then blocks read what others rotate
+        grid = (self._rows, 1 if whole else blocks, 1)
         yield Launch(f"append<{size}>", grid, _ATTENTION_WARPS * _WARP, 0, arguments)
         out = self._out(op["out"], heads * size)
         arguments = (

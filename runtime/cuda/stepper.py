@@ -188,7 +188,7 @@ class Stepper:
 
     def transposed(self, name: str, columns: int) -> int:
         """Return the address of an initializer of so many columns, transposed, in the own type."""
-        key = f"transposed {name}"
+        key = f"transposed {columns} {name}"
         if key not in self._constants:
             matrix = np.ascontiguousarray(self._floats(name).reshape(-1, columns).T)
             self._constants[key] = self._uploaded(_as_stored(matrix, self.program["dtype"]))

@@ -47,14 +47,30 @@ def by_activations(options: PlanOptions) -> bool:
     return options.redistribution in COMMON or options.allocation == "uniform"
 
 
-def check_reachable(goal: Goal, reading: WeightsRead) -> None:
-    """Raise BudgetError if a token reads more than the bytes asked for under every plan.
+def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> WeightsRead:
+    """Return what a token reads, without token sizes where they stand in the way of a goal.
 
-    A correction's shifts aren't counted: no layer need have them.
+    That is where their maps leave no room for all experts, or for any plan. A correction's shifts
+    aren't counted: no layer need have them.
+
+    Args:
+        goal: What is asked for.
+        reading: What a token reads, with the maps if there shall be some.
+        needs_token_sizes: Whether there have to be.
+
+    Raises:
+        BudgetError: A token reads more than the bytes asked for under every plan.
     """
-    least = reading.always + float(reading.costs(shifted=False).cheapest)
-    if goal.kind == "bytes" and goal.most < least:
-        raise _too_few_bytes(goal, reading, least)
+    if goal.kind != "bytes":
+        return reading
+    experts = float(reading.costs(shifted=False).cheapest)
+    full = reading.most - reading.token_sizes
+    has_room = reading.always + experts <= goal.most < full or reading.most <= goal.most
+    if not (has_room or needs_token_sizes):
+        reading = dataclasses.replace(reading, token_sizes=0)
+    if goal.most < reading.always + experts:
+        raise _too_few_bytes(goal, reading, reading.always + experts)
+    return reading
 
 
 def _too_few_bytes(goal: Goal, reading: WeightsRead, least: float) -> BudgetError:
@@ -81,7 +97,7 @@ def meet_goal(
     """Return the plan that meets a goal, and the model with the bits that it chose.
 
     Args:
-        goal: What to meet. It is reachable as far as `check_reachable` says.
+        goal: What to meet. It is reachable as far as `reachable` says.
         making: What plans are made from.
         reading: What a token reads.
         loss: The unrounded full model's, from `full_loss`; for a goal of bytes it isn't looked at.

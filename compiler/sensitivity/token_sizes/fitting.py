@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.sensitivity.layerwise import Batch
     from alloc_moe.runtime.console import Console
 
-_FURTHER = 4  # in calibration tokens: more numbers are fitted than sizes are
 _MOST_TOKENS = 1 << 16  # that are fitted to, and a quarter as many held out
 _LEAST_TOKENS = 128
 _TOKENS_PER_BATCH = 4096
@@ -39,7 +38,11 @@ _FITTING = "Fitting token sizes"
 _FISHER = 4  # forward passes that a layer's gradients cost, the one before them included
 _ALONE = Processes()
 
-METHOD = (_FURTHER, _MOST_TOKENS, _TOKENS_PER_BATCH, _HELD_OUT, *regression.METHOD)
+FURTHER = 4
+"""How much further text they are fitted to, in calibration tokens: they are more numbers."""
+TOKEN_STATES = "token-sizes"
+"""The name of the folder of states, beside that of results."""
+METHOD = (FURTHER, _MOST_TOKENS, _TOKENS_PER_BATCH, _HELD_OUT, *regression.METHOD)
 """What a fit depends on besides model, text and sizes."""
 
 
@@ -111,7 +114,7 @@ def _see_layer_by_layer(
     needed = expected_time(moe, passes=2, gflop=gflop)
     console.note(f"{_FITTING} will take {needed}")
     at = {layer.decoder_layer: index for index, layer in enumerate(moe.layers)}
-    states = LayerStates(moe.results.beside("token-sizes"), {"of": fitting.identity}, _ALONE)
+    states = LayerStates(moe.results.beside(TOKEN_STATES), {"of": fitting.identity}, _ALONE)
     found = states.progress()
     if found is not None and found.stage == "backward":
         passed = [index for layer, index in at.items() if layer >= found.layer]
@@ -137,15 +140,17 @@ def _text(calibration: CalibrationSet) -> tuple[torch.Tensor, int]:
     most = max(1, _MOST_TOKENS // calibration.sequence_length)
     ids = torch.from_numpy(calibration.ids[:most])
     if calibration.further is not None:
-        further = torch.from_numpy(calibration.further[: _FURTHER * len(calibration.ids)])
-        ids = ids[: max(1, most // _FURTHER)]
-        return torch.cat([further[:most], ids]), ids.numel()
+        further = torch.from_numpy(calibration.further[: FURTHER * len(calibration.ids)])
+        held_out = ids[: max(1, most // FURTHER)].numel()
+        ids = torch.cat([further[:most], ids[: max(1, most // FURTHER)]])
+    else:
+        held_out = ids.numel() // _HELD_OUT
     if ids.numel() < _LEAST_TOKENS:
         raise TokenSizesError(
             f"are fitted to {_LEAST_TOKENS} tokens of calibration text at least, and there are "
             f"{ids.numel()}"
         )
-    return ids, ids.numel() // _HELD_OUT
+    return ids, held_out
 
 
 class _Fitting:
@@ -163,7 +168,7 @@ class _Fitting:
         self._results = moe.results
         self._seen: dict[int, Seen] = {}
         self._fits: dict[int, list[torch.Tensor]] = {}
-        self._inputs = ["token sizes", moe.fingerprint, ids, held_out, seed, *sizes]
+        self._inputs = ["token sizes", METHOD, moe.fingerprint, ids, held_out, seed, *sizes]
         self.identity = digest_of(self._inputs)
         """Of all that they are fitted to."""
 

@@ -93,7 +93,11 @@ def fit_once(
         TokenSizesError: There is too little text, or some are beyond float16.
     """
     fitted_to = _fitted_to(moe, calibration, sizes)
-    if (kept := _read(path, fitted_to, [layer.num_experts for layer in moe.layers])) is not None:
+    experts, hidden = (
+        [layer.num_experts for layer in moe.layers],
+        moe.config.get_text_config().hidden_size,
+    )
+    if (kept := _read(path, fitted_to, experts, hidden)) is not None:
         console.note(f"Token sizes were fitted before: {path}")
         return kept
     fitted = fit_token_sizes(moe, calibration, sizes, console)
@@ -124,9 +128,9 @@ def _fitted_to(
 
 
 def _read(
-    path: Path, fitted_to: dict[str, Any], experts: Sequence[int]
+    path: Path, fitted_to: dict[str, Any], experts: Sequence[int], hidden: int
 ) -> tuple[TokenSizes, ...] | None:
-    """Return what a file keeps for as many experts a layer; None if there is no file."""
+    """Return what a file keeps for so many experts of each layer; None if there is no file."""
     try:
         found = read_json(path, _KEPT)
         check_format(found, _FORMAT)
@@ -142,7 +146,8 @@ def _read(
             "Delete the file, or give another --profile."
         )
     layers = tuple(TokenSizes(**layer) for layer in found["layers"])
-    if len(layers) != len(experts) or not all(map(TokenSizes.fits, layers, experts)):
+    fit = len(layers) == len(experts) and all(map(TokenSizes.fits, layers, experts))
+    if not fit or any(layer.hidden != hidden for layer in layers):
         raise ProfileError(
             f"The token sizes {path} are damaged: they don't fit the model's layers. Delete the "
             "file."

@@ -26,7 +26,7 @@ from alloc_moe.compiler.errors import BudgetError
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.planning.targets.making import Making
-from alloc_moe.compiler.planning.targets.meeting import check_reachable, meet_goal
+from alloc_moe.compiler.planning.targets.meeting import meet_goal, reachable
 from alloc_moe.compiler.planning.targets.reading import WeightsRead, weights_read
 from alloc_moe.compiler.records import (
     CalibrationOptions,
@@ -118,7 +118,7 @@ def divergences(
     for target in targets:
         goal = Goal("bytes", byte_count("target", target))
         try:
-            check_reachable(goal, reading)
+            reading = reachable(goal, reading, needs_token_sizes=False)
             moe, planned = meet_goal(goal, given, reading, 0.0)
         except BudgetError:
             found.append(math.inf)

@@ -10,6 +10,7 @@ from alloc_moe.passes.experts.quantize import DOWN_SCALES, GATE_UP_SCALES, exper
 from alloc_moe.passes.step.matching import (
     NotExpressibleError,
     argument,
+    check_block,
     past_casts,
     producer,
     sizes,
@@ -89,6 +90,7 @@ def _formats(node: ir.Node) -> ExpertFormats | None:
     form = expert_format(node)
     if form is None:
         return None
+    check_block(form.bits, form.block)
     gate_up, down = _required(node, GATE_UP_SCALES), _required(node, DOWN_SCALES)
     return ExpertFormats(
         Format(form.bits, form.block, gate_up), Format(form.bits, form.block, down)

@@ -28,6 +28,7 @@ __device__ __forceinline__ void rotate_vec(float (&x)[PER_VEC], const float* hea
 
 // Grid: [sequences * width, any], of queries and keys together. Normalises and rotates a
 // row's queries in place, and writes its key and value to the cache. SIZE is a multiple of 16.
+// With a norm over all queries one block has them all: others would read what it has rotated.
 template <int SIZE>
 __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
     append(Real* query, int query_pitch, const Real* query_norm, float query_epsilon,

@@ -106,8 +106,11 @@ def check_program(program: Program, initializers: Mapping[str, Initializer]) -> 
     for read in weight_reads(program):
         given, block = initializers[read.name], read.block
         if block is None:
-            fits = given.values.size >= read.size
-            fits = fits and (read.constant or given.element_type == element_type)
+            size = given.values.size
+            if read.constant:  # rows and columns are told apart by these sizes
+                fits = size == read.size
+            else:
+                fits = size >= read.size and given.element_type == element_type
         else:
             scales = initializers[block["scales"]]
             fits = given.values.nbytes >= read.size * block["bits"] // 8

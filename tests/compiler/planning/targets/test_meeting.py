@@ -191,7 +191,7 @@ def test_bytes_that_shifts_alone_exceed_are_tried(
 ) -> None:
     making, reading, loss = makings("threshold")
     goal = Goal("bytes", reading.others + float(reading.costs(shifted=False).cheapest))
-    meeting.check_reachable(goal, reading)
+    meeting.reachable(goal, reading, needs_token_sizes=False)
     with pytest.raises(BudgetError, match=r"reads \d+ bytes of weights already"):
         meet_goal(goal, making, reading, loss)
     options = dataclasses.replace(making.options, correction="none")
@@ -212,6 +212,25 @@ def test_bytes_give_the_plan_of_the_largest_budget_that_reads_no_more(
     assert all(layer.token_sizes is not None for layer in plan.layers)
     same = compile_to(tmp_path / "b.onnx", budget=plan.budget.requested).plan
     assert dataclasses.replace(plan, target={}) == same
+
+
+def test_maps_of_token_sizes_give_way_to_all_experts_and_to_any_plan_at_all(
+    makings: Callable[..., tuple[Making, WeightsRead, float]],
+) -> None:
+    without = makings("price")[1]
+    reading = dataclasses.replace(without, token_sizes=1000)
+    full, least = without.most, without.others + float(without.costs(shifted=False).cheapest)
+
+    def maps(nbytes: float, *, needed: bool = False) -> int:
+        goal = Goal("bytes", nbytes)
+        return meeting.reachable(goal, reading, needs_token_sizes=needed).token_sizes
+
+    assert [maps(most) for most in (least, least + 999, full, full + 999)] == [0] * 4
+    assert [maps(most) for most in (least + 1000, full - 1, full + 1000)] == [1000] * 3
+    assert maps(full, needed=True) == 1000
+    for needed, most in ((True, least), (False, least - 1)):
+        with pytest.raises(BudgetError, match="with one expert in each MoE layer"):
+            maps(most, needed=needed)
 
 
 def test_bytes_count_what_says_the_sizes_of_tokens(
