@@ -183,6 +183,6 @@ def check_prices(session: Session, batch: int) -> None:
     if batch > 1 and not session.takes_prices:
         raise GenerationError(
             f"{session.files.graph} takes one price per call, so {batch} sequences can't have "
-            "prices of their own. Run one at a time, or compile an .onnx file for the CPU with "
+            "prices of their own. Run one at a time, or compile an .onnx file with "
             "--price-per sequence."
         )
