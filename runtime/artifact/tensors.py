@@ -47,6 +47,12 @@ class Initializer:
         return self.values.astype(np.float32)
 
 
+def to_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return the bits of the nearest numbers in bfloat16, ties to even."""
+    bits = numbers.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """Return the numbers that bits are in bfloat16, which numpy lacks."""
     return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc_moe.runtime.artifact.dial import Price
+from alloc_moe.runtime.artifact.tensors import to_bfloat16
 from alloc_moe.runtime.cuda.device import Device
 from alloc_moe.runtime.cuda.launches import plan_launches
 from alloc_moe.runtime.cuda.records import Launch, Memory, Operation, Program, Shape
@@ -201,10 +202,9 @@ class Stepper:
 
 
 def _as_stored(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Return numbers in a program's type; bfloat16 as uint16, rounded to the nearest."""
+    """Return numbers in a program's type; bfloat16 as uint16."""
     if dtype == "bfloat16":
-        bits = array.view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        return to_bfloat16(array)
     return array.astype(np.float16 if dtype == "float16" else np.float32)
 
 

@@ -17,7 +17,8 @@ TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1.5e-1, "int8": 2e-2
 """The largest difference of logits, by an artifact's type; those in few bits compute in float16."""
 
 _MOST_OFF = 0.01  # of positions: a near tie between experts may be decided either way
-_PROMPT = 24
+PROMPT = 24
+"""Tokens of a prompt that is compared, unless said otherwise."""
 
 
 @dataclass
@@ -81,7 +82,7 @@ def compare(
     batch: int,
     steps: int,
     price: float | None = None,
-    columns: int = _PROMPT,
+    columns: int = PROMPT,
 ) -> Comparison:
     """Run prompts and steps through two sessions and compare all logits at their ends.
 
@@ -107,8 +108,8 @@ def greedy(
     session: ArtifactSession, count: int, *, batch: int = 1, price: float | None = None
 ) -> Any:
     """Return the greedy tokens [batch, count] after left-padded prompts."""
-    ids, mask = left_padded(batch, _PROMPT, session.vocabulary or 256)
-    cache = session.empty_cache(batch, capacity=_PROMPT + count)
+    ids, mask = left_padded(batch, PROMPT, session.vocabulary or 256)
+    cache = session.empty_cache(batch, capacity=PROMPT + count)
     found = []
     for _ in range(count):
         options: Any = {"attention_mask": mask, "price": price, "logits_to_keep": 1}

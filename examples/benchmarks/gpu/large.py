@@ -23,7 +23,7 @@ from artifacts import (
     random_tokens,
     release,
 )
-from checks import TOLERANCES, compare, greedy, launched_one_by_one, same_tokens
+from checks import PROMPT, TOLERANCES, compare, greedy, launched_one_by_one, same_tokens
 from fill import fill
 
 from alloc_moe.runtime.execution.session import ArtifactSession
@@ -103,7 +103,8 @@ class _Model:
         price = self._prepared()[budget]["price"]
         pair = self._session("price", True), self._session("price", False)
         together = compare(*pair, batch=1, steps=32, price=price)
-        for batch, steps, columns in ((4, 12, 24), (16, 12, 24), (1, 4, self._sizes.prompt // 2)):
+        long = self._sizes.prompt // 2
+        for batch, steps, columns in ((4, 12, PROMPT), (16, 12, PROMPT), (1, 4, long)):
             each = compare(*pair, batch=batch, steps=steps, price=price, columns=columns)
             together.errors += each.errors
             together.flips += each.flips

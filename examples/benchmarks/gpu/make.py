@@ -32,14 +32,14 @@ from alloc_moe.compiler.export.graph import export_graph
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.records import MoeLayer, Quantization
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats
+from alloc_moe.compiler.verify.exact import keep_activations
 from alloc_moe.passes.default import normalize_passes
 from alloc_moe.runtime.artifact.plan import GENERATION_KEY, AllocationPlan, Budget, PlannedLayer
 from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 
 _INLINE = 256  # up to so many bytes a weight is in the graph itself
-_COMPUTED = re.compile(
-    r"rotary|cosine|sine|keys_of_all_heads"
-)  # not weights: put into the graph as they are
+# Not weights: put into the graph as they are.
+_COMPUTED = re.compile(r"rotary|cosine|sine|keys_of_all_heads")
 _ROUTER = re.compile(r"\.gate\.weight|router")
 _ROUTER_LOGITS = 2.7  # their standard deviation: a trained router is as decisive
 _DIVISORS = {"full": 1, "half": 2, "quarter": 4, "batch": 2}
@@ -62,8 +62,8 @@ def write_case(case: Case, folder: Path) -> None:
     for plan in case.plans:
         wanted = make_plan(checkpoint.layers, plan, form, hidden=config.hidden_size)
         model = specialize(graph, wanted, quantization=form, device=device)
-        if case.is_small:
-            compute_exactly(model)
+        if case.is_small:  # it is compared with the CPU
+            keep_activations(model)
         store.detach(model, folder)
         path = folder / f"{case.name}-{plan}.onnx"
         ir.save(model, path)
@@ -81,16 +81,6 @@ def write_case(case: Case, folder: Path) -> None:
         "data": {"file": store.name, "bytes": store.end, "tensors": store.tensors},
     }
     (folder / f"{case.name}.json").write_text(json.dumps(description), "utf-8")
-
-
-def compute_exactly(model: ir.Model) -> None:
-    """Have the CPU, which a small model is compared with, not round activations to 8 bits.
-
-    On CUDA nothing does.
-    """
-    for node in model.graph:
-        if "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
 
 
 def make_plan(

@@ -24,6 +24,7 @@ from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.rounding.formats import choose_formats
 from alloc_moe.compiler.rounding.weights import quantized
+from alloc_moe.compiler.verify.exact import keep_activations
 from alloc_moe.passes.default import specialize_passes
 from alloc_moe.passes.experts.lower import Allocation, TokenFactors
 from alloc_moe.runtime.execution.step_programs.programs import step_program
@@ -343,8 +344,6 @@ def test_quantised_weights_are_read_as_the_kernels_read_them(
     assert moe.quantization is not None
     formats = dict(enumerate(moe.quantization.experts))
     model = specialized(export_model(moe, dtype=dtype), allocated(moe), formats=formats)
-    for node in model.graph:
-        if "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    keep_activations(model)
     with mock.patch.dict(os.environ, {"ORT_QMOE_CPU_QNBIT_GEMM": "fp32"}):
         check(model, step_interpreter)

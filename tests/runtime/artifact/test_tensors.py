@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from alloc_moe.runtime.artifact.tensors import read_initializers
+from alloc_moe.runtime.artifact.tensors import from_bfloat16, read_initializers, to_bfloat16
 from alloc_moe.runtime.errors import ArtifactError
 
 ARRAYS = {
@@ -51,3 +51,10 @@ def test_values_beyond_the_end_of_their_file_are_refused(graph: Path) -> None:
     data.write_bytes(data.read_bytes()[:300])
     with pytest.raises(ArtifactError, match=r"weights of .*graph\.onnx can't be read: "):
         read_initializers(graph, {"graph.data": data}, set(ARRAYS))
+
+
+def test_numbers_become_the_nearest_in_bfloat16_and_of_two_the_even_one() -> None:
+    step = np.float32(2.0**-7)  # of numbers from 1 on
+    given = np.array([1, 1 + step / 4, 1 + step / 2, 1 + 3 * step / 2, -2, 0], np.float32)
+    expected = np.array([1, 1, 1, 1 + 2 * step, -2, 0], np.float32)
+    np.testing.assert_array_equal(from_bfloat16(to_bfloat16(given)), expected)
