@@ -1,9 +1,9 @@
 r"""What the calibration text matters: text of another kind, and how many tokens, in two tables.
 
-Plans are the default's: one price, corrected. Each is made on a draw of calibration text and scored
-in PyTorch, against the full model, on a draw of held-out text. There are three kinds of text: prose
-(the texts beside the model), documentation and code (Python's own, so that figures are of one
-version of Python). One half of each kind is calibrated on, the other scored.
+Plans are the default's: one price, token sizes, a correction. Each is made on a draw of calibration
+text and scored in PyTorch, against the full model, on a draw of held-out text. There are three
+kinds of text: prose (the texts beside the model), documentation and code (Python's own, so that
+figures are of one version of Python). One half of each kind is calibrated on, the other scored.
 
     python examples/benchmarks/quality/calibration.py examples/tiny-moe examples/tiny-qwen3-moe \
         --report examples/reports/calibration.csv
@@ -18,7 +18,7 @@ import csv
 import pydoc_data.topics
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,17 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from default_plans import default_plans
 
 import alloc_moe.compiler
 from alloc_moe.compiler.calibration.windows import CalibrationSet, load_calibration
 from alloc_moe.compiler.model.loading import load_model
-from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.plan import make_planned
-from alloc_moe.compiler.records import Planned, PlanOptions, SensitivityProfile
+from alloc_moe.compiler.records import Planned
 from alloc_moe.compiler.reference.experts import under_plan
-from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.runtime.console import Console
 
 KINDS = ("prose", "documentation", "code")
 BUILT_IN, MIXTURE = "built-in", "mixture"
 BUILT_IN_FILE = Path(alloc_moe.compiler.__path__[0], "calibration", "built_in.txt")
-QUIET = Console(quiet=True)
 
 
 @dataclass(frozen=True)
@@ -144,23 +140,6 @@ def _loss(found: Sequence[torch.Tensor], windows: torch.Tensor) -> float:
     return float(torch.stack([F.nll_loss(each[:-1], ids[1:]) for each, ids in pairs]).mean())
 
 
-def plans(bench: Bench, text: CalibrationSet, budgets: Sequence[str]) -> Iterator[Planned]:
-    """Yield the default's plan for each budget, as a compile makes it on a text."""
-    profile: SensitivityProfile = measure_sensitivity(
-        bench.moe, text, metric="fisher", redistribution="price", console=QUIET
-    )
-    trained = [layer.experts_per_token for layer in bench.moe.layers]
-    for budget in budgets:
-        yield make_planned(
-            bench.moe,
-            text,
-            parse_budget(budget, trained),
-            PlanOptions(dial=False),
-            profile=profile,
-            console=QUIET,
-        )
-
-
 def read(path: Path) -> list[Run]:
     """Return the runs in a file; there may be no file."""
     if not path.exists():
@@ -183,7 +162,8 @@ def measure(bench: Bench, model: str, draw: Draw, budgets: Sequence[str], report
     missing = [budget for budget in budgets if budget not in done]
     if not missing:
         return
-    for budget, planned in zip(missing, plans(bench, bench.draw(draw), missing), strict=True):
+    made = default_plans(bench.moe, bench.draw(draw), missing)
+    for budget, planned in zip(missing, made, strict=True):
         for text in draw.scored:
             found: Any = bench.score(planned, text)
             kept.append(Run(model, *_of(draw), budget, text, **found))

@@ -2,7 +2,8 @@ r"""What int8 and int4 cost in quality, at an equal plan, in one table.
 
 One plan per budget is made in float32, and compiled into an artifact of each precision, which
 onnxruntime then runs on held-out text; the last column is the plan that --dtype makes itself, with
-sensitivities and corrections measured on rounded weights.
+sensitivities and corrections measured on rounded weights. Weights are rounded as --dtype does by
+default.
 
     python examples/benchmarks/quality/precision.py examples/tiny-moe \
         --text examples/tiny-moe/heldout.txt
@@ -17,22 +18,20 @@ from pathlib import Path
 
 import click
 import numpy as np
+from default_plans import QUIET, default_plans
 from numpy.typing import NDArray
 
 from alloc_moe.compiler.calibration.windows import calibrate
+from alloc_moe.compiler.choices import chosen_rounding
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.checkpoint import open_checkpoint
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.plan import make_planned
-from alloc_moe.compiler.records import CalibrationOptions, DType, Planned, PlanOptions
+from alloc_moe.compiler.records import CalibrationOptions, DType, Planned
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats
-from alloc_moe.compiler.rounding.weights import quantized
-from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.runtime.console import Console
+from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.evaluate import token_losses
 
@@ -45,28 +44,17 @@ class Compiler:
     """A model in one precision: what plans are measured on, and the exported graph."""
 
     def __init__(self, model: str, dtype: DType, *, tokens: int, block: int) -> None:
-        self._console = Console(quiet=True)
         moe = load_model(model)
-        if dtype in BITS:
-            moe = quantized(moe, choose_formats(moe.checkpoint, dtype, block=block))
-        self.moe: MoeModel = moe
-        options = CalibrationOptions(tokens=tokens)
-        self._text = calibrate(moe.checkpoint, options, self._console)
-        self._graph = export_model(moe, dtype=dtype)
+        chosen = choose_formats(moe.checkpoint, dtype, block=block) if dtype in BITS else None
+        self._text = calibrate(moe.checkpoint, CalibrationOptions(tokens=tokens), QUIET)
+        rounding = chosen_rounding(None, dtype)
+        self.moe: MoeModel = round_model(moe, chosen, rounding, self._text, QUIET)
+        self._graph = export_model(self.moe, dtype=dtype)
 
     def plan(self, budget: str) -> Planned:
         """Return the default plan of a budget."""
-        profile = measure_sensitivity(
-            self.moe, self._text, metric="fisher", redistribution="price", console=self._console
-        )
-        return make_planned(
-            self.moe,
-            self._text,
-            parse_budget(budget, [layer.experts_per_token for layer in self.moe.layers]),
-            PlanOptions(dial=False),
-            profile=profile,
-            console=self._console,
-        )
+        (planned,) = default_plans(self.moe, self._text, (budget,))
+        return planned
 
     def logits(self, planned: Planned, windows: NDArray[np.int64]) -> Logits:
         """Return what the artifact of a plan says of each window."""

@@ -21,19 +21,16 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from default_plans import default_plans
 
 from alloc_moe.compiler.calibration.windows import CalibrationSet, calibrate
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.plan import expert_sizes, make_planned
-from alloc_moe.compiler.records import CalibrationOptions, CorrectionMode, PlanOptions
+from alloc_moe.compiler.records import CalibrationOptions, CorrectionMode
 from alloc_moe.compiler.reference.experts import under_plan
 from alloc_moe.compiler.rounding.calibrated import calibrated
 from alloc_moe.compiler.rounding.formats import choose_formats
 from alloc_moe.compiler.rounding.weights import quantized
-from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes.fitting import fit_token_sizes
 from alloc_moe.runtime.console import Console
 
 WINDOW = 512
@@ -55,27 +52,7 @@ def planned(
     if float(budget) == 1:
         yield
         return
-    console = Console(quiet=True)
-    profile = measure_sensitivity(
-        moe,
-        text,
-        metric="fisher",
-        redistribution="price",
-        correction=correction,
-        console=console,
-    )
-    sizes = expert_sizes("price", profile, moe)
-    assert sizes is not None
-    trained = [layer.experts_per_token for layer in moe.layers]
-    made = make_planned(
-        moe,
-        text,
-        parse_budget(budget, trained),
-        PlanOptions(dial=False, correction=correction),
-        profile=profile,
-        console=console,
-        token_sizes=fit_token_sizes(moe, text, sizes, console),
-    )
+    (made,) = default_plans(moe, text, (budget,), correction=correction)
     with under_plan(moe, made.plan, made.corrections):
         yield
 
