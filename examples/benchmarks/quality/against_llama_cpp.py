@@ -5,9 +5,11 @@ r"""What 4 bits cost in llama.cpp's formats and in ours, of the same models, by 
         --text examples/tiny-moe/heldout.txt
 
 A model is written as GGUF in float16, which llama.cpp must compute as transformers does, and
-quantised by llama.cpp's own llama_model_quantize. Its quantised weights are then put into the model
-in PyTorch, as ours are. So all are scored by one arithmetic, and only weights differ. The last
-column is what llama.cpp itself computes, which rounds activations too.
+quantised by llama.cpp's own llama_model_quantize: as it does by itself, and with an importance
+matrix, the mean squares of what each column is multiplied by on the text that ours are rounded on.
+The quantised weights are then put into the model in PyTorch, as ours are. So all are scored by one
+arithmetic, and only weights differ. The last column is what llama.cpp itself computes, which rounds
+activations too.
 
 A row of 128 or 64 columns is too short for the blocks of 256 that Q4_K and Q6_K have. The types
 that llama.cpp takes in place of them are printed.
@@ -16,6 +18,9 @@ that llama.cpp takes in place of them are printed.
 from __future__ import annotations
 
 import collections
+import contextlib
+import ctypes
+import functools
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,7 +42,7 @@ from alloc_moe.compiler.records import CalibrationOptions
 from alloc_moe.compiler.rounding.weights import stored_formats
 from alloc_moe.runtime.console import Console
 
-ARCHITECTURES = {"olmoe": "olmoe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 _Q4_0, _Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
 FORMATS: Mapping[str, Mapping[str, int]] = {
     "Q4_0": {"ftype": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0},
@@ -60,27 +65,36 @@ _IN_LAYER = {
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
 _ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def theirs(name: str) -> str:
+    """Return llama.cpp's name of a weight that isn't a layer's experts."""
+    module, _, kind = name.rpartition(".")
+    if module in _ENDS:
+        return f"{_ENDS[module]}.{kind}"
+    _, _, layer, leaf = module.split(".", 3)
+    return f"blk.{layer}.{_IN_LAYER[leaf]}.{kind}"
 
 
 def tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights by llama.cpp's names, as views of the parameters."""
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
-        if (end := name.removesuffix(".weight")) in _ENDS:
-            yield f"{_ENDS[end]}.weight", weight
-            continue
-        _, _, layer, leaf = name.split(".", 3)
-        block = f"blk.{layer}"
-        if leaf == "mlp.experts.gate_up_proj":
+        block = f"blk.{name.split('.')[2]}" if ".experts." in name else ""
+        if name.endswith("mlp.experts.gate_up_proj"):
             gate, up = weight.chunk(2, dim=1)
             yield f"{block}.ffn_gate_exps.weight", gate
             yield f"{block}.ffn_up_exps.weight", up
-        elif leaf == "mlp.experts.down_proj":
+        elif name.endswith("mlp.experts.down_proj"):
             yield f"{block}.ffn_down_exps.weight", weight
-        else:
-            yield f"{block}.{_IN_LAYER[leaf.removesuffix('.weight')]}.weight", weight
+        else:  # llama.cpp has a gate of one row as a vector
+            yield theirs(name), weight[0] if name.endswith("shared_expert_gate.weight") else weight
 
 
 def write_gguf(moe: MoeModel, path: Path) -> None:
@@ -104,6 +118,8 @@ def write_gguf(moe: MoeModel, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_expert_count(config.num_experts)
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(shared)
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
@@ -116,12 +132,79 @@ def write_gguf(moe: MoeModel, path: Path) -> None:
     writer.close()
 
 
-def quantize(source: Path, target: Path, options: Mapping[str, int]) -> None:
+class Importance:
+    """The mean squares of what enters each weight's columns, as llama.cpp's own tool takes them.
+
+    Those of experts are [experts, columns], each over the tokens that it is sent, of others
+    [columns].
+
+    Args:
+        moe: The model.
+        ids: The text [windows, tokens].
+    """
+
+    def __init__(self, moe: MoeModel, ids: NDArray[np.int64]) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, torch.Tensor] = {}
+        with contextlib.ExitStack() as hooks:
+            for name, module in moe.model.named_modules():
+                found: Any = self._experts if name.endswith("mlp.experts") else self._linear
+                if found == self._experts or isinstance(module, torch.nn.Linear):
+                    hook = module.register_forward_pre_hook(functools.partial(found, name))
+                    hooks.callback(hook.remove)
+            for window in torch.from_numpy(ids):
+                moe.model(input_ids=window[None])
+        self._means = [(name.encode(), self._mean(name)) for name in self._sums]
+
+    def entries(self) -> ctypes.Array[llama_cpp.llama_model_imatrix_data]:
+        """Return them as llama_model_quantize takes them: the last entry has no name.
+
+        They are views: this object must live as long.
+        """
+        entries = (llama_cpp.llama_model_imatrix_data * (len(self._means) + 1))()
+        for entry, (name, mean) in zip(entries, self._means, strict=False):
+            entry.name, entry.size = name, mean.size
+            entry.data = mean.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        return entries
+
+    def _mean(self, name: str) -> NDArray[np.float32]:
+        """Return the mean squares of a weight; ones for an expert that no token was sent to."""
+        tokens = self._tokens[name]
+        mean = torch.where(tokens > 0, self._sums[name] / tokens.clamp(min=1), 1.0)
+        return np.ascontiguousarray(mean.numpy(), np.float32)
+
+    def _linear(self, name: str, _: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        rows = given[0].flatten(0, -2)
+        self._add(theirs(f"{name}.weight"), rows.square().sum(0), torch.tensor([len(rows)]))
+
+    def _experts(self, name: str, module: Any, given: tuple[torch.Tensor, ...]) -> None:
+        hidden, ids = given[:2]
+        entering, inner, sent = [], [], []
+        for expert, gate_up in enumerate(module.gate_up_proj):
+            rows = hidden[(ids == expert).any(-1)]
+            gate, up = (rows @ gate_up.mT).chunk(2, dim=-1)
+            entering.append(rows.square().sum(0))
+            inner.append((module.act_fn(gate) * up).square().sum(0))
+            sent.append(len(rows))
+        block, tokens = f"blk.{name.split('.')[2]}", torch.tensor(sent)[:, None]
+        for kind, sums in (("gate", entering), ("up", entering), ("down", inner)):
+            self._add(f"{block}.ffn_{kind}_exps.weight", torch.stack(sums), tokens)
+
+    def _add(self, name: str, sums: torch.Tensor, tokens: torch.Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0) + sums
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
+
+
+def quantize(
+    source: Path, target: Path, options: Mapping[str, int], importance: Importance | None
+) -> None:
     """Write a GGUF file in fewer bits by llama.cpp's own quantiser."""
     asked = llama_cpp.llama_model_quantize_default_params()
     for name, value in options.items():
         setattr(asked, name, int(value))
     asked.nthread = 1
+    if importance is not None:
+        asked.imatrix = importance.entries()
     if code := llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), asked):
         raise RuntimeError(f"llama_model_quantize returned {code}")
 
@@ -182,14 +265,15 @@ def our_bytes(moe: MoeModel) -> int:
     return int(bits) // 8
 
 
-def files(moe: MoeModel, folder: Path) -> Iterator[tuple[str, Path]]:
+def files(moe: MoeModel, folder: Path, importance: Importance) -> Iterator[tuple[str, Path]]:
     """Yield by name GGUF files of a model in float16 and in each of the formats, in turn."""
     full, few = folder / "f16.gguf", folder / "few.gguf"
     write_gguf(moe, full)
     yield "F16", full
     for name, options in FORMATS.items():
-        quantize(full, few, options)
-        yield name, few
+        for seen in (None, importance):
+            quantize(full, few, options, seen)
+            yield f"{name}{' with importance' if seen else ''}", few
 
 
 @click.command()
@@ -212,12 +296,13 @@ def main(
         windows = windows_of(moe, text, text_tokens)
         floats = said(moe, windows)
         drawn = calibrate(moe.checkpoint, CalibrationOptions(tokens=tokens), Console(quiet=True))
+        importance = Importance(moe, drawn.all_ids)
         for rounding in roundings:
             ours = rounded(model, "int4", rounding, 128, drawn)
             cells = _cells(said(ours, windows), floats, windows)
             print(_row(model, f"int4, {rounding}", "ours", our_bytes(ours), *cells, ""), flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            for name, path in files(moe, Path(folder)):
+            for name, path in files(moe, Path(folder), importance):
                 types, size = read_into(moe, path)
                 cells = _cells(said(moe, windows), floats, windows)
                 run = said_by_llama_cpp(path, windows, floats.shape[-1])
