@@ -31,6 +31,10 @@ __device__ __forceinline__ Real to_real(float x) {
 #endif
 }
 
+// __syncthreads() that warps may reach at different places of a kernel: PTX pairs barriers by their
+// number, where CUDA C++ wants one place.
+__device__ __forceinline__ void sync_block() { asm volatile("bar.sync 0;" ::: "memory"); }
+
 __device__ __forceinline__ float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -50,7 +50,7 @@ __device__ __forceinline__ void run_steps(float (&c)[N][4], Real* shared, const 
     for (int step = 0; step < STEPS; ++step) {
         wait_for_copies<STAGES - 3>();
         show_copies_to_tensor_cores();
-        __syncthreads();
+        sync_block();
         const Real* rows = shared + step % STAGES * STAGE;
         if (MULTIPLY) begin_products(c, rows, rows + TILE * DEPTH);
         fetch(step + STAGES - 2);

@@ -149,6 +149,7 @@ T exchange(T value, int from) {
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::wait(emulated::whole); }
+inline void sync_block() { emulated::wait(emulated::whole); }
 inline void __syncwarp() { emulated::wait(emulated::warp()); }
 inline void __threadfence() {}
 template <class T>
