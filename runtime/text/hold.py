@@ -27,8 +27,11 @@ average out to less than 2 %, and few enough that an answer in a chat is held.""
 CHUNK = 24
 """Tokens of a prompt per call, but for the first two calls, which share as many. What they run too
 much must be made up for within a window; with fewer tokens the experts' products get slow."""
-_REPAY = 36  # tokens over which what ran too much is made up for
-_MEMORY = 128  # tokens over which a text's distance from the dial is averaged
+_REPAY = 16  # tokens over which what ran too much is made up for
+_DAMPED = 2.0  # times the tokens of a call: over so many at least, or the price would swing
+_TOLERATED = 1.5  # tokens' budgets that a piece of a prompt may leave to be made up for
+_CAUTION = 0.75  # how far a piece follows the dial the second time, in logarithms of the price
+_MEMORY = 64  # tokens over which a text's distance from the dial is averaged
 _TRUST = 32  # tokens that the calibration text counts for before the first
 _MOST_TURN = 1.5  # times or a part of the budget: as far as the dial is followed
 _MOST_DEBT = 0.1  # of what a window runs; more is forgotten, where a budget can't be met
@@ -73,7 +76,7 @@ class Hold:
         """
         self.tokens += tokens
         self.executed += executed
-        if not (tokens and self._lowest and self.budget < self._curve.original):
+        if not (tokens and self._steers):
             return
         kept = math.exp(-tokens / _MEMORY)
         self._weight = self._weight * kept + tokens
@@ -82,7 +85,30 @@ class Hold:
         most = _MOST_DEBT * WINDOW * self.budget
         self._debt = min(max(self._debt + executed - tokens * self.budget, -most), most)
         moved = self._priced(self._said / self._weight) / self._priced(self._ran / self._weight)
-        self.price = self._priced(self.budget - self._debt / _REPAY) * moved
+        repaid = self._debt / max(_REPAY, _DAMPED * tokens)
+        self.price = self._priced(self.budget - repaid) * moved
+
+    def corrected(self, tokens: int, executed: int) -> float | None:
+        """Return the price to compute a call again at; None if it ran about what it should.
+
+        One token isn't computed again: the next ones make up for it. What a piece of a prompt ran
+        at one price says what it will run at another, so the second time it is near the budget.
+
+        Args:
+            tokens: Those that were computed at `price`, no padding among them.
+            executed: The experts that ran for them in all layers.
+        """
+        debt = self._debt + executed - tokens * self.budget
+        if tokens < 2 or abs(debt) <= _TOLERATED * self.budget or not self._steers:
+            return None
+        wanted = self._priced(self.budget - self._debt / tokens)
+        price = self.price * (wanted / self._priced(executed / tokens)) ** _CAUTION
+        return price if price != self.price else None
+
+    @property
+    def _steers(self) -> bool:
+        """Whether there is a price to set."""
+        return bool(self._lowest) and self.budget < self._curve.original
 
     def _priced(self, activations: float) -> float:
         """The dial's price near the budget, above zero."""
@@ -148,10 +174,25 @@ def run_held(
     cache: Cache,
     logits_to_keep: int | None = None,
 ) -> Output:
-    """Run a call of one sequence, ids [1, tokens], at its hold's price, which is then set anew."""
-    output = session.run(ids, cache=cache, price=hold.price, logits_to_keep=logits_to_keep)
-    executed = executed_by_token(output)
-    hold.observe(len(executed), int(executed.sum()))
+    """Run a call of one sequence, ids [1, tokens], at its hold's price, which is then set anew.
+
+    A piece of a prompt that ran far too much or too little is computed again at once, where the
+    cache can go back: states of a fixed size can't.
+    """
+    before = cache.length
+
+    def run() -> tuple[Output, int, int]:
+        output = session.run(ids, cache=cache, price=hold.price, logits_to_keep=logits_to_keep)
+        executed = executed_by_token(output)
+        return output, len(executed), int(executed.sum())
+
+    output, *ran = run()
+    price = None if cache.states else hold.corrected(*ran)
+    if price is not None:
+        cache.truncate(before)
+        hold.price = price
+        output, *ran = run()
+    hold.observe(*ran)
     return output
 
 

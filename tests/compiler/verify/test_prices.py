@@ -19,7 +19,7 @@ from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.calls import Output
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.text.generation import generate
-from alloc_moe.runtime.text.hold import executed_by_token, held_budget
+from alloc_moe.runtime.text.hold import executed_by_token, held_budget, run_held
 
 Models = Callable[[str], MoeModel]
 Graphs = Callable[[str], ir.Model]
@@ -151,3 +151,41 @@ def test_held_requests_get_the_tokens_that_they_get_alone(
     assert len(outputs) == 4 + 23
     with pytest.raises(GenerationError, match=r"4 sequences can't .* with --price-per sequence"):
         generate(scalar, prompts, max_new_tokens=2, holds=[held.begin() for _ in prompts])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_piece_that_ran_far_too_much_is_computed_again(
+    moe_model: Models,
+    exported: Graphs,
+    score_plan: Plans,
+    token_ids: NDArray[np.int64],
+    written: Written,
+    family: str,
+) -> None:
+    plan = score_plan(moe_model(family), "price")
+    path = written(exported(family), plan)
+    session = open_session(path, ep="cpu", count_activations=True)
+    held = held_budget(session)
+    before, ids = token_ids[:1, :8], token_ids[:1, 8:32]
+
+    def at(price: float) -> Output:
+        cache = session.run(before, price=held.begin().price).cache
+        return session.run(ids, cache=cache, price=price)
+
+    hold = held.begin()
+    hold.price *= 0.5
+    too_many = executed_by_token(at(hold.price)).sum()
+    better = hold.corrected(24, int(too_many))
+    assert better is not None
+    cache = session.empty_cache(1, capacity=64)
+    cache = session.run(before, price=held.begin().price, cache=cache).cache
+    output = run_held(session, hold, ids, cache=cache)
+    ran = executed_by_token(output).sum()
+    assert (output.cache.length, hold.tokens, hold.executed) == (32, 24, ran)
+    if family == "qwen3_next":  # its states can't go back
+        assert ran == too_many
+        return
+    assert ran < too_many
+    again = at(better)
+    close(output.logits, again.logits)
+    assert ran == executed_by_token(again).sum()

@@ -40,15 +40,26 @@ def text(*, factor: float = 1.0, slope: float = 1.0) -> Plant:
 
 
 def ran(hold: Hold, plant: Plant, spans: list[int], *, noise: float = 0.0) -> np.ndarray:
-    """Return the activations of each token of calls of so many tokens, and steer the price."""
+    """Return the activations of each token of calls of so many tokens, and steer the price.
+
+    As in `run_held`, a call may be computed again, in which each token is as far from the mean.
+    """
     random = np.random.default_rng(5)
     counts: list[int] = []
-    for tokens in spans:
+
+    def call(tokens: int, more: np.ndarray) -> list[int]:
         means = [plant(hold.price, len(counts) + place) for place in range(tokens)]
-        drawn = np.array(means) + noise * BUDGET * random.standard_normal(tokens)
+        drawn = np.array(means) + more
         # Down and up in turns, so that what is rounded off doesn't add up.
         rest = np.diff(drawn.clip(LAYERS, ORIGINAL).cumsum().round(), prepend=0.0)
-        new = rest.astype(int).tolist()
+        return rest.astype(int).tolist()
+
+    for tokens in spans:
+        more = noise * BUDGET * random.standard_normal(tokens)
+        new = call(tokens, more)
+        if (price := hold.corrected(tokens, sum(new))) is not None:
+            hold.price = price
+            new = call(tokens, more)
         hold.observe(tokens, sum(new))
         counts += new
     return np.array(counts)
@@ -88,9 +99,9 @@ def test_nothing_swings(spans: list[int], factor: float, slope: float) -> None:
 @both
 @pytest.mark.parametrize("factor", [0.85, 1.0, 1.2])
 def test_noise_averages_out(spans: list[int], factor: float) -> None:
-    off = errors(ran(Hold(CURVE, BUDGET), text(factor=factor), spans, noise=0.2))
+    off = errors(ran(Hold(CURVE, BUDGET), text(factor=factor), spans, noise=0.3))
     assert off.mean() <= 0.01
-    assert off.max() <= 0.025
+    assert off.max() <= 0.02
 
 
 def test_without_steering_the_same_text_is_far_off() -> None:
@@ -159,3 +170,21 @@ def test_a_prompt_is_cut_into_pieces(tokens: int, starts: list[int]) -> None:
     found = parts(tokens)
     assert [part.start for part in found] == starts
     assert [part.stop for part in found] == [*starts[1:], tokens]
+
+
+def test_a_piece_that_ran_far_too_much_is_computed_again_at_a_higher_price() -> None:
+    hold = Hold(CURVE, BUDGET)
+    as_wanted = round(12 * BUDGET)
+    assert hold.corrected(12, as_wanted) is None
+    more, less = (hold.corrected(12, round(part * as_wanted)) for part in (1.3, 0.7))
+    assert more is not None
+    assert less is not None
+    assert less < hold.price < more
+    # What the piece before left is paid back with it.
+    hold.observe(12, round(1.15 * as_wanted))
+    assert hold.corrected(12, round(0.85 * as_wanted)) is None
+    assert hold.corrected(1, ORIGINAL) is None
+
+
+def test_the_full_budget_computes_nothing_again() -> None:
+    assert Hold(CURVE, ORIGINAL).corrected(12, 0) is None
