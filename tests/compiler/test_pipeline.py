@@ -34,7 +34,7 @@ from alloc_moe.runtime.execution.session import open_session
 Compile = Callable[..., Compiled]
 
 FILES = ("out.onnx", "out.onnx.data", "out.onnx.profile.json")
-TOKEN_SIZES = "out.onnx.token-sizes.json"
+TOKEN_SIZES = "out.onnx.profile.json.token-sizes.json"
 
 # A profile that is measured layer by layer, and a plan that is met exactly.
 BY_LAYER = {"sensitivity": "kl", "redistribute": "batch"}
@@ -148,7 +148,7 @@ def test_the_same_compile_twice_gives_the_same_bytes(compile_to: Compile, tmp_pa
 
 def test_a_bundle_has_graph_plan_and_tokenizer(compile_to: Compile, tmp_path: Path) -> None:
     compiled = compile_to(f"{tmp_path / 'half'}/")
-    beside = {"half.profile.json", "half.token-sizes.json"}
+    beside = {"half.profile.json", "half.profile.json.token-sizes.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"half", *beside}
     names = {path.name for path in (tmp_path / "half").iterdir()}
     assert {MODEL_FILE, f"{MODEL_FILE}.data", PLAN_FILE, "tokenizer.json"} <= names
