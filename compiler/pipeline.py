@@ -29,18 +29,18 @@ from alloc_moe.compiler.package.space import needed_space
 from alloc_moe.compiler.package.versions import versions
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import measure_costs, mixed_costs
-from alloc_moe.compiler.planning.latency import latency_path
-from alloc_moe.compiler.planning.plan import expert_sizes
-from alloc_moe.compiler.planning.refinement import Refinement
-from alloc_moe.compiler.planning.shapes import expert_shapes
-from alloc_moe.compiler.planning.targets.making import Making
-from alloc_moe.compiler.planning.targets.meeting import (
+from alloc_moe.compiler.planning.goals.planner import Planner
+from alloc_moe.compiler.planning.goals.search import (
     by_activations,
     full_loss,
     meet_goal,
     reachable,
 )
-from alloc_moe.compiler.planning.targets.reading import weights_read
+from alloc_moe.compiler.planning.goals.traffic import weights_read
+from alloc_moe.compiler.planning.latency import latency_path
+from alloc_moe.compiler.planning.plan import expert_sizes
+from alloc_moe.compiler.planning.refinement import Refinement
+from alloc_moe.compiler.planning.shapes import expert_shapes
 from alloc_moe.compiler.programs.build import build, check_program
 from alloc_moe.compiler.records import Compiled, CompileOptions
 from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
@@ -160,15 +160,15 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         assert profile_path is not None
         path = token_sizes_path(profile_path)
         token_sizes = fit_if_possible(options, moe, calibration, sizes, path, console)
-    making = Making(
+    planner = Planner(
         moe, calibration, options.plan, profile, formats, refinement, console, token_sizes
     )
     if goal is None:
-        moe, planned = making.of_budget(budget, costs)
+        moe, planned = planner.of_budget(budget, costs)
     else:
         if token_sizes is None:
             reading = dataclasses.replace(reading, token_sizes=0)
-        moe, planned = meet_goal(goal, making, reading, loss)
+        moe, planned = meet_goal(goal, planner, reading, loss)
     planned = _stated(planned, moe)
     with package.staging(output, note=console.note) as staged:
         make = _build_program if output.is_program else _build

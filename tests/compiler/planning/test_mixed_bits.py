@@ -24,9 +24,9 @@ from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import CostTable, mixed_costs
+from alloc_moe.compiler.planning.goals import planner
 from alloc_moe.compiler.planning.mixed_bits import allocate_mixed, mixed_allocation
 from alloc_moe.compiler.planning.shapes import ExpertShape
-from alloc_moe.compiler.planning.targets import making
 from alloc_moe.compiler.records import MoeLayer, SensitivityProfile
 from alloc_moe.compiler.rounding.formats import (
     MIXED_BITS,
@@ -259,7 +259,7 @@ def test_values_are_chosen_on_the_text_in_both_widths(
     ) -> Any:
         return mixed_allocation(profile, layers, costs, [7, 3, 8])  # 3, 3 and 4 experts
 
-    monkeypatch.setattr(making, "allocate_mixed", both)
+    monkeypatch.setattr(planner, "allocate_mixed", both)
     model = checkpoint("olmoe")
     output, profile = tmp_path / "out.onnx", tmp_path / "p.json"
     given = ("-q", "--profile", str(profile))

@@ -13,7 +13,7 @@ from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.planning.targets.reading import WeightsRead, weights_read
+from alloc_moe.compiler.planning.goals.traffic import WeightsRead, weights_read
 from alloc_moe.compiler.records import Correction
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats, mixed_formats
 from alloc_moe.compiler.rounding.weights import quantized
