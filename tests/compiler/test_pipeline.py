@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import artifact, pipeline
 from alloc_moe.compiler.errors import (
     BudgetError,
     CheckpointError,
@@ -44,12 +44,12 @@ KILLED = """
 import os, signal, sys
 import onnx_ir as ir
 import torch
-from alloc_moe.compiler import compile, pipeline
+from alloc_moe.compiler import artifact, compile
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 moment, graph, model, output = sys.argv[1:]
 torch.set_num_threads(1)
-pipeline.export_model = lambda moe, **_: ir.load(graph)
+artifact.export_model = lambda moe, **_: ir.load(graph)
 measure, save = sensitivity.ReplayRun.measure, package.save_graph
 
 def die(*_):
@@ -239,7 +239,7 @@ def test_what_fails_verification_is_not_written(
     def refuse(*_: object, **__: object) -> None:
         raise VerificationError("wrong")
 
-    monkeypatch.setattr(pipeline, "verify_artifact", refuse)
+    monkeypatch.setattr(artifact, "verify_artifact", refuse)
     (tmp_path / "out.onnx").write_text("old")
     with pytest.raises(VerificationError):
         compile_to(tmp_path / "out.onnx", allocation="uniform", force=True)

@@ -50,8 +50,9 @@ def by_activations(options: PlanOptions) -> bool:
 def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> WeightsRead:
     """Return what a token reads, without token sizes where they stand in the way of a goal.
 
-    That is where their maps leave no room for all experts, or for any plan. A correction's shifts
-    aren't counted: no layer need have them.
+    That is where their maps leave no room for all experts, or for any plan; and where all experts
+    run without a dial, which asks for no sizes. A correction's shifts aren't counted: no layer need
+    have them.
 
     Args:
         goal: What is asked for.
@@ -64,7 +65,9 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
     if goal.kind != "bytes":
         return reading
     experts = float(reading.costs(shifted=False).cheapest)
-    full = reading.most - reading.token_sizes
+    full = dataclasses.replace(reading, token_sizes=0).most
+    if full <= goal.most and not reading.dial:
+        return dataclasses.replace(reading, token_sizes=0)
     has_room = reading.always + experts <= goal.most < full or reading.most <= goal.most
     if not (has_room or needs_token_sizes):
         reading = dataclasses.replace(reading, token_sizes=0)
@@ -120,7 +123,8 @@ def _frontier(goal: Goal, planner: Planner, reading: WeightsRead) -> Frontier:
         return Frontier(table.prices, profiled_costs(planner.profile, planner.moe.layers))
     most = planner.experts_per_token
     nbytes = _bytes_at_most(table.prices)
-    nbytes[-1] = sum(reading.trained)  # nothing is corrected where all experts run
+    # Where all experts run nothing is corrected, and without a dial there are no maps.
+    nbytes[-1] = sum(reading.trained) - reading.token_sizes * (not reading.dial)
     costs = [float(sum(most) - n) for n in range(len(most), sum(most) + 1)]
     if goal.kind == "loss":
         assert planner.profile is not None

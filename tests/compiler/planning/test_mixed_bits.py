@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import artifact
 from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.export.normalize import export_model
@@ -215,7 +215,7 @@ def graph(checkpoint: Callable[[str], Path]) -> ir.Model:
 def model(
     checkpoint: Callable[[str], Path], graph: ir.Model, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    monkeypatch.setattr(pipeline, "export_model", lambda *_, **__: graph)
+    monkeypatch.setattr(artifact, "export_model", lambda *_, **__: graph)
     return checkpoint("olmoe")
 
 
