@@ -14,6 +14,7 @@ from alloc_moe.compiler.choices import (
     MOST_SEED,
     MOST_TEXT,
     budget_text,
+    check_cache,
     check_choice,
     check_goal,
     check_mixed_bits,
@@ -24,9 +25,9 @@ from alloc_moe.compiler.choices import (
     chosen_goal,
     chosen_rounding,
     finite,
+    have_sizes,
     whole,
 )
-from alloc_moe.compiler.errors import OptionsError
 from alloc_moe.compiler.records import (
     SIZED,
     Allocation,
@@ -152,9 +153,9 @@ def compile(
     if budget is None:
         budget = 0.5 if goal is None else 1.0
     cost = cost or ("bytes" if mixed_bits else "activations")
-    sized = sensitivity in SIZED or allocation == "uniform"
     if redistribute is None:
-        redistribute = "price" if sized and cost == "activations" else "threshold"
+        priced = cost == "activations" and have_sizes(allocation, sensitivity)
+        redistribute = "price" if priced else "threshold"
     options = CompileOptions(
         model=str(model),
         output=_with_slash(output),
@@ -190,17 +191,11 @@ def compile(
         force=force,
     )
     check_names(options, sensitivity, offload)
-    if redistribute == "price" and not sized:
-        raise OptionsError(
-            f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
-            f"doesn't measure. Use {' or '.join(SIZED)}, or another --redistribute."
-        )
-    check_plan(options.plan)
+    check_plan(options.plan, sensitivity)
     check_goal(goal, options.plan, given_cost, sensitivity)
     check_token_sizes(options)
     check_price_per(options.target, options.plan)
-    if cache == "int8" and (device == "cuda" or dtype in ("float16", "bfloat16")):
-        raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")
+    check_cache(options.target)
     return compile_model(options, console or Console(quiet=True))
 
 

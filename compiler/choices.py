@@ -159,9 +159,19 @@ def check_onnx_only(target: TargetOptions, dtypes: Sequence[str], otherwise: str
             raise OptionsError(f"{what} is for ONNX artifacts; {otherwise}")
 
 
-def check_plan(plan: PlanOptions) -> None:
-    """Raise OptionsError for options of the plan that exclude each other."""
+def have_sizes(allocation: Allocation, sensitivity: Metric) -> bool:
+    """Whether experts have sizes for ``price`` to go by: measured, or all the same."""
+    return sensitivity in SIZED or allocation == "uniform"
+
+
+def check_plan(plan: PlanOptions, sensitivity: Metric) -> None:
+    """Raise OptionsError for options of the plan that exclude each other, or the metric."""
     policy = plan.redistribution
+    if policy == "price" and not have_sizes(plan.allocation, sensitivity):
+        raise OptionsError(
+            f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
+            f"doesn't measure. Use {' or '.join(SIZED)}, or another --redistribute."
+        )
     if plan.cap is not None and policy not in SCORED:
         raise OptionsError(f"--cap is for {', '.join(SCORED)}; {policy} is exact.")
     if plan.cost != "activations" and policy in COMMON:
@@ -205,6 +215,13 @@ def check_price_per(target: TargetOptions, plan: PlanOptions) -> None:
         raise OptionsError(
             f"--price-per {target.price_per} needs a price to set: --redistribute price, no --cap."
         )
+
+
+def check_cache(target: TargetOptions) -> None:
+    """Raise OptionsError if an artifact can't have the cache that is asked for."""
+    halves = target.dtype in ("float16", "bfloat16")
+    if target.cache == "int8" and (target.device == "cuda" or halves):
+        raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")
 
 
 def chosen_goal(target_bytes: Any, target_loss: Any, budget: Any) -> Goal | None:
