@@ -18,7 +18,7 @@ from alloc_moe.compiler.workspace import files
 from alloc_moe.compiler.workspace.files import load_tensors, save_tensors, save_text
 from alloc_moe.compiler.workspace.processes import Processes
 from alloc_moe.compiler.workspace.results import SavedResults, results_path
-from alloc_moe.compiler.workspace.states import LayerStates
+from alloc_moe.compiler.workspace.states import LayerProgress, LayerStates
 from alloc_moe.compiler.workspace.unfinished import unfinished
 
 
@@ -161,6 +161,21 @@ def test_states_are_kept_in_our_folder_only(tmp_path: Path) -> None:
     assert states.load("entering-0")[0].tolist() == [1]
     states.delete()
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_how_far_states_got_is_found_without_reading_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = LayerProgress("forward", 1, 0.0, ((1.0,),))
+    states = LayerStates(tmp_path / ".p.states", {"of": 1}, Processes())
+    assert states.progress() is None
+    states.save("entering-1", [torch.ones(1000)])
+    states.commit(progress)
+    monkeypatch.setattr("alloc_moe.compiler.workspace.states.load_tensors", None)
+    assert states.progress() == progress
+    [file] = (tmp_path / ".p.states").glob("entering-1*")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert states.progress() is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders can't be locked there")
