@@ -26,6 +26,7 @@ from alloc_moe.compiler.choices import (
     chosen_rounding,
     finite,
     have_sizes,
+    path_text,
     whole,
 )
 from alloc_moe.compiler.records import (
@@ -157,13 +158,13 @@ def compile(
         priced = cost == "activations" and have_sizes(allocation, sensitivity)
         redistribute = "price" if priced else "threshold"
     options = CompileOptions(
-        model=str(model),
+        model=path_text("MODEL", model),
         output=_with_slash(output),
         budget=budget_text(budget),
         goal=goal,
         calibration=_calibration(calibration, tokens, seed),
         sensitivity=sensitivity,
-        profile=None if profile is None else Path(profile),
+        profile=None if profile is None else Path(path_text("--profile", profile)),
         plan=PlanOptions(
             redistribution=redistribute,
             weights=weights,
@@ -293,8 +294,8 @@ def profile_options(
     if redistribute is None:
         redistribute = "price" if sensitivity in SIZED else "threshold"
     options = ProfileOptions(
-        model=str(model),
-        path=None if output is None else Path(output),
+        model=path_text("MODEL", model),
+        path=None if output is None else Path(path_text("--output", output)),
         calibration=_calibration(calibration, tokens, seed),
         sensitivity=sensitivity,
         redistribution=redistribute,
@@ -316,7 +317,7 @@ def profile_options(
 
 def _calibration(text: str | Path | None, tokens: int, seed: int) -> CalibrationOptions:
     return CalibrationOptions(
-        None if text is None else str(text),
+        None if text is None else path_text("--calibration", text),
         whole("--tokens", tokens, 2, MOST_TEXT),
         whole("--seed", seed, 0, MOST_SEED),
     )
@@ -324,6 +325,7 @@ def _calibration(text: str | Path | None, tokens: int, seed: int) -> Calibration
 
 def _with_slash(output: str | Path) -> str:
     """Return the output as the command takes it: a path of no artifact's file is a bundle's."""
+    text = path_text("--output", output)
     if isinstance(output, Path) and output.suffix not in (".onnx", SCRIPT, EXPORT):
-        return f"{output}/"
-    return str(output)
+        return f"{text}/"
+    return text

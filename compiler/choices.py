@@ -7,6 +7,7 @@ import math
 import numbers
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -34,6 +35,7 @@ from alloc_moe.compiler.records import (
     TargetOptions,
     Weights,
 )
+from alloc_moe.runtime.artifact.files import is_nameable
 
 UNMEASURED: tuple[Redistribution, ...] = ("top-p", "ratio")
 """Redistributions that go by no profile: nothing is measured for them."""
@@ -105,6 +107,17 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     return None if isinstance(value, bool | np.bool_) else value
+
+
+def path_text(option: str, path: str | Path) -> str:
+    """Return a path as text.
+
+    Raises:
+        OptionsError: No file can have that name.
+    """
+    if not is_nameable(path):
+        raise OptionsError(f"{option} is {str(path)!r:.200}, which no file can be called.")
+    return str(path)
 
 
 def check_names(options: CompileOptions, sensitivity: str, offload: str) -> None:
