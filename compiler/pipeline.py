@@ -78,6 +78,11 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         AllocMoeError: Anything that the user can act on; no output file was touched then.
     """
     output = package.parse_output(options.output, force=options.force, form=options.target.form)
+    with package.alone(output):
+        return _compiled(options, output, console)
+
+
+def _compiled(options: CompileOptions, output: package.Output, console: Console) -> Compiled:
     moe = _loaded(options, output, console)
     storage = choose_storage(moe.checkpoint, options.target)
     trained = [layer.experts_per_token for layer in moe.layers]

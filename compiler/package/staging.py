@@ -163,6 +163,15 @@ def _end(
         note(f"{found.path} stays, as it holds {', '.join(strangers)}.")
 
 
+def alone(output: Output) -> contextlib.AbstractContextManager[OpenFolder]:
+    """Keep other compiles of an output away, from the first thing measured to the last one kept.
+
+    Raises:
+        OutputError: Another is at work.
+    """
+    return held(output.results_path, f"Another compile is writing {output.path}")
+
+
 def _locked(folder: Path, output: Output) -> contextlib.AbstractContextManager[OpenFolder]:
     return held(folder, f"Another compile is writing {output.path}")
 

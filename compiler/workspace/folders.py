@@ -104,6 +104,8 @@ def opened(folder: Path) -> Iterator[OpenFolder]:
 def held(folder: Path, busy: str) -> Iterator[OpenFolder]:
     """Claim a work folder for this process alone, by a lock that goes when the process ends.
 
+    Afterwards the folder is gone if nothing is in it.
+
     Args:
         folder: The folder.
         busy: What to say where another process has it: ``Another compile is writing out.onnx``.
@@ -116,9 +118,14 @@ def held(folder: Path, busy: str) -> Iterator[OpenFolder]:
         with opened(folder) as found:
             if not _lock(found):
                 raise OutputError(f"{busy}. Wait for it, or choose another output.")
-            if found.is_at_its_path():  # else who had it removed it meanwhile
+            if not found.is_at_its_path():
+                continue  # who had it removed it meanwhile
+            try:
                 yield found
-                return
+            finally:
+                with contextlib.suppress(OSError):
+                    remove_if_empty(found)
+            return
 
 
 def _lock(found: OpenFolder) -> bool:

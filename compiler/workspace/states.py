@@ -24,7 +24,7 @@ from alloc_moe.compiler.workspace.files import (
     save_tensors,
     save_text,
 )
-from alloc_moe.compiler.workspace.folders import claim, held, is_ours, remove, remove_if_empty
+from alloc_moe.compiler.workspace.folders import claim, held, is_ours, remove
 from alloc_moe.compiler.workspace.processes import Processes
 from alloc_moe.compiler.workspace.results import SavedResults
 from alloc_moe.runtime.artifact.shapes import (
@@ -91,12 +91,8 @@ class LayerStates:
         if self._folder is None or not self._processes.writes:
             yield
             return
-        with held(self._folder, f"Another compile keeps its states in {self._folder}") as found:
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    remove_if_empty(found)
+        with held(self._folder, f"Another compile keeps its states in {self._folder}"):
+            yield
 
     def progress(self) -> LayerProgress | None:
         """Return what an earlier run got to, if every process still has its states; else clear."""

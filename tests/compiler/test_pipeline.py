@@ -301,7 +301,8 @@ def test_a_compile_killed_while_profiling_is_resumed(
     folder = tmp_path / "outputs"
     folder.mkdir()
     killed("profiling", folder / "out.onnx")
-    assert [path.name for path in folder.iterdir()] == ["out.onnx.profile.json"]
+    left = {"out.onnx.profile.json", ".out.onnx.passes"}
+    assert {path.name for path in folder.iterdir()} == left
     rows = json.loads((folder / "out.onnx.profile.json").read_text())["costs"]
     assert [row is None for row in rows] == [False, True, True]
     compile_to(folder / "out.onnx", **BY_LAYER)
@@ -322,7 +323,11 @@ def test_a_compile_killed_while_writing_leaves_the_old_artifact(
     for name in FILES[:2]:
         (folder / name).write_text(f"old {name}")
     killed("writing", folder / "out.onnx")
-    assert {path.name for path in folder.iterdir()} == {*FILES, ".out.onnx.partial"}
+    assert {path.name for path in folder.iterdir()} == {
+        *FILES,
+        ".out.onnx.partial",
+        ".out.onnx.passes",
+    }
     for name in FILES[:2]:
         assert (folder / name).read_text() == f"old {name}"
     compile_to(folder / "out.onnx", force=True, **BY_LAYER)
