@@ -14,6 +14,7 @@ from alloc_moe.compiler.choices import (
     MOST_SEED,
     MOST_TEXT,
     budget_text,
+    check_cache,
     check_choice,
     check_goal,
     check_mixed_bits,
@@ -24,9 +25,10 @@ from alloc_moe.compiler.choices import (
     chosen_goal,
     chosen_rounding,
     finite,
+    have_sizes,
+    path_text,
     whole,
 )
-from alloc_moe.compiler.errors import OptionsError
 from alloc_moe.compiler.records import (
     SIZED,
     Allocation,
@@ -152,17 +154,17 @@ def compile(
     if budget is None:
         budget = 0.5 if goal is None else 1.0
     cost = cost or ("bytes" if mixed_bits else "activations")
-    sized = sensitivity in SIZED or allocation == "uniform"
     if redistribute is None:
-        redistribute = "price" if sized and cost == "activations" else "threshold"
+        priced = cost == "activations" and have_sizes(allocation, sensitivity)
+        redistribute = "price" if priced else "threshold"
     options = CompileOptions(
-        model=str(model),
+        model=path_text("MODEL", model),
         output=_with_slash(output),
         budget=budget_text(budget),
         goal=goal,
         calibration=_calibration(calibration, tokens, seed),
         sensitivity=sensitivity,
-        profile=None if profile is None else Path(profile),
+        profile=None if profile is None else Path(path_text("--profile", profile)),
         plan=PlanOptions(
             redistribution=redistribute,
             weights=weights,
@@ -190,17 +192,11 @@ def compile(
         force=force,
     )
     check_names(options, sensitivity, offload)
-    if redistribute == "price" and not sized:
-        raise OptionsError(
-            f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
-            f"doesn't measure. Use {' or '.join(SIZED)}, or another --redistribute."
-        )
-    check_plan(options.plan)
+    check_plan(options.plan, sensitivity)
     check_goal(goal, options.plan, given_cost, sensitivity)
     check_token_sizes(options)
     check_price_per(options.target, options.plan)
-    if cache == "int8" and (device == "cuda" or dtype in ("float16", "bfloat16")):
-        raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")
+    check_cache(options.target)
     return compile_model(options, console or Console(quiet=True))
 
 
@@ -298,8 +294,8 @@ def profile_options(
     if redistribute is None:
         redistribute = "price" if sensitivity in SIZED else "threshold"
     options = ProfileOptions(
-        model=str(model),
-        path=None if output is None else Path(output),
+        model=path_text("MODEL", model),
+        path=None if output is None else Path(path_text("--output", output)),
         calibration=_calibration(calibration, tokens, seed),
         sensitivity=sensitivity,
         redistribution=redistribute,
@@ -321,7 +317,7 @@ def profile_options(
 
 def _calibration(text: str | Path | None, tokens: int, seed: int) -> CalibrationOptions:
     return CalibrationOptions(
-        None if text is None else str(text),
+        None if text is None else path_text("--calibration", text),
         whole("--tokens", tokens, 2, MOST_TEXT),
         whole("--seed", seed, 0, MOST_SEED),
     )
@@ -329,6 +325,7 @@ def _calibration(text: str | Path | None, tokens: int, seed: int) -> Calibration
 
 def _with_slash(output: str | Path) -> str:
     """Return the output as the command takes it: a path of no artifact's file is a bundle's."""
+    text = path_text("--output", output)
     if isinstance(output, Path) and output.suffix not in (".onnx", SCRIPT, EXPORT):
-        return f"{output}/"
-    return str(output)
+        return f"{text}/"
+    return text

@@ -7,6 +7,7 @@ import math
 import numbers
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -34,6 +35,7 @@ from alloc_moe.compiler.records import (
     TargetOptions,
     Weights,
 )
+from alloc_moe.runtime.artifact.files import is_nameable
 
 UNMEASURED: tuple[Redistribution, ...] = ("top-p", "ratio")
 """Redistributions that go by no profile: nothing is measured for them."""
@@ -107,6 +109,17 @@ def _scalar(value: Any) -> Any:
     return None if isinstance(value, bool | np.bool_) else value
 
 
+def path_text(option: str, path: str | Path) -> str:
+    """Return a path as text.
+
+    Raises:
+        OptionsError: No file can have that name.
+    """
+    if not is_nameable(path):
+        raise OptionsError(f"{option} is {str(path)!r:.200}, which no file can be called.")
+    return str(path)
+
+
 def check_names(options: CompileOptions, sensitivity: str, offload: str) -> None:
     """Raise OptionsError for a choice that there isn't."""
     plan, target = options.plan, options.target
@@ -159,9 +172,19 @@ def check_onnx_only(target: TargetOptions, dtypes: Sequence[str], otherwise: str
             raise OptionsError(f"{what} is for ONNX artifacts; {otherwise}")
 
 
-def check_plan(plan: PlanOptions) -> None:
-    """Raise OptionsError for options of the plan that exclude each other."""
+def have_sizes(allocation: Allocation, sensitivity: Metric) -> bool:
+    """Whether experts have sizes for ``price`` to go by: measured, or all the same."""
+    return sensitivity in SIZED or allocation == "uniform"
+
+
+def check_plan(plan: PlanOptions, sensitivity: Metric) -> None:
+    """Raise OptionsError for options of the plan that exclude each other, or the metric."""
     policy = plan.redistribution
+    if policy == "price" and not have_sizes(plan.allocation, sensitivity):
+        raise OptionsError(
+            f"--redistribute price goes by the sizes of experts, which --sensitivity {sensitivity} "
+            f"doesn't measure. Use {' or '.join(SIZED)}, or another --redistribute."
+        )
     if plan.cap is not None and policy not in SCORED:
         raise OptionsError(f"--cap is for {', '.join(SCORED)}; {policy} is exact.")
     if plan.cost != "activations" and policy in COMMON:
@@ -205,6 +228,13 @@ def check_price_per(target: TargetOptions, plan: PlanOptions) -> None:
         raise OptionsError(
             f"--price-per {target.price_per} needs a price to set: --redistribute price, no --cap."
         )
+
+
+def check_cache(target: TargetOptions) -> None:
+    """Raise OptionsError if an artifact can't have the cache that is asked for."""
+    halves = target.dtype in ("float16", "bfloat16")
+    if target.cache == "int8" and (target.device == "cuda" or halves):
+        raise OptionsError("--cache int8 is for --device cpu and 32-bit activations.")
 
 
 def chosen_goal(target_bytes: Any, target_loss: Any, budget: Any) -> Goal | None:

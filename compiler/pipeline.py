@@ -1,89 +1,73 @@
-"""The compiler's stages in their order: the only file that knows it.
+"""The compiler's stages in their order.
 
     checkpoint -> model -> rounded weights -> profile -> plan, corrections -> graph -> files
 
-Stages take plain data and give plain data. Other rooms have one of them, or serve several.
+Stages take plain data and give plain data. Other rooms have one of them, or serve several;
+`artifact` has the last ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from alloc_moe.compiler.artifact import build_graph, build_program
 from alloc_moe.compiler.calibration.windows import calibrate, check_source
 from alloc_moe.compiler.checkpoints.build import build_checkpoint, check_checkpoint
 from alloc_moe.compiler.choices import UNMEASURED
-from alloc_moe.compiler.export.normalize import export_model, generation_metadata
-from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.checks.targets import check_target
-from alloc_moe.compiler.model.layer_progress import layers_progress
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.package import output as package
-from alloc_moe.compiler.package.identity import tokenizer_metadata
 from alloc_moe.compiler.package.space import needed_space
 from alloc_moe.compiler.package.versions import versions
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import measure_costs, mixed_costs
-from alloc_moe.compiler.planning.latency import latency_path
-from alloc_moe.compiler.planning.plan import expert_sizes
-from alloc_moe.compiler.planning.refinement import Refinement
-from alloc_moe.compiler.planning.shapes import expert_shapes
-from alloc_moe.compiler.planning.targets.making import Making
-from alloc_moe.compiler.planning.targets.meeting import (
+from alloc_moe.compiler.planning.goals.planner import Planner
+from alloc_moe.compiler.planning.goals.search import (
     by_activations,
     full_loss,
     meet_goal,
     reachable,
 )
-from alloc_moe.compiler.planning.targets.reading import weights_read
-from alloc_moe.compiler.programs.build import build, check_program
+from alloc_moe.compiler.planning.goals.traffic import weights_read
+from alloc_moe.compiler.planning.latency import latency_path
+from alloc_moe.compiler.planning.plan import expert_sizes
+from alloc_moe.compiler.planning.refinement import Refinement
+from alloc_moe.compiler.planning.shapes import expert_shapes
+from alloc_moe.compiler.programs.build import check_program
 from alloc_moe.compiler.records import Compiled, CompileOptions
-from alloc_moe.compiler.rounding.cache_scales import measure_cache_scales
-from alloc_moe.compiler.rounding.formats import (
-    BITS,
-    choose_formats,
-    mixed_formats,
-)
+from alloc_moe.compiler.rounding.formats import BITS, choose_formats, choose_storage
 from alloc_moe.compiler.rounding.stage import round_model
-from alloc_moe.compiler.rounding.weights import chosen_digest
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.sensitivity.token_sizes.choosing import (
+    NEEDLESS,
     fit_if_possible,
+    leave_out,
     wants_token_sizes,
 )
 from alloc_moe.compiler.sensitivity.token_sizes.fitting import TOKEN_STATES
 from alloc_moe.compiler.sensitivity.token_sizes.kept import token_sizes_path
-from alloc_moe.compiler.verify.parity import check_verifiable, verify_artifact
+from alloc_moe.compiler.verify.parity import check_verifiable
 from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.compiler.workspace.states import delete_kept
-from alloc_moe.runtime.artifact.files import ArtifactFiles
-from alloc_moe.runtime.artifact.onnx_file import OnnxFile
-from alloc_moe.runtime.artifact.plan import (
-    GENERATION_KEY,
-    NO_STEP_KEY,
-    PLAN_KEY,
-    PROGRAM_KEY,
-    SHARED_CACHE_KEY,
-)
 
 if TYPE_CHECKING:
+    from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.planning.costs import CostTable
+    from alloc_moe.compiler.planning.goals.traffic import WeightsRead
     from alloc_moe.compiler.records import (
+        Goal,
         Planned,
         ProfileOptions,
         SensitivityProfile,
-        Verification,
     )
+    from alloc_moe.compiler.rounding.formats import Storage
     from alloc_moe.compiler.workspace.processes import Processes
-    from alloc_moe.passes.attention.quantize_cache import CacheScales
-    from alloc_moe.passes.blockwise import BlockFormat
-    from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget
+    from alloc_moe.runtime.artifact.plan import Budget
+    from alloc_moe.runtime.artifact.token_sizes import TokenSizes
     from alloc_moe.runtime.console import Console
 
 
@@ -94,12 +78,85 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         AllocMoeError: Anything that the user can act on; no output file was touched then.
     """
     output = package.parse_output(options.output, force=options.force, form=options.target.form)
+    with package.alone(output):
+        return _compiled(options, output, console)
+
+
+def _compiled(options: CompileOptions, output: package.Output, console: Console) -> Compiled:
+    moe = _loaded(options, output, console)
+    storage = choose_storage(moe.checkpoint, options.target)
+    trained = [layer.experts_per_token for layer in moe.layers]
+    budget = parse_budget(options.budget, trained, kind=options.plan.cost)
+    costs = _costs(moe, options, storage, output, console)
+    if costs is not None:
+        cost_limit(budget, costs)  # what can't be met is said before the profile is measured
+    with_token_sizes = wants_token_sizes(options, budget, moe, console)
+    reading = None
+    if options.goal is not None:
+        reading = _reading(options, options.goal, moe, storage, console, maps=with_token_sizes)
+        with_token_sizes = reading.token_sizes > 0
+    calibration = calibrate(moe.checkpoint, options.calibration, console)
+    loss = 0.0  # not looked at unless it is asked for
+    if options.goal is not None and options.goal.kind == "loss":
+        loss = full_loss(moe, calibration, console)
+    moe = round_model(
+        moe,
+        storage.chosen,
+        options.target.rounding,
+        calibration,
+        console,
+        widths=storage.formats,
+    )
+    measured = _measured(options, output, moe, calibration, storage, budget, console)
+    if with_token_sizes:
+        measured = _with_token_sizes(options, moe, calibration, measured, console)
+    planner = Planner(
+        moe,
+        calibration,
+        options.plan,
+        measured.profile,
+        storage.formats,
+        _refinement(options, output),
+        console,
+        measured.token_sizes,
+    )
+    if options.goal is None or reading is None:
+        moe, planned = planner.of_budget(budget, costs)
+    else:
+        if measured.token_sizes is None:
+            reading = dataclasses.replace(reading, token_sizes=0)
+        moe, planned = meet_goal(options.goal, planner, reading, loss)
+    if measured.token_sizes and not any(layer.token_sizes for layer in planned.plan.layers):
+        leave_out(NEEDLESS, console)
+    planned = _stated(planned, moe)
+    with package.staging(output, note=console.note) as staged:
+        make = build_program if output.is_program else build_graph
+        if output.is_checkpoint:
+            make = build_checkpoint
+        plan, verification = make(moe, planned, calibration.ids, options, output, staged, console)
+        package.publish(staged, output)
+    delete_kept(output.results_path, TOKEN_STATES)
+    return Compiled(output.path, plan, measured.path, verification)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a plan goes by: a profile, where one was needed, in its file, and sizes for tokens."""
+
+    path: Path | None = None
+    profile: SensitivityProfile | None = None
+    token_sizes: tuple[TokenSizes, ...] | None = None
+
+
+def _loaded(options: CompileOptions, output: package.Output, console: Console) -> MoeModel:
+    """Return the model, once it is sure that it can be written as the output that is asked for."""
+    target = options.target
     if output.is_checkpoint:
         check_checkpoint(options)
     elif output.is_program:
-        check_program(options.target, output.path)
+        check_program(target, output.path)
     else:
-        check_verifiable(options.target.dtype)
+        check_verifiable(target.dtype)
     check_source(options.calibration.text)
     moe = load_model(
         options.model,
@@ -109,75 +166,79 @@ def compile_model(options: CompileOptions, console: Console) -> Compiled:
         results=output.results_path,
     )
     if not output.is_checkpoint:
-        check_target(moe.config, options.target, program=output.is_program)
+        check_target(moe.config, target, program=output.is_program)
     # Torch copies a program's weights from the file that they are written to.
     package.check_space(output, needed_space(moe, options) * (2 if output.is_program else 1))
-    target = options.target
-    chosen = None
-    if target.dtype in BITS:
-        chosen = choose_formats(
-            moe.checkpoint, target.dtype, block=target.block, device=target.device
-        )
-    formats = mixed_formats(chosen) if chosen and target.mixed_bits else ()
-    trained = [layer.experts_per_token for layer in moe.layers]
-    budget = parse_budget(options.budget, trained, kind=options.plan.cost)
-    costs = _costs(moe, options, formats, output, console)
-    if costs is not None:
-        cost_limit(budget, costs)  # what can't be met is said before the profile is measured
-    with_token_sizes = wants_token_sizes(options, budget, moe, console)
-    goal = options.goal
-    if goal is not None:
-        stored: Any = {"dtype": target.dtype, "quantization": chosen, "formats": formats}
-        reading = weights_read(moe.checkpoint, **stored, token_sizes=with_token_sizes)
-        reading = reachable(goal, reading, needs_token_sizes=bool(options.token_sizes))
-        if with_token_sizes and not reading.token_sizes:
-            with_token_sizes = False
-            console.note("Token sizes are left out: their maps take what --target-bytes asks for")
-    calibration = calibrate(moe.checkpoint, options.calibration, console)
-    loss = 0.0  # not looked at unless it is asked for
-    if goal is not None and goal.kind == "loss":
-        loss = full_loss(moe, calibration, console)
-    moe = round_model(moe, chosen, target.rounding, calibration, console, widths=formats)
-    profile_path = None
-    profile = None
-    if _needs_profile(options, budget):
-        profile_path = options.profile or output.profile_path
-        profile = measure_sensitivity(
-            moe,
-            calibration,
-            metric=options.sensitivity,
-            redistribution=options.plan.redistribution,
-            correction=options.plan.correction,
-            formats=formats,
-            path=profile_path,
-            console=console,
-        )
-    refinement = _refinement(options, output)
-    token_sizes = None
-    if with_token_sizes:
-        sizes = expert_sizes("price", profile, moe)
-        assert sizes is not None
-        assert profile_path is not None
-        path = token_sizes_path(profile_path)
-        token_sizes = fit_if_possible(options, moe, calibration, sizes, path, console)
-    making = Making(
-        moe, calibration, options.plan, profile, formats, refinement, console, token_sizes
+    return moe
+
+
+def _reading(
+    options: CompileOptions,
+    goal: Goal,
+    moe: MoeModel,
+    storage: Storage,
+    console: Console,
+    *,
+    maps: bool,
+) -> WeightsRead:
+    """Return what a token reads, without maps of token sizes where the goal leaves none."""
+    wanted = weights_read(
+        moe.checkpoint,
+        dtype=storage.dtype,
+        quantization=storage.chosen,
+        formats=storage.formats,
+        token_sizes=maps,
+        dial=options.plan.cap is None,
     )
-    if goal is None:
-        moe, planned = making.of_budget(budget, costs)
-    else:
-        if token_sizes is None:
-            reading = dataclasses.replace(reading, token_sizes=0)
-        moe, planned = meet_goal(goal, making, reading, loss)
-    planned = _stated(planned, moe)
-    with package.staging(output, note=console.note) as staged:
-        make = _build_program if output.is_program else _build
-        if output.is_checkpoint:
-            make = build_checkpoint
-        plan, verification = make(moe, planned, calibration.ids, options, output, staged, console)
-        package.publish(staged, output)
-    delete_kept(output.results_path, TOKEN_STATES)
-    return Compiled(output.path, plan, profile_path, verification)
+    found = reachable(goal, wanted, needs_token_sizes=bool(options.token_sizes))
+    if found.token_sizes < wanted.token_sizes:
+        every = not found.dial and found.most <= goal.most
+        leave_out(
+            NEEDLESS if every else "take bytes that --target-bytes leaves no room for", console
+        )
+    return found
+
+
+def _measured(
+    options: CompileOptions,
+    output: package.Output,
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    storage: Storage,
+    budget: Budget,
+    console: Console,
+) -> _Measured:
+    """Return the profile, if anything is decided by one."""
+    if not _needs_profile(options, budget):
+        return _Measured()
+    path = options.profile or output.profile_path
+    profile = measure_sensitivity(
+        moe,
+        calibration,
+        metric=options.sensitivity,
+        redistribution=options.plan.redistribution,
+        correction=options.plan.correction,
+        formats=storage.formats,
+        path=path,
+        console=console,
+    )
+    return _Measured(path, profile)
+
+
+def _with_token_sizes(
+    options: CompileOptions,
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    measured: _Measured,
+    console: Console,
+) -> _Measured:
+    """Return what was measured with sizes for tokens, if these can be fitted."""
+    sizes = expert_sizes("price", measured.profile, moe)
+    assert sizes is not None
+    assert measured.path is not None
+    path = token_sizes_path(measured.path)
+    token_sizes = fit_if_possible(options, moe, calibration, sizes, path, console)
+    return dataclasses.replace(measured, token_sizes=token_sizes)
 
 
 def profile_model(
@@ -223,15 +284,15 @@ def profile_model(
 def _costs(
     moe: MoeModel,
     options: CompileOptions,
-    formats: Sequence[Sequence[BlockFormat]],
+    storage: Storage,
     output: package.Output,
     console: Console,
 ) -> CostTable | None:
     """Return the prices of experts, unless each costs one activation."""
     dtype, batch = options.target.dtype, options.plan.cost_batch
     shapes = expert_shapes(moe.checkpoint)
-    if formats:
-        return mixed_costs(shapes, formats, dtype=dtype, bits=BITS[dtype], batch=batch)
+    if storage.formats:
+        return mixed_costs(shapes, storage.formats, dtype=dtype, bits=BITS[dtype], batch=batch)
     if options.plan.cost == "activations":
         return None
     return measure_costs(
@@ -269,82 +330,3 @@ def _refinement(options: CompileOptions, output: package.Output) -> Refinement |
     profile = options.profile or output.profile_path
     path = profile.with_name(f"{profile.stem}.refine.json")
     return Refinement(plan.refine, plan.refine_seconds, options.calibration.seed, path)
-
-
-def _build(
-    moe: MoeModel,
-    planned: Planned,
-    token_ids: NDArray[np.int64],
-    options: CompileOptions,
-    output: package.Output,
-    staged: Path,
-    console: Console,
-) -> tuple[AllocationPlan, Verification]:
-    """Export, rewrite, write into `staged`, and verify what was written."""
-    plan, corrections, target = planned.plan, planned.corrections, options.target
-    with console.step("Exporting the graph"):
-        graph = export_model(moe, dtype=target.dtype)
-    scales: CacheScales = {}
-    if target.cache == "int8":
-        with layers_progress(console, "Scaling the cache", moe, passes=1):
-            scales = measure_cache_scales(moe, token_ids)
-    model = specialize(
-        graph,
-        plan,
-        device=target.device,
-        corrections=corrections,
-        quantization=moe.quantization,
-        cache_scales=scales,
-        price_per=target.price_per,
-    )
-    if SHARED_CACHE_KEY not in model.metadata_props and target.device == "cpu":
-        console.note("The cache is copied at every step: attention stays the standard operator")
-    if (reason := model.metadata_props.get(NO_STEP_KEY)) is not None:
-        console.note(f"Decoding goes through onnxruntime, without a step program: {reason}")
-    path = staged / output.graph_name
-    given = [corrections, sorted(scales.items()), chosen_digest(moe)]
-    package.write_graph(model, path, moe, given, console)
-    readings = 2 if moe.quantization else 1  # with rounded weights, and with floats
-    with layers_progress(console, "Verifying against PyTorch", moe, passes=readings):
-        verification = verify_artifact(
-            path,
-            moe,
-            plan,
-            token_ids,
-            dtype=target.dtype,
-            corrections=corrections,
-            cache_scales=scales,
-        )
-    plan = dataclasses.replace(plan, verify=verification.to_plan())
-    package.stamp(path, plan, tokenizer_metadata(moe.checkpoint, carried=not output.bundle))
-    if output.bundle:
-        package.write_bundle_files(staged / package.FILES, moe, model, plan)
-    return plan, verification
-
-
-def _build_program(
-    moe: MoeModel,
-    planned: Planned,
-    token_ids: NDArray[np.int64],
-    options: CompileOptions,
-    output: package.Output,
-    staged: Path,
-    console: Console,
-) -> tuple[AllocationPlan, Verification]:
-    """Trace, write into `staged`, and verify what was written: for those who run it in torch."""
-    plan, corrections, dtype = planned.plan, planned.corrections, options.target.dtype
-    path = staged / output.graph_name
-    interface = build(moe, plan, corrections, path, dtype=dtype, console=console)
-    metadata = {
-        PROGRAM_KEY: interface.to_json(),
-        GENERATION_KEY: generation_metadata(moe),
-        **tokenizer_metadata(moe.checkpoint, carried=True),
-    }
-    files = ArtifactFiles(path, OnnxFile(metadata, {}, frozenset()), plan)
-    with layers_progress(console, "Verifying against PyTorch", moe, passes=1):
-        verification = verify_artifact(
-            files, moe, plan, token_ids, dtype=dtype, corrections=corrections
-        )
-    plan = dataclasses.replace(plan, verify=verification.to_plan())
-    package.stamp_program(path, {PLAN_KEY: plan.to_json(), **metadata})
-    return plan, verification

@@ -25,7 +25,16 @@ ROOMS = {
     "compiler": (
         *("errors", "records", "choices", "workspace", "model", "calibration", "reference"),
         *("rounding", "correction", "sensitivity", "planning", "export", "verify", "package"),
-        *("programs", "checkpoints", "sweep", "pipeline", "api", "evaluation", "commands"),
+        *(
+            "programs",
+            "checkpoints",
+            "sweep",
+            "artifact",
+            "pipeline",
+            "api",
+            "evaluation",
+            "commands",
+        ),
     ),
     "passes": (
         *("base", "blockwise", "linear", "norm", "attention", "experts", "interface", "step"),

@@ -200,6 +200,14 @@ def test_every_room_has_its_pages() -> None:
     assert expected | {f"{folder}/README.md" for folder in FOLDERS} <= set(map(str, PAGES))
 
 
+def test_the_families_that_are_tested_are_told_by_their_model_type() -> None:
+    page = (ROOT / "compiler/README.md").read_text("utf-8")
+    rows = re.findall(r"^\| (?:in place|copied).*\|(.*)\|$", page, re.MULTILINE)
+    told = re.findall(r"`(\w+)`", " ".join(rows))
+    listed = tomllib.loads((ROOT / "examples/checkpoints/families.toml").read_text("utf-8"))
+    assert {*told} == {family["model_type"] for family in listed["families"].values()}
+
+
 @pytest.mark.parametrize(
     ("text", "broken"),
     [

@@ -13,7 +13,7 @@ import click
 from alloc_moe.compiler.commands.options import profiling_options, rounding_options, wrong_options
 from alloc_moe.compiler.errors import need_compile_extra
 from alloc_moe.runtime.commands.failures import Command
-from alloc_moe.runtime.commands.numeric import BudgetText, FiniteRange
+from alloc_moe.runtime.commands.numeric import BudgetText, FiniteFrom, WholeFrom
 from alloc_moe.runtime.commands.options import common_options, examples
 from alloc_moe.runtime.console import Console
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--target-loss",
     metavar="NATS",
-    type=FiniteRange(0, 1e3, min_open=True),
+    type=FiniteFrom(0, 1e3, above=True),
     help="Instead of a budget: what the loss may rise by at most, in nats per token of the "
     "calibration text, against the full model before rounding. The plan that reads the fewest "
     "bytes is sought, and measured.",
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
 @click.option(
     "--cost-batch",
     metavar="N",
-    type=click.IntRange(1, 65536),
+    type=WholeFrom(1, 65536),
     default=1,
     show_default=True,
     help="Tokens in the decode step that --cost bytes or latency is for.",
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 @click.option(
     "--cap",
     metavar="FACTOR",
-    type=FiniteRange(1, 1e6),
+    type=FiniteFrom(1, 1e6),
     help="No call runs more than this times a layer's experts per token. For price, threshold, "
     "top-p and ratio, which hold the budget in the mean only. The artifact then has no dial.",
 )
@@ -104,13 +104,13 @@ if TYPE_CHECKING:
 @click.option(
     "--refine",
     metavar="N",
-    type=click.IntRange(0, 100_000),
+    type=WholeFrom(0, 100_000),
     default=0,
     help="Measure the N best plans as a whole, then move experts between layers while that helps.",
 )
 @click.option(
     "--refine-minutes",
-    type=FiniteRange(0, 1e6, min_open=True),
+    type=FiniteFrom(0, 1e6, above=True),
     default=10.0,
     show_default=True,
     help="When to stop refining; the same command goes on from there.",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import click
 
 from alloc_moe.runtime.commands.failures import Command
-from alloc_moe.runtime.commands.numeric import MOST_TEXT, tokens_type
+from alloc_moe.runtime.commands.numeric import MOST_TEXT, WholeFrom, tokens_type
 from alloc_moe.runtime.commands.options import (
     budget_option,
     common_options,
@@ -59,9 +59,7 @@ if TYPE_CHECKING:
 @click.option(
     "--stride", type=tokens_type(), help="Tokens from window to window. Default: half a window."
 )
-@click.option(
-    "--tokens", type=click.IntRange(2, MOST_TEXT), help="Take the text's first tokens only."
-)
+@click.option("--tokens", type=WholeFrom(2, MOST_TEXT), help="Take the text's first tokens only.")
 @click.option("--decode", is_flag=True, help="Artifacts: one token per call, as generation does.")
 @click.option(
     "--plan",

@@ -10,7 +10,7 @@ import click
 
 from alloc_moe.compiler.errors import need_compile_extra
 from alloc_moe.runtime.commands.failures import Command
-from alloc_moe.runtime.commands.numeric import MOST_SEED, MOST_TEXT, BudgetText
+from alloc_moe.runtime.commands.numeric import MOST_SEED, MOST_TEXT, BudgetText, WholeFrom
 from alloc_moe.runtime.commands.options import common_options, examples, threads_option
 from alloc_moe.runtime.console import Console
 
@@ -35,9 +35,7 @@ _PLANS = (
     type=click.Path(path_type=Path),
     help="Held-out text, UTF-8, or conversations (.jsonl).",
 )
-@click.option(
-    "--text-tokens", type=click.IntRange(2, MOST_TEXT), help="Take its first tokens only."
-)
+@click.option("--text-tokens", type=WholeFrom(2, MOST_TEXT), help="Take its first tokens only.")
 @click.option(
     "--budgets",
     default="0.25,0.375,0.5,0.625,0.75",
@@ -57,7 +55,7 @@ _PLANS = (
     "--seeds", default="0", show_default=True, help="Each picks other calibration text: 0,1,2."
 )
 @click.option("--calibration", metavar="FILE_OR_DATASET", help="As for alloc-compile.")
-@click.option("--tokens", type=click.IntRange(2, MOST_TEXT), default=8192, show_default=True)
+@click.option("--tokens", type=WholeFrom(2, MOST_TEXT), default=8192, show_default=True)
 @threads_option
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code of the checkpoint.")
 @common_options

@@ -16,7 +16,7 @@ from alloc_moe.compiler.records import (
     Redistribution,
     Rounding,
 )
-from alloc_moe.runtime.commands.numeric import MOST_TEXT, seed_type
+from alloc_moe.runtime.commands.numeric import MOST_TEXT, WholeFrom, seed_type
 
 
 def profiling_options(
@@ -38,7 +38,7 @@ def _add_profiling_options(
         ),
         click.option(
             "--tokens",
-            type=click.IntRange(2, MOST_TEXT),
+            type=WholeFrom(2, MOST_TEXT),
             default=8192,
             show_default=True,
             help="Calibration tokens.",

@@ -58,6 +58,16 @@ class Corrections:
     loss_with: float
     tokens: int
 
+    def to_plan(self, mode: CorrectionMode) -> dict[str, object]:
+        """Return the plan's ``correction`` entry."""
+        return {
+            "mode": mode,
+            "layers": list(self.kinds),
+            "loss_without": self.loss_without,
+            "loss_with": self.loss_with,
+            "tokens": self.tokens,
+        }
+
 
 @torch.inference_mode()
 def fit_corrections(

@@ -23,7 +23,7 @@ from alloc_moe.compiler.package.contents import (
 from alloc_moe.compiler.package.folder import written_here
 from alloc_moe.compiler.package.pair import check_pair
 from alloc_moe.compiler.package.paths import Output, data_path
-from alloc_moe.compiler.package.staging import FILES, left_bytes, publish, restore, staging
+from alloc_moe.compiler.package.staging import FILES, alone, left_bytes, publish, restore, staging
 from alloc_moe.compiler.package.weights import save_with_weights, weights_key, written_bytes
 from alloc_moe.compiler.workspace.files import explained
 from alloc_moe.runtime.artifact.plan import PLAN_KEY
@@ -40,6 +40,7 @@ _ENDS = {"onnx": ".onnx", "torchscript": SCRIPT, "export": EXPORT}
 __all__ = [
     "FILES",
     "Output",
+    "alone",
     "check_space",
     "data_path",
     "genai_config",

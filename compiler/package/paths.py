@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alloc_moe.compiler.workspace.results import results_path
+from alloc_moe.compiler.workspace.unfinished import whole_name
 from alloc_moe.runtime.artifact.plan import MODEL_FILE
 from alloc_moe.runtime.artifact.torch_file import EXPORT, SCRIPT
 
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_MADE_BESIDE = re.compile(r"\.?(?P<file>.+?)(\.journal)?(\.partial)?")
+_MADE_BESIDE = re.compile(r"\.?(?P<file>.+?)(\.journal)?")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def shard_name(index: int, count: int) -> str:
 
 def belongs_to_shard(name: str) -> bool:
     """Whether a file of that name holds a checkpoint's weights, or is made while they are."""
-    made = _MADE_BESIDE.fullmatch(name)
+    made = _MADE_BESIDE.fullmatch(whole_name(name))
     return made is not None and _SHARD.fullmatch(made["file"]) is not None
 
 

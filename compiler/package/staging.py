@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from alloc_moe.compiler.errors import OutputError, VerificationError
 from alloc_moe.compiler.package.folder import (
-    MANIFEST,
     NEW,
     OLD,
     SURELY_OURS,
@@ -30,16 +28,16 @@ from alloc_moe.compiler.workspace.files import explained, sync
 from alloc_moe.compiler.workspace.folders import (
     MARK,
     OpenFolder,
-    claim,
+    held,
     is_ours,
-    opened,
     remove_if_empty,
 )
+from alloc_moe.compiler.workspace.unfinished import whole_name
 
 FILES = "files"
 """The folder for what a bundle has besides the graph, inside the staging folder."""
 
-_NOT_PUBLISHED = frozenset({MARK, SWITCH, f".{SWITCH}.partial", BRIDGE, BACK, NEW, OLD, FILES})
+_NOT_PUBLISHED = frozenset({MARK, SWITCH, BRIDGE, BACK, NEW, OLD, FILES})
 
 
 @contextlib.contextmanager
@@ -125,7 +123,7 @@ def _published(staged: Path, output: Output) -> list[Path]:
     found = [*others.iterdir()] if others.is_dir() else []
     if not output.is_checkpoint:
         found += [path for path in staged.iterdir() if not belongs_to_shard(path.name)]
-    return sorted(path for path in found if path.name not in _NOT_PUBLISHED)
+    return sorted(path for path in found if whole_name(path.name) not in _NOT_PUBLISHED)
 
 
 def _restore(staged: Path, output: Output) -> None:
@@ -165,30 +163,17 @@ def _end(
         note(f"{found.path} stays, as it holds {', '.join(strangers)}.")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, output: Output) -> Iterator[OpenFolder]:
-    """Open the staging folder, with a lock that the system releases if the process is killed."""
-    while True:
-        claim(folder)
-        with opened(folder) as found:
-            _lock(found, output)
-            if found.is_at_its_path():  # else a compile that ended removed it meanwhile
-                yield found
-                return
+def alone(output: Output) -> contextlib.AbstractContextManager[OpenFolder]:
+    """Keep other compiles of an output away, from the first thing measured to the last one kept.
+
+    Raises:
+        OutputError: Another is at work.
+    """
+    return held(output.results_path, f"Another compile is writing {output.path}")
 
 
-def _lock(found: OpenFolder, output: Output) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    assert found.descriptor is not None
-    try:
-        fcntl.flock(found.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"Another compile is writing {output.path}. Wait for it, or choose another output."
-        ) from error
+def _locked(folder: Path, output: Output) -> contextlib.AbstractContextManager[OpenFolder]:
+    return held(folder, f"Another compile is writing {output.path}")
 
 
 def _clear(found: OpenFolder, output: Output) -> list[str]:
@@ -201,7 +186,7 @@ def _clear(found: OpenFolder, output: Output) -> list[str]:
             continue
         if name == FILES and not found.is_file(name):
             shutil.rmtree(found.path / FILES)  # made by us, and never given to the user
-        elif (name in ours or belongs_to_shard(name)) and found.is_file(name):
+        elif (whole_name(name) in ours or belongs_to_shard(name)) and found.is_file(name):
             found.unlink(name)
         else:
             strangers.append(name)
@@ -209,9 +194,8 @@ def _clear(found: OpenFolder, output: Output) -> list[str]:
 
 
 def _names(output: Output) -> set[str]:
-    """Return the names of files that a compile writes into the staging folder."""
+    """Return the names of whole files that a compile writes into the staging folder."""
     graph = output.graph_name
     data = data_path(Path(graph)).name
     journal = f"{data}.journal"
-    own = {graph, f".exact.{graph}", data, journal, f".{journal}.partial", BRIDGE, BACK}
-    return own | {f".{SWITCH}.partial", f".{MANIFEST}.partial"} | SURELY_OURS
+    return {graph, f".exact.{graph}", data, journal, SWITCH, BRIDGE, BACK} | SURELY_OURS

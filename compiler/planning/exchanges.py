@@ -240,7 +240,10 @@ class _Memory:
         self.measured += 1
         self._losses[_name(plan)] = float(loss)
         if self._path is not None:
-            text = json.dumps({"format": FORMAT, "losses": self._all}, indent=1)
+            found = read_losses(self._path)  # another compile may have added some meanwhile
+            for fingerprint, losses in self._all.items():
+                found.setdefault(fingerprint, {}).update(losses)
+            text = json.dumps({"format": FORMAT, "losses": found}, indent=1)
             save_text(text + "\n", self._path, what="Measured losses")
         return float(loss)
 

@@ -99,7 +99,8 @@ def measure_latencies(
         folder = None if path is None else path.absolute().parent
         found[shape] = measure_layer(shape, batch=batch, folder=folder, console=console)
         if path is not None:
-            kept.append({**key, **dataclasses.asdict(found[shape])})
+            # Another compile may have added some meanwhile.
+            kept = [*read_latencies(path), {**key, **dataclasses.asdict(found[shape])}]
             text = json.dumps({"format": FORMAT, "measurements": kept}, indent=1)
             save_text(text + "\n", path, what="The latencies")
     if console is not None:

@@ -83,7 +83,8 @@ def make_planned(
         profile: Costs per layer, and expert sizes for ``price``; None for a uniform allocation.
         console: Where progress is reported.
         token_sizes: For ``price``: what tokens multiply the sizes of each layer's experts by, from
-            `fit_token_sizes`. None gives all tokens the same.
+            `fit_token_sizes`. None gives all tokens the same. The plan has none where nothing can
+            ever be chosen by them.
         costs: What experts use up, where that isn't activations.
         allocation: The k of each layer if that is decided already.
         refinement: How the plan is improved by measuring it as a whole, if at all.
@@ -109,6 +110,8 @@ def make_planned(
     )
     full = plan.budget.activations == plan.budget.original
     sizes = expert_sizes(options.redistribution, profile, moe)
+    if _nothing_to_choose(plan, options.cap):
+        token_sizes = None
     setting = Setting(options.redistribution, options.weights, sizes, token_sizes=token_sizes)
     if options.redistribution == "price":
         setting = _with_overlap(
@@ -129,12 +132,19 @@ def make_planned(
         if any(corrections):
             setting = dataclasses.replace(setting, corrections=corrections)
             plan = _with_thresholds(moe, calibration, wanted, setting, console)
-        plan = dataclasses.replace(plan, correction=_describe(options.correction, fitted))
+        plan = dataclasses.replace(plan, correction=fitted.to_plan(options.correction))
     if options.redistribution == "price" and options.dial:
         plan = _with_dial(
             moe, calibration, plan, setting, options, wanted.budget.activations, console
         )
     return Planned(plan, corrections)
+
+
+def _nothing_to_choose(plan: AllocationPlan, cap: float | None) -> bool:
+    """Whether every call runs all experts, or one in each layer: a cap leaves no dial."""
+    activations = plan.budget.activations
+    one_each = activations == len(plan.layers) and cap == 1
+    return cap is not None and (activations == plan.budget.original or one_each)
 
 
 def _with_overlap(
@@ -311,17 +321,6 @@ def running_on_text(plan: AllocationPlan) -> Running:
     # Of calibration windows each is a pool of its own, whoever shares one later.
     policy = "sequence" if plan.redistribution == "batch" else plan.redistribution
     return Running(parameters, policy, plan.weights)  # type: ignore[arg-type]
-
-
-def _describe(mode: CorrectionMode, fitted: Corrections) -> dict[str, object]:
-    """Return the plan's ``correction`` entry."""
-    return {
-        "mode": mode,
-        "layers": list(fitted.kinds),
-        "loss_without": fitted.loss_without,
-        "loss_with": fitted.loss_with,
-        "tokens": fitted.tokens,
-    }
 
 
 def _with_dial(

@@ -9,6 +9,7 @@ multiplied head by head, for which there is no operator of few bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from alloc_moe.compiler.model.checkpoint import Checkpoint
-    from alloc_moe.compiler.records import MoeLayer
+    from alloc_moe.compiler.records import DType, MoeLayer, TargetOptions
 
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 """The quantised types and the bits of their experts."""
@@ -42,6 +43,30 @@ MIXED_BITS = (4, 8)
 
 _EMBEDDING_BITS = 8
 _FEW_OUTPUTS = 32
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How an artifact's weights are stored: as ``chosen`` says, or in floats of ``dtype``.
+
+    ``formats`` are those that each MoE layer's experts may be stored in, where a plan chooses.
+    """
+
+    dtype: DType
+    chosen: Quantization | None = None
+    formats: tuple[tuple[BlockFormat, ...], ...] = ()
+
+
+def choose_storage(checkpoint: Checkpoint, target: TargetOptions) -> Storage:
+    """Return how the weights that are asked for are stored.
+
+    Raises:
+        UnsupportedModelError: The rows of the experts can't be divided into blocks.
+    """
+    if target.dtype not in BITS:
+        return Storage(target.dtype)
+    chosen = choose_formats(checkpoint, target.dtype, block=target.block, device=target.device)
+    return Storage(target.dtype, chosen, mixed_formats(chosen) if target.mixed_bits else ())
 
 
 def choose_formats(

@@ -37,7 +37,7 @@ from alloc_moe.compiler.sensitivity.corrected import Reduced, measured_correctio
 from alloc_moe.compiler.sensitivity.fisher import FisherRun
 from alloc_moe.compiler.sensitivity.job import Job, progress_in_units
 from alloc_moe.compiler.sensitivity.kept import measured_redistribution
-from alloc_moe.compiler.sensitivity.layerwise import StreamedRun
+from alloc_moe.compiler.sensitivity.layerwise import Rows, StreamedRun
 from alloc_moe.compiler.sensitivity.output import OutputRun
 from alloc_moe.compiler.sensitivity.profiles import (
     COMPARED,
@@ -200,6 +200,18 @@ def _measure_streamed(job: Job, profile: SensitivityProfile) -> SensitivityProfi
     folder = job.path and job.path.with_name(f".{job.path.name}.states")
     identity = {name: getattr(profile, name) for name in COMPARED}
     states = LayerStates(folder, identity, job.processes)
+    with states.held():
+        rows, loss = _pass_layers(job, profile, states)
+        seconds = profile.seconds + time.monotonic() - start
+        profile = dataclasses.replace(profile, seconds=seconds)
+        profile = _completed(job, profile, rows, _finite(loss))
+        job.processes.add(torch.zeros(1, dtype=torch.float64))  # until the profile is saved
+        states.delete()
+    return profile
+
+
+def _pass_layers(job: Job, profile: SensitivityProfile, states: LayerStates) -> tuple[Rows, float]:
+    """Return the sums of every layer, and the next-token loss, summed."""
     batches = job.processes.share(job.batches())
     layers = len(DecoderStack(job.moe_model.model, job.moe_model.layers[0]))
     total = {"fisher": 2 * layers - job.moe_model.layers[0].decoder_layer, "output": layers}
@@ -215,18 +227,10 @@ def _measure_streamed(job: Job, profile: SensitivityProfile) -> SensitivityProfi
             zeros = functools.partial(job.zeros, profile)
             run = StreamedRun(job.moe_model, batches, states, job.processes, advance, zeros)
             if profile.metric == "fisher":
-                fisher = FisherRun(job.moe_model, reduced, seed=profile.seed)
-                rows, loss = run.fisher(fisher)
-            elif profile.metric == "output":
-                rows, loss = run.output(OutputRun(job.moe_model, reduced))
-            else:
-                rows, loss = run.data_free(OutputRun(job.moe_model, reduced), profile.seed)
-    seconds = profile.seconds + time.monotonic() - start
-    profile = dataclasses.replace(profile, seconds=seconds)
-    profile = _completed(job, profile, rows, _finite(loss))
-    job.processes.add(torch.zeros(1, dtype=torch.float64))  # until the profile is saved
-    states.delete()
-    return profile
+                return run.fisher(FisherRun(job.moe_model, reduced, seed=profile.seed))
+            if profile.metric == "output":
+                return run.output(OutputRun(job.moe_model, reduced))
+            return run.data_free(OutputRun(job.moe_model, reduced), profile.seed)
 
 
 def _completed(

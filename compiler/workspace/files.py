@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from alloc_moe.compiler.errors import OutputError
+from alloc_moe.compiler.workspace.unfinished import (
+    drop_unfinished,
+    owned,
+    unfinished,
+    unfinished_path,
+)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -63,17 +69,6 @@ def temporary_folder(folder: Path | None, prefix: str) -> Iterator[Path]:
         yield Path(name)
 
 
-def owned(info: os.stat_result, path: Path) -> bool:
-    """Whether what is at `path` belongs to this user.
-
-    Or to whom its folder belongs, who could replace it anyway: some file systems give all files to
-    one user.
-    """
-    if not hasattr(os, "geteuid"):
-        return True
-    return info.st_uid in (os.geteuid(), path.absolute().parent.stat().st_uid)
-
-
 def discard(path: Path) -> None:
     """Remove a file that an earlier run left under a name that only we write, if there is one.
 
@@ -101,6 +96,8 @@ def create(path: Path) -> BinaryIO:
 def save_text(text: str, path: Path, *, what: str) -> None:
     """Replace the file in one step, so that an interruption leaves the old one or the new one.
 
+    So do several processes that write it at once: the last one's is there.
+
     Args:
         text: All of its content.
         path: Where to; its folder must exist.
@@ -109,8 +106,8 @@ def save_text(text: str, path: Path, *, what: str) -> None:
     Raises:
         OutputError: It can't be written there.
     """
-    name = f".{path.name}.partial"
-    with explained(what, path), _replacing(path, name) as partial, create(partial) as file:
+    drop_unfinished(path)
+    with explained(what, path), unfinished(path) as (partial, file), _replacing(path, partial):
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -128,26 +125,24 @@ def save_tensors(tensors: Sequence[torch.Tensor], path: Path, *, what: str, then
     Raises:
         OutputError: They can't be written there.
     """
-    # Processes that work together may save the same.
-    name = f"{path.stem}.{os.environ.get('RANK', '0')}.partial"
+    partial = unfinished_path(path)
     try:
-        with explained(what, path, then=then), _replacing(path, name) as partial:
-            create(partial).close()
+        with explained(what, path, then=then), _replacing(path, partial):
+            partial.open("xb").close()
             save_file({str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, partial)
     except SafetensorError as error:  # a disk that is full, among others
         raise cant_write(what, path, str(error), then=f"free some space, or {then}") from error
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, name: str) -> Iterator[Path]:
-    """Yield a path beside another, which it replaces if the block fills it, and then is gone."""
-    partial = path.with_name(name)
+def _replacing(path: Path, partial: Path) -> Iterator[None]:
+    """Let a file take the place of `path` if the block fills it; else it is gone."""
     try:
-        yield partial
+        yield
         os.replace(partial, path)
     except (OSError, SafetensorError):
-        with contextlib.suppress(OSError, OutputError):
-            discard(partial)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
 
 
@@ -157,6 +152,13 @@ def _kind(info: os.stat_result) -> str:
     if stat.S_ISDIR(info.st_mode):
         return "a folder"
     return "another user's file" if stat.S_ISREG(info.st_mode) else "no regular file"
+
+
+def has_tensors(path: Path) -> bool:
+    """Whether there is a whole file of `save_tensors` with any, without reading them."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        return bool(file.keys())
+    return False
 
 
 def load_tensors(path: Path) -> list[torch.Tensor]:

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alloc_moe.compiler.errors import OutputError
-from alloc_moe.compiler.workspace.files import explained, owned
+from alloc_moe.compiler.workspace.files import explained
+from alloc_moe.compiler.workspace.unfinished import owned, whole_name
 
 MARK = ".alloc-moe"
 _SAID = b"Work of alloc-moe that was interrupted or goes on. Deleting this folder gives it up.\n"
@@ -99,6 +100,48 @@ def opened(folder: Path) -> Iterator[OpenFolder]:
         found.close()
 
 
+@contextlib.contextmanager
+def held(folder: Path, busy: str) -> Iterator[OpenFolder]:
+    """Claim a work folder for this process alone, by a lock that goes when the process ends.
+
+    Afterwards the folder is gone if nothing is in it.
+
+    Args:
+        folder: The folder.
+        busy: What to say where another process has it: ``Another compile is writing out.onnx``.
+
+    Raises:
+        OutputError: Another has it, its name is taken by something else, or it can't be made.
+    """
+    while True:
+        claim(folder)
+        with opened(folder) as found:
+            if not _lock(found):
+                raise OutputError(f"{busy}. Wait for it, or choose another output.")
+            if not found.is_at_its_path():
+                continue  # who had it removed it meanwhile
+            try:
+                yield found
+            finally:
+                with contextlib.suppress(OSError):
+                    remove_if_empty(found)
+            return
+
+
+def _lock(found: OpenFolder) -> bool:
+    """Lock a folder until it is closed; False where another process has."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    assert found.descriptor is not None
+    try:
+        fcntl.flock(found.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def is_ours(folder: Path) -> bool:
     """Whether there is a work folder that `claim` made."""
     with contextlib.suppress(OSError):
@@ -107,7 +150,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def remove(folder: Path, ours: re.Pattern[str]) -> None:
-    """Remove a work folder and the files in it whose whole names match.
+    """Remove a work folder and the files in it whose whole names match, unfinished ones too.
 
     Whatever else is in it stays, and the folder with it. That something can't be removed is no
     reason to fail.
@@ -116,7 +159,7 @@ def remove(folder: Path, ours: re.Pattern[str]) -> None:
         return
     with contextlib.suppress(OSError), opened(folder) as found:
         for name in found.names():
-            if ours.fullmatch(name) and found.is_file(name):
+            if ours.fullmatch(whole_name(name)) and found.is_file(name):
                 found.unlink(name)
         remove_if_empty(found)
 

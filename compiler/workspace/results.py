@@ -21,7 +21,7 @@ from alloc_moe.compiler.workspace.files import load_tensors, save_tensors
 from alloc_moe.compiler.workspace.folders import claim, is_ours, remove
 
 # What a kill leaves while safetensors writes has a name of its own.
-_OURS = re.compile(r"[0-9a-f]{32}\.(?:safetensors|\d+\.partial)|\.tmp\w+")
+_OURS = re.compile(r"[0-9a-f]{32}\.safetensors|\.tmp\w+")
 
 
 def results_path(output: Path) -> Path:

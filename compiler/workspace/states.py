@@ -10,16 +10,21 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
-from alloc_moe.compiler.workspace.files import explained, load_tensors, save_tensors, save_text
-from alloc_moe.compiler.workspace.folders import claim, is_ours, remove
+from alloc_moe.compiler.workspace.files import (
+    explained,
+    has_tensors,
+    load_tensors,
+    save_tensors,
+    save_text,
+)
+from alloc_moe.compiler.workspace.folders import claim, held, is_ours, remove
 from alloc_moe.compiler.workspace.processes import Processes
 from alloc_moe.compiler.workspace.results import SavedResults
 from alloc_moe.runtime.artifact.shapes import (
@@ -33,10 +38,7 @@ from alloc_moe.runtime.artifact.shapes import (
 )
 
 _PROGRESS = "progress.json"
-_OURS = re.compile(
-    r"progress\.json|\.progress\.json\.partial|\.tmp\w+"
-    r"|(?:entering|gradient)-\d+-\d+of\d+\.(?:safetensors|\d+\.partial)"
-)
+_OURS = re.compile(r"progress\.json|(?:entering|gradient)-\d+-\d+of\d+\.safetensors|\.tmp\w+")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,19 @@ class LayerStates:
         self._identity = {**json.loads(json.dumps(identity)), "processes": processes.size}
         self._memory: dict[str, list[torch.Tensor]] = {}
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs from the folder: what one drops, another may be about to read.
+
+        Raises:
+            OutputError: Another run has it.
+        """
+        if self._folder is None or not self._processes.writes:
+            yield
+            return
+        with held(self._folder, f"Another compile keeps its states in {self._folder}"):
+            yield
+
     def progress(self) -> LayerProgress | None:
         """Return what an earlier run got to, if every process still has its states; else clear."""
         found = self._processes.broadcast(self._read_progress())
@@ -88,9 +103,13 @@ class LayerStates:
             return found
         if self._folder is not None:
             claim(self._folder)
-            if self._processes.writes:
-                self._unlink(self._folder / _PROGRESS)
+            self.start_over()
         return None
+
+    def start_over(self) -> None:
+        """Forget how far an earlier run got."""
+        if self._folder is not None and self._processes.writes:
+            self._unlink(self._folder / _PROGRESS)
 
     def commit(self, progress: LayerProgress) -> None:
         """Save how far this run got; the states for that must have been saved by all processes."""
@@ -134,11 +153,8 @@ class LayerStates:
             path.unlink(missing_ok=True)
 
     def _readable(self, name: str) -> bool:
-        if self._folder is not None and not is_ours(self._folder):
-            return False
-        with contextlib.suppress(OSError, SafetensorError, KeyError):
-            return bool(self.load(name))
-        return False
+        folder = self._folder
+        return folder is not None and is_ours(folder) and has_tensors(self._path(name))
 
     def _read_progress(self) -> LayerProgress | None:
         if self._folder is None or not self._processes.writes or not is_ours(self._folder):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,32 +27,43 @@ from transformers import AutoConfig, AutoTokenizer
 
 DECIDES = {"price": "sizes", "threshold": "threshold", "none": "k"}
 """What a layer's entry in the plan has to have, by redistribution."""
+WEIGHTS = ("keep", "renorm")
 LIMIT = 2.5
 """The greatest logarithm of what a token multiplies a size by, up or down."""
+
+
+class NotCoveredError(ValueError):
+    """What a plan asks for isn't covered here."""
 
 
 def apply_plan(model: Any, folder: Path) -> None:
     """Let a model that was loaded from the folder run the experts that the plan beside it keeps.
 
-    The program ends with a sentence if it can't.
+    Raises:
+        ValueError: It can't: the plan is damaged, another model's, or isn't covered here.
     """
+    device, hidden = str(model.device), model.config.get_text_config().hidden_size
     try:
-        plan, shifts = read_plan(folder, str(model.device))
-        modules = [model.get_submodule(layer["experts_module"]) for layer in plan["layers"]]
-        for layer in plan["layers"]:
-            layer["token_sizes"] = token_sizes(layer, str(model.device))
+        plan, shifts = read_plan(folder, device)
+        layers = plan["layers"]
+        modules = [model.get_submodule(layer["experts_module"]) for layer in layers]
+        for layer in layers:
+            check_layer(layer, plan["redistribution"])
+            layer["token_sizes"] = token_sizes(layer, hidden, device)
+        found = [shift_of(shifts, layer, hidden) for layer in layers]
     except (
         *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
         SafetensorError,
     ) as error:
-        sys.exit(
+        if isinstance(error, NotCoveredError):
+            raise
+        raise ValueError(
             f"The plan in {folder} can't be read, or is another model's "
             f"({type(error).__name__}: {error}). Copy the folder again, or compile it again."
-        )
+        ) from error
     if any(getattr(experts.forward, "func", None) is run_planned for experts in modules):
-        sys.exit("The model runs under a plan already. Load it again for another.")
-    for experts, layer in zip(modules, plan["layers"], strict=True):
-        shift = shifts.get(f"{layer['experts_module']}.shift")
+        raise ValueError("The model runs under a plan already. Load it again for another.")
+    for experts, layer, shift in zip(modules, layers, found, strict=True):
         experts.forward = functools.partial(run_planned, experts.forward, plan, layer, shift)
 
 
@@ -62,29 +74,60 @@ def read_plan(folder: Path, device: str) -> tuple[Any, dict[str, torch.Tensor]]:
         raise ValueError(f"format {plan['format']} is newer than this program")
     decides = DECIDES.get(plan["redistribution"])
     if decides is None or "cap" in plan:
-        sys.exit(
+        raise NotCoveredError(
             f"{folder} was planned with --redistribute {plan['redistribution']}"
             f"{' and a --cap' * ('cap' in plan)}, which isn't covered here. Compile it with price, "
             "threshold or none and no --cap, or an artifact, without --target."
         )
-    if decides == "sizes" and not plan["price"] >= 0:
-        raise ValueError(f"the price is {plan['price']}")
-    for layer in plan["layers"]:
-        if decides == "sizes" and len(layer["sizes"]) != layer["experts"]:
-            raise ValueError(f"{len(layer['sizes'])} sizes for {layer['experts']} experts")
-        layer[decides]
+    if decides == "sizes":
+        check_numbers("the price", [plan["price"]])
+        check_numbers("the overlap", [plan.get("overlap", 0.0)])
+    if plan["weights"] not in WEIGHTS:
+        raise ValueError(f"weights are {plan['weights']}, and no {' or '.join(WEIGHTS)}")
     shifts = plan["checkpoint"].get("shifts")
     return plan, load_file(Path(folder) / shifts, device=device) if shifts else {}
 
 
-def token_sizes(layer: Any, device: str) -> torch.Tensor | None:
+def check_layer(layer: Any, redistribution: str) -> None:
+    """Raise ValueError unless what decides in a layer is numbers that can."""
+    decides, experts = layer[DECIDES[redistribution]], layer["experts"]
+    if redistribution == "price":
+        if len(decides) != experts:
+            raise ValueError(f"{len(decides)} sizes for {experts} experts")
+        check_numbers("a size", decides)
+    elif redistribution == "threshold":
+        check_numbers("a threshold", [decides], least=-math.inf)
+    elif not isinstance(decides, int) or not 1 <= decides <= experts:
+        raise ValueError(f"k is {decides!r} in a layer of {experts} experts")
+
+
+def check_numbers(name: str, numbers: list[float], *, least: float = 0.0) -> None:
+    """Raise ValueError for the first that is none, or is less."""
+    for number in numbers:
+        if not (math.isfinite(number) and number >= least):
+            raise ValueError(f"{name} is {number}")
+
+
+def token_sizes(layer: Any, hidden: int, device: str) -> torch.Tensor | None:
     """Return what makes a layer's sizes a token's own [hidden + 1, experts]: a bias is last."""
     given = layer.get("token_sizes")
     if given is None:
         return None
     numbers = bytearray(base64.b64decode(given["values"], validate=True))
     flat = torch.frombuffer(numbers, dtype=torch.float16).to(device, torch.float32)
-    return flat.view(given["hidden"] + 1, layer["experts"])
+    if given["hidden"] != hidden:
+        raise ValueError(f"token sizes are of hidden size {given['hidden']}, the model's {hidden}")
+    if not flat.isfinite().all():
+        raise ValueError(f"a token size is {flat[~flat.isfinite()][0].item()}")
+    return flat.view(hidden + 1, layer["experts"])
+
+
+def shift_of(shifts: dict[str, torch.Tensor], layer: Any, hidden: int) -> torch.Tensor | None:
+    """Return what a layer's experts add besides [experts, hidden], if they do."""
+    shift, expected = shifts.get(f"{layer['experts_module']}.shift"), (layer["experts"], hidden)
+    if shift is not None and (shift.shape != expected or not shift.isfinite().all()):
+        raise ValueError(f"a shift of {(*shift.shape,)} is no {expected} finite numbers")
+    return shift
 
 
 def run_planned(
@@ -123,7 +166,10 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     [written] = AutoConfig.from_pretrained(folder).architectures  # not all have an auto class
     model = getattr(transformers, written).from_pretrained(folder).eval()
-    apply_plan(model, folder)
+    try:
+        apply_plan(model, folder)
+    except ValueError as error:
+        sys.exit(str(error))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(sys.argv[2], return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)

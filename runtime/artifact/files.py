@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,6 +237,14 @@ def checkpoint_plan(path: str | Path) -> AllocationPlan | None:
         raise ArtifactError(f"{file} can't be read: {error.strerror}.") from error
 
 
+def is_nameable(path: str | Path) -> bool:
+    """Whether a file can have that name: one without NUL or halves of characters."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 def find_artifact(path: str | Path) -> ArtifactFiles:
     """Return the artifact at a path: a file, or a bundle folder with a model.onnx in it.
 
@@ -244,6 +253,8 @@ def find_artifact(path: str | Path) -> ArtifactFiles:
     Raises:
         ArtifactError: Nothing is there, it is no such file, or alloc-moe did not compile it.
     """
+    if not is_nameable(path):
+        raise ArtifactError(f"{str(path)!r:.200} is no artifact: no file can be called so.")
     graph = Path(path)
     if graph.is_dir():
         graph = graph / MODEL_FILE

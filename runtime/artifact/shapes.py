@@ -43,16 +43,29 @@ def load_json(text: str | bytes) -> Any:
     """Return what a JSON text holds, before it is checked.
 
     Raises:
-        ShapeError: It is no JSON, has too many levels, or is longer than any file that is read.
+        ShapeError: It is no JSON, has a field twice or too many levels, or is longer than any file
+            that is read.
     """
     if len(text) > MOST_BYTES:  # a list of digits would take eight times as much memory
         raise ShapeError(f"it has {len(text)} characters, more than any that alloc-moe writes")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ShapeError("it is nested too deeply") from error
+    except ShapeError:
+        raise
     except ValueError as error:  # of decoding too
         raise ShapeError(f"it is no JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's fields, of which no reader could tell which one counts if one is twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ShapeError(f'it has the field "{_quoted(twice)}" twice')
+    return found
 
 
 def parse_json(text: str | bytes, shape: Shape) -> Any:
@@ -78,10 +91,14 @@ def read_file(path: Path, *, most: int = MOST_BYTES) -> bytes:
     """Return the content of a file, if it is one: reading a pipe might never end.
 
     Raises:
-        ShapeError: It is a folder, pipe or device, or larger than `most` bytes.
+        ShapeError: It is a folder, pipe or device, or larger than `most` bytes; or no file can have
+            that name.
         OSError: It can't be read.
     """
-    status = path.stat()
+    try:
+        status = path.stat()
+    except ValueError as error:  # NUL, or half of a character
+        raise ShapeError("no file can be called so") from error
     if not stat.S_ISREG(status.st_mode):
         raise ShapeError("it is no file")
     if status.st_size > most:

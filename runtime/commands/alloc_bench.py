@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alloc_moe.runtime.commands.failures import Command
-from alloc_moe.runtime.commands.numeric import MOST_RUNS, BudgetText, seed_type, tokens_type
+from alloc_moe.runtime.commands.numeric import (
+    MOST_RUNS,
+    BudgetText,
+    WholeFrom,
+    seed_type,
+    tokens_type,
+)
 from alloc_moe.runtime.commands.options import (
     common_options,
     ep_option,
@@ -47,7 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--runs",
-    type=click.IntRange(1, MOST_RUNS),
+    type=WholeFrom(1, MOST_RUNS),
     default=5,
     show_default=True,
     help="Runs after the warm-up.",

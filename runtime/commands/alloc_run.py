@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alloc_moe.runtime.commands.failures import Command
-from alloc_moe.runtime.commands.numeric import FiniteRange, seed_type, tokens_type
+from alloc_moe.runtime.commands.numeric import FiniteFrom, FiniteRange, seed_type, tokens_type
 from alloc_moe.runtime.commands.options import (
     budget_option,
     chat_template_option,
@@ -73,7 +73,7 @@ def _optional_text(_context: object, _option: object, text: str | None) -> str |
 @click.option("--max-new-tokens", type=tokens_type(), default=128, show_default=True)
 @click.option(
     "--temperature",
-    type=FiniteRange(0, 1000),
+    type=FiniteFrom(0, 1000),
     default=0.0,
     show_default=True,
     help="0 takes the likeliest token.",
@@ -94,7 +94,7 @@ def _optional_text(_context: object, _option: object, text: str | None) -> str |
 )
 @click.option(
     "--repetition-penalty",
-    type=FiniteRange(0, 1000, min_open=True),
+    type=FiniteFrom(0, 1000, above=True),
     default=1.0,
     show_default=True,
     help="Above 1, what was said before becomes less likely.",

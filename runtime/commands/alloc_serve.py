@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from alloc_moe.runtime.commands.failures import Command
-from alloc_moe.runtime.commands.numeric import FiniteRange, tokens_type
+from alloc_moe.runtime.commands.numeric import FiniteRange, WholeFrom, tokens_type
 from alloc_moe.runtime.commands.options import (
     chat_template_option,
     common_options,
@@ -68,7 +68,7 @@ _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 )
 @click.option(
     "--queue",
-    type=click.IntRange(0, _MOST_WAITING),
+    type=WholeFrom(0, _MOST_WAITING),
     default=64,
     show_default=True,
     help="Most answers that wait; further requests are told to come back (429).",

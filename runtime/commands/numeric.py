@@ -18,8 +18,26 @@ _BUDGET = re.compile(r"\d{1,18}(\.\d{0,40})?|\.\d{1,40}", re.ASCII)
 _THREADS_PER_CORE = 8
 
 
+class WholeFrom(click.IntRange):
+    """A whole number from a least one on.
+
+    What is above the guard is larger than anything real: refused, but no news for ``--help``.
+    """
+
+    def __init__(self, least: int, guard: int) -> None:
+        super().__init__(least)
+        self._guard = guard
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number, or fail as click does."""
+        number = int(super().convert(value, param, ctx))
+        if number > self._guard:
+            self.fail(f"{number} is more than {self._guard}, the most there can be.", param, ctx)
+        return number
+
+
 class FiniteRange(click.FloatRange):
-    """A number in a range that has two ends; NaN is in none."""
+    """A number in a range; NaN is in none."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -29,6 +47,25 @@ class FiniteRange(click.FloatRange):
         if number != number:
             self.fail(f"{value} is no number.", param, ctx)
         return float(super().convert(value, param, ctx))
+
+
+class FiniteFrom(FiniteRange):
+    """A number from a least one on, as `WholeFrom`; `above` leaves that one out."""
+
+    def __init__(self, least: float, guard: float, *, above: bool = False) -> None:
+        super().__init__(least, min_open=above)
+        self._guard = guard
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number, or fail as click does."""
+        number = super().convert(value, param, ctx)
+        if number > self._guard:
+            self.fail(
+                f"{number:g} is more than {self._guard:g}, the most there can be.", param, ctx
+            )
+        return number
 
 
 class Threads(click.IntRange):
@@ -58,7 +95,7 @@ class BudgetText(click.ParamType):  # type: ignore[type-arg]  # generic in later
 
 def tokens_type(least: int = 1) -> click.IntRange:
     """Return the type of a number of tokens in one call or sequence."""
-    return click.IntRange(least, MOST_TOKENS)
+    return WholeFrom(least, MOST_TOKENS)
 
 
-seed_type = click.IntRange(0, MOST_SEED)
+seed_type = WholeFrom(0, MOST_SEED)

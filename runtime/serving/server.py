@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -32,7 +32,7 @@ from alloc_moe.runtime.serving.protocol import (
     completion_asked,
 )
 from alloc_moe.runtime.serving.replies import Reply, Writer, error_reply, event
-from alloc_moe.runtime.serving.scheduler import Failed, Piece, Request, Scheduler
+from alloc_moe.runtime.serving.scheduler import Choice, Failed, Piece, Request, Scheduler
 from alloc_moe.runtime.text.model import TextModel
 
 _FAILURES = {"timeout": 504, "error": 500, "closing": 503}
@@ -149,12 +149,8 @@ class Server:
                 f"{self.scheduler.most}. Ask several times."
             )
         events: Events = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(news: Piece | Failed) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, news)
-
-        work = Request(asked.choices, tell, time.monotonic() + self.limits.seconds)
+        deadline = time.monotonic() + self.limits.seconds
+        work = request_of(asked.choices, asyncio.get_running_loop(), events, deadline)
         self.scheduler.submit(work)
         writer = Writer(asked, self.name, self.model.session.plan, chat=chat)
         if asked.stream:
@@ -192,6 +188,21 @@ class Server:
                 status=401,
                 code="invalid_api_key",
             )
+
+
+def request_of(
+    choices: Sequence[Choice], loop: asyncio.AbstractEventLoop, events: Events, deadline: float
+) -> Request:
+    """Return a request that tells its news to a loop; where that has ended, nobody wants more."""
+
+    def tell(news: Piece | Failed) -> None:
+        try:
+            loop.call_soon_threadsafe(events.put_nowait, news)
+        except RuntimeError:
+            request.cancelled = True
+
+    request = Request(choices, tell, deadline)
+    return request
 
 
 class _Stream(StreamingResponse):

@@ -99,10 +99,14 @@ def generate_steps(
 
     Raises:
         GenerationError: A prompt is empty, too long, or has ids that the model doesn't know; or
-            sequences can't have prices of their own.
+            sequences can't have prices of their own, or aren't as many as `holds`.
     """
     prompts = prompt_ids(prompts)
     check_prompts(session, prompts, max_new_tokens=max_new_tokens)
+    if holds is not None and len(holds) != len(prompts):
+        raise GenerationError(
+            f"{len(holds)} budgets are held for {len(prompts)} prompts. Give one hold for each."
+        )
     max_new_tokens = int(max_new_tokens)  # numpy's may be too small for the sums below
     if not prompts:
         return

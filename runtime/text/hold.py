@@ -142,10 +142,16 @@ def held_budget(session: Session, budget: str | float | None = None) -> HeldBudg
             f"{graph} has its budget compiled in, so it can't be held. Compile it with "
             "--redistribute price and no cap, or don't hold the budget."
         )
-    if session.pads_right or session.device != "cpu":
+    if session.pads_right:
         raise GenerationError(
-            f"{graph} can't hold a budget on a GPU, where experts aren't counted token by token. "
-            "Compile it with --device cpu and run it with --ep cpu, or don't hold the budget."
+            f"{graph} was compiled with --device cuda, and such artifacts don't count experts "
+            "token by token, wherever they run, so its budget can't be held. Compile it with "
+            "--device cpu, or don't hold the budget."
+        )
+    if session.device != "cpu":
+        raise GenerationError(
+            f"{graph} runs on a GPU, where experts aren't counted token by token, so its budget "
+            "can't be held. Run it with --ep cpu, or don't hold the budget."
         )
     if not session.counts_activations:
         raise GenerationError(

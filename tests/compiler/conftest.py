@@ -57,7 +57,7 @@ def model(
 ) -> str:
     """Return a checkpoint whose export was done before."""
     monkeypatch.setattr(
-        "alloc_moe.compiler.pipeline.export_model", lambda *_, **__: exported("olmoe")
+        "alloc_moe.compiler.artifact.export_model", lambda *_, **__: exported("olmoe")
     )
     return str(checkpoint("olmoe"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import artifact
 from alloc_moe.compiler.records import Compiled
 from alloc_moe.runtime.artifact.plan import SHARED_CACHE_KEY
 from alloc_moe.runtime.console import Console
@@ -42,7 +42,7 @@ def test_a_cache_that_is_copied_is_told_of(
     for node in graph.graph:
         if node.op_type == "Attention":
             node.attributes["softcap"] = ir.AttrFloat32("softcap", 1e9)  # changes nothing else
-    monkeypatch.setattr(pipeline, "export_model", lambda *_, **__: graph)
+    monkeypatch.setattr(artifact, "export_model", lambda *_, **__: graph)
     compiled = compile_to(tmp_path / "out.onnx", console=Console())
     assert "The cache is copied at every step" in capsys.readouterr().err
     assert not open_session(compiled.path, ep="cpu").shares_cache

@@ -166,6 +166,24 @@ def test_token_sizes_that_can_not_be_are_rejected(
         compile("nothing", **{"token_sizes": True, **options, "output": output})
 
 
+@pytest.mark.parametrize("path", ["a\0b.onnx", Path("a\0b"), "out/\0/a/", "a\ud800.onnx"])
+def test_what_no_file_can_be_called_is_rejected(path: str | Path) -> None:
+    for option, given in (
+        ("--output", {"output": path}),
+        ("--profile", {"profile": path}),
+        ("--calibration", {"calibration": path}),
+    ):
+        with pytest.raises(
+            OptionsError, match=rf"^{option} is '.*', which no file can be called\.$"
+        ):
+            compile("nothing", **given)
+    with pytest.raises(OptionsError, match=r"^MODEL is .* no file can be called") as caught:
+        compile(path)
+    assert str(caught.value).isprintable()
+    with pytest.raises(OptionsError, match=r"^--output is .* no file can be called"):
+        profile("nothing", output=path)
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [

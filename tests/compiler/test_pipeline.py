@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import artifact, pipeline
 from alloc_moe.compiler.errors import (
     BudgetError,
     CheckpointError,
@@ -34,7 +34,7 @@ from alloc_moe.runtime.execution.session import open_session
 Compile = Callable[..., Compiled]
 
 FILES = ("out.onnx", "out.onnx.data", "out.onnx.profile.json")
-TOKEN_SIZES = "out.onnx.token-sizes.json"
+TOKEN_SIZES = "out.onnx.profile.json.token-sizes.json"
 
 # A profile that is measured layer by layer, and a plan that is met exactly.
 BY_LAYER = {"sensitivity": "kl", "redistribute": "batch"}
@@ -44,12 +44,12 @@ KILLED = """
 import os, signal, sys
 import onnx_ir as ir
 import torch
-from alloc_moe.compiler import compile, pipeline
+from alloc_moe.compiler import artifact, compile
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
 moment, graph, model, output = sys.argv[1:]
 torch.set_num_threads(1)
-pipeline.export_model = lambda moe, **_: ir.load(graph)
+artifact.export_model = lambda moe, **_: ir.load(graph)
 measure, save = sensitivity.ReplayRun.measure, package.save_graph
 
 def die(*_):
@@ -148,7 +148,7 @@ def test_the_same_compile_twice_gives_the_same_bytes(compile_to: Compile, tmp_pa
 
 def test_a_bundle_has_graph_plan_and_tokenizer(compile_to: Compile, tmp_path: Path) -> None:
     compiled = compile_to(f"{tmp_path / 'half'}/")
-    beside = {"half.profile.json", "half.token-sizes.json"}
+    beside = {"half.profile.json", "half.profile.json.token-sizes.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"half", *beside}
     names = {path.name for path in (tmp_path / "half").iterdir()}
     assert {MODEL_FILE, f"{MODEL_FILE}.data", PLAN_FILE, "tokenizer.json"} <= names
@@ -239,7 +239,7 @@ def test_what_fails_verification_is_not_written(
     def refuse(*_: object, **__: object) -> None:
         raise VerificationError("wrong")
 
-    monkeypatch.setattr(pipeline, "verify_artifact", refuse)
+    monkeypatch.setattr(artifact, "verify_artifact", refuse)
     (tmp_path / "out.onnx").write_text("old")
     with pytest.raises(VerificationError):
         compile_to(tmp_path / "out.onnx", allocation="uniform", force=True)
@@ -301,7 +301,8 @@ def test_a_compile_killed_while_profiling_is_resumed(
     folder = tmp_path / "outputs"
     folder.mkdir()
     killed("profiling", folder / "out.onnx")
-    assert [path.name for path in folder.iterdir()] == ["out.onnx.profile.json"]
+    left = {"out.onnx.profile.json", ".out.onnx.passes"}
+    assert {path.name for path in folder.iterdir()} == left
     rows = json.loads((folder / "out.onnx.profile.json").read_text())["costs"]
     assert [row is None for row in rows] == [False, True, True]
     compile_to(folder / "out.onnx", **BY_LAYER)
@@ -322,7 +323,11 @@ def test_a_compile_killed_while_writing_leaves_the_old_artifact(
     for name in FILES[:2]:
         (folder / name).write_text(f"old {name}")
     killed("writing", folder / "out.onnx")
-    assert {path.name for path in folder.iterdir()} == {*FILES, ".out.onnx.partial"}
+    assert {path.name for path in folder.iterdir()} == {
+        *FILES,
+        ".out.onnx.partial",
+        ".out.onnx.passes",
+    }
     for name in FILES[:2]:
         assert (folder / name).read_text() == f"old {name}"
     compile_to(folder / "out.onnx", force=True, **BY_LAYER)

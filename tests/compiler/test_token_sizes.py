@@ -180,10 +180,13 @@ def test_what_was_chosen_otherwise_goes_without_them_and_nothing_is_said(
 
 
 def test_the_full_budget_has_them_for_its_dial_which_a_cap_leaves_out(
-    wants: Callable[..., bool],
+    wants: Callable[..., bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert wants(budget="1.0")
     assert not wants(PlanOptions(cap=1.5), budget="1.0")
+    assert not capsys.readouterr().err
+    assert not wants(PlanOptions(cap=1.5), budget="1.0", token_sizes=True)
+    assert "Token sizes are left out: they would decide nothing: under" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import artifact, pipeline
 from alloc_moe.compiler.api import compile
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package import weights as weights_file
+from alloc_moe.compiler.planning.goals import planner
 from alloc_moe.runtime.execution.session import open_session
 
 SMALL = Path(__file__).parents[2] / "examples" / "checkpoints" / "small.py"
@@ -83,15 +84,15 @@ def scale_weights(file: Path) -> None:
 
 def cache_slow_stages() -> None:
     """Let what comes before writing be done once for each model, and not in the killed process."""
-    for name in (
-        "load_model",
-        "measure_sensitivity",
-        "fit_if_possible",
-        "make_planned",
-        "export_model",
+    for module, name in (
+        (pipeline, "load_model"),
+        (pipeline, "measure_sensitivity"),
+        (pipeline, "fit_if_possible"),
+        (planner, "make_planned"),
+        (artifact, "export_model"),
+        (artifact, "verify_artifact"),
     ):
-        setattr(pipeline, name, remembered(getattr(pipeline, name)))
-    pipeline.verify_artifact = remembered(pipeline.verify_artifact)  # type: ignore[assignment]
+        setattr(module, name, remembered(getattr(module, name)))
     weights_file._COMMIT_BYTES = 1 << 14
 
 

@@ -15,6 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alloc_moe.compiler.errors import ProfileError
+from alloc_moe.compiler.records import SensitivityProfile
 from alloc_moe.runtime.artifact.digest import read_digests
 from alloc_moe.runtime.artifact.files import ArtifactFiles
 from alloc_moe.runtime.artifact.onnx_file import OnnxFile
@@ -150,6 +152,24 @@ def test_depth_and_digits_are_bounded(text: str) -> None:
         anything(load_json(text), "")
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [('{"k": 1, "k": 1}', "k"), ('[{"a": {"\\ud800": 0, "b": 1, "\\ud800": 2}}]', r"\\ud800")],
+)
+def test_a_field_that_is_there_twice_is_refused(text: str, name: str) -> None:
+    with pytest.raises(ShapeError, match=f'^it has the field "{name}" twice$') as caught:
+        load_json(text)
+    assert str(caught.value).isascii()
+
+
+def test_plans_and_profiles_with_a_field_twice_are_refused(tmp_path: Path) -> None:
+    twice = json.dumps(PLAN).replace('"experts":', '"experts": 8, "experts":', 1)
+    with pytest.raises(ArtifactError, match=r'be read: it has the field "experts" twice\. Copy'):
+        AllocationPlan.from_json(twice)
+    with pytest.raises(ProfileError, match=r'p\.json .*it has the field "format" twice'):
+        SensitivityProfile.from_json('{"format": 1, "format": 1}', path=tmp_path / "p.json")
+
+
 def test_a_text_of_any_length_is_not_parsed() -> None:
     with pytest.raises(ArtifactError, match="characters, more than any"):
         AllocationPlan.from_json("[" + "0," * (MOST_BYTES // 2) + "0]")
@@ -163,6 +183,9 @@ def test_a_file_of_any_size_is_not_read(tmp_path: Path) -> None:
         read_file(path)
     with pytest.raises(ShapeError, match="it is no file"):
         read_file(tmp_path)
+    for name in ("a\0b", "a\ud800b"):
+        with pytest.raises(ShapeError, match="no file can be called so"):
+            read_file(tmp_path / name)
 
 
 METADATA = {

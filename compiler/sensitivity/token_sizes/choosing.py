@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.artifact.token_sizes import TokenSizes
     from alloc_moe.runtime.console import Console
 
+NEEDLESS = "would decide nothing: under the --cap every expert runs, or one in each layer"
+"""Why there are none where neither a score nor a dial has anything to choose."""
 _MOST_WEIGHTS = 20_000_000  # in all layers: they are text in the plan
 
 
@@ -31,7 +33,7 @@ def wants_token_sizes(
 
     Args:
         options: What was asked for.
-        budget: What for; at the full one sizes are for the dial, and a cap leaves none.
+        budget: What for; at the full one sizes are for the dial, which a cap leaves out.
         moe: The model.
         console: Where it is told.
 
@@ -40,17 +42,19 @@ def wants_token_sizes(
     """
     if options.token_sizes is False or not have_sizes_in_nats(options.plan, options.sensitivity):
         return False
+    full = options.goal is None and budget.activations == budget.original
+    if full and options.plan.cap is not None:
+        if options.token_sizes:
+            leave_out(NEEDLESS, console)
+        return False
     if options.token_sizes:
         check_room(moe)
         return True
-    full = options.goal is None and budget.activations == budget.original
-    if full and options.plan.cap is not None:
-        return False
     try:
         _check_time(moe)
         check_room(moe)
     except TokenSizesError as error:
-        _tell(error, console)
+        leave_out(error.reason, console)
         return False
     return True
 
@@ -67,14 +71,14 @@ def fit_if_possible(
 
     Raises:
         TokenSizesError: Nothing can be fitted, and it was asked for.
-        ProfileError: What is kept can't be read, or was fitted to something else.
+        ProfileError: What is kept can't be read, or is damaged.
     """
     try:
         return fit_once(moe, calibration, sizes, path, console)
     except TokenSizesError as error:
         if options.token_sizes:
             raise
-        _tell(error, console)
+        leave_out(error.reason, console)
         return None
 
 
@@ -87,8 +91,9 @@ def _check_time(moe: MoeModel) -> None:
         )
 
 
-def _tell(error: TokenSizesError, console: Console) -> None:
-    console.note(f"Token sizes are left out: they {error.reason}")
+def leave_out(reason: str, console: Console) -> None:
+    """Tell that there are none, and why: the end of a sentence on "they"."""
+    console.note(f"Token sizes are left out: they {reason}")
 
 
 def check_room(moe: MoeModel) -> None:

@@ -115,13 +115,13 @@ def _see_layer_by_layer(
     console.note(f"{_FITTING} will take {needed}")
     at = {layer.decoder_layer: index for index, layer in enumerate(moe.layers)}
     states = LayerStates(moe.results.beside(TOKEN_STATES), {"of": fitting.identity}, _ALONE)
-    found = states.progress()
-    if found is not None and found.stage == "backward":
-        passed = [index for layer, index in at.items() if layer >= found.layer]
-        if not all(fitting.is_kept(index) for index in passed):
-            states.delete()
     steps = 2 * len(DecoderStack(moe.model, moe.layers[0])) - moe.layers[0].decoder_layer
-    with console.progress(_FITTING, steps, unit="layers") as progress:
+    with states.held(), console.progress(_FITTING, steps, unit="layers") as progress:
+        found = states.progress()
+        if found is not None and found.stage == "backward":
+            passed = [index for layer, index in at.items() if layer >= found.layer]
+            if not all(fitting.is_kept(index) for index in passed):
+                states.start_over()
         streamed = StreamedRun(
             moe,
             batches,
@@ -131,7 +131,7 @@ def _see_layer_by_layer(
             lambda: [LayerSums.of(layer) for layer in moe.layers],
         )
         streamed.fisher(run, lambda layer: fitting.fit(at[layer]) if layer in at else None)
-    states.delete()
+        states.delete()
 
 
 def _text(calibration: CalibrationSet) -> tuple[torch.Tensor, int]:

@@ -2,7 +2,9 @@
 
 They depend on the model as it is rounded, the text, the seed and the profile's sizes, on no budget.
 So a compile that was killed behind the fit, and one of another budget with the same profile, read
-them. The file says what they were fitted to.
+them. The file says what they were fitted to, and with a digest what it holds: those of something
+else are fitted again, as all of it but the time is in the profile's compile; damaged ones are not
+believed.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from alloc_moe.runtime.artifact.shapes import (
 from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.runtime.console import Console
 
-_FORMAT = 1
+_FORMAT = 2
 _COMPARED = {
     "model_fingerprint": "the model",
     "calibration_sha256": "the calibration text",
@@ -60,14 +62,14 @@ _KEPT = record(
         "sizes": string(),
         "method": string(),
         "layers": rows(_LAYER),
+        "sha256": string(),
     }
 )
 
 
 def token_sizes_path(profile: Path) -> Path:
-    """Return where token sizes are kept: beside the sensitivity profile."""
-    stem = profile.name.removesuffix(".json").removesuffix(".profile")
-    return profile.with_name(f"{stem}.token-sizes.json")
+    """Return where token sizes are kept: beside the sensitivity profile, each of whose has one."""
+    return profile.with_name(f"{profile.name}.token-sizes.json")
 
 
 def fit_once(
@@ -79,7 +81,8 @@ def fit_once(
 ) -> tuple[TokenSizes, ...]:
     """Return the token sizes kept at `path`, else what `fit_token_sizes` does, and keep it there.
 
-    The file is replaced in one step. Where it can't be written that is told, and nothing is kept.
+    The file is replaced in one step. Where it holds those of something else, or can't be written,
+    that is told.
 
     Args:
         moe: The model.
@@ -89,7 +92,7 @@ def fit_once(
         console: Where progress, and what is read, is told.
 
     Raises:
-        ProfileError: What is kept can't be read, or was fitted to something else.
+        ProfileError: What is kept can't be read, or is damaged.
         TokenSizesError: There is too little text, or some are beyond float16.
     """
     fitted_to = _fitted_to(moe, calibration, sizes)
@@ -97,12 +100,16 @@ def fit_once(
         [layer.num_experts for layer in moe.layers],
         moe.config.get_text_config().hidden_size,
     )
-    if (kept := _read(path, fitted_to, experts, hidden)) is not None:
+    found = _read(path)
+    if found is not None and (changed := differences(found, fitted_to, _COMPARED)):
+        console.note(f"Token sizes are fitted again, for {', '.join(changed)} changed: {path}")
+    elif found is not None:
         console.note(f"Token sizes were fitted before: {path}")
-        return kept
+        return _layers(found, path, experts, hidden)
     fitted = fit_token_sizes(moe, calibration, sizes, console)
     layers = [dataclasses.asdict(layer) for layer in fitted]
-    text = json.dumps({"format": _FORMAT, **fitted_to, "layers": layers}, indent=1)
+    data = {**fitted_to, "layers": layers}
+    text = json.dumps({"format": _FORMAT, **data, "sha256": _digest(data)}, indent=1)
     try:
         save_text(text + "\n", path, what="What was fitted")
     except OutputError as error:  # this compile doesn't need it
@@ -127,12 +134,10 @@ def _fitted_to(
     }
 
 
-def _read(
-    path: Path, fitted_to: dict[str, Any], experts: Sequence[int], hidden: int
-) -> tuple[TokenSizes, ...] | None:
-    """Return what a file keeps for so many experts of each layer; None if there is no file."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what a file keeps, and what for; None if there is no file."""
     try:
-        found = read_json(path, _KEPT)
+        found: dict[str, Any] = read_json(path, _KEPT)
         check_format(found, _FORMAT)
     except FileNotFoundError:
         return None
@@ -140,16 +145,27 @@ def _read(
         raise ProfileError(
             f"The token sizes {path} can't be read: {error}. Delete the file."
         ) from error
-    if changed := differences(found, fitted_to, _COMPARED):
-        raise ProfileError(
-            f"The token sizes {path} were fitted differently: {', '.join(changed)} changed. "
-            "Delete the file, or give another --profile."
-        )
+    if found["sha256"] != _digest(found):
+        raise _damaged(path, "their digest is another")
+    return found
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """Return the digest of all that a file says but its format and the digest itself."""
+    layers = [[layer["hidden"], layer["values"]] for layer in data["layers"]]
+    return digest_of([[data[name] for name in _COMPARED], layers])
+
+
+def _layers(
+    found: Mapping[str, Any], path: Path, experts: Sequence[int], hidden: int
+) -> tuple[TokenSizes, ...]:
+    """Return what is kept for so many experts of each layer."""
     layers = tuple(TokenSizes(**layer) for layer in found["layers"])
     fit = len(layers) == len(experts) and all(map(TokenSizes.fits, layers, experts))
     if not fit or any(layer.hidden != hidden for layer in layers):
-        raise ProfileError(
-            f"The token sizes {path} are damaged: they don't fit the model's layers. Delete the "
-            "file."
-        )
+        raise _damaged(path, "they don't fit the model's layers")
     return layers
+
+
+def _damaged(path: Path, why: str) -> ProfileError:
+    return ProfileError(f"The token sizes {path} are damaged: {why}. Delete the file.")

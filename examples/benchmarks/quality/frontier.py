@@ -25,9 +25,9 @@ from alloc_moe.compiler.choices import byte_count
 from alloc_moe.compiler.errors import BudgetError
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.planning.targets.making import Making
-from alloc_moe.compiler.planning.targets.meeting import meet_goal, reachable
-from alloc_moe.compiler.planning.targets.reading import WeightsRead, weights_read
+from alloc_moe.compiler.planning.goals.planner import Planner
+from alloc_moe.compiler.planning.goals.search import meet_goal, reachable
+from alloc_moe.compiler.planning.goals.traffic import WeightsRead, weights_read
 from alloc_moe.compiler.records import (
     CalibrationOptions,
     DType,
@@ -68,7 +68,7 @@ WAYS = (
 )
 
 
-def making(model: str, way: Way, text: CalibrationSet) -> tuple[Making, WeightsRead]:
+def making(model: str, way: Way, text: CalibrationSet) -> tuple[Planner, WeightsRead]:
     """Return what a way's plans are made from, and what a token reads."""
     moe = load_model(model)
     chosen = choose_formats(moe.checkpoint, way.dtype)
@@ -84,7 +84,7 @@ def making(model: str, way: Way, text: CalibrationSet) -> tuple[Making, WeightsR
         formats=formats,
     )
     options = PlanOptions(way.redistribution, dial=False)
-    return Making(moe, text, options, profile, formats, None, QUIET), reading
+    return Planner(moe, text, options, profile, formats, None, QUIET), reading
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import artifact
 from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.commands.alloc_eval import eval_command
 from alloc_moe.compiler.commands.alloc_profile import profile_command
@@ -141,7 +141,7 @@ def test_two_exports_of_a_model_are_equal(
     tmp_path: Path,
 ) -> None:
     _, first = alone
-    monkeypatch.setattr(pipeline, "export_model", lambda *_, **__: exported("mixtral"))
+    monkeypatch.setattr(artifact, "export_model", lambda *_, **__: exported("mixtral"))
     second = tmp_path / "out.onnx"
     assert compiled(str(checkpoint("mixtral")), second, "--budget", "0.75").exit_code == 0
     data = ".onnx.data"

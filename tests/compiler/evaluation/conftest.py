@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from alloc_moe.compiler import compile, pipeline
+from alloc_moe.compiler import compile
 from alloc_moe.compiler.records import Redistribution
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def compile_with(
     def run(redistribution: Redistribution) -> Path:
         output = tmp_path_factory.mktemp("artifact") / "half"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "export_model", lambda *_, **__: exported("olmoe"))
+            patch.setattr(
+                "alloc_moe.compiler.artifact.export_model", lambda *_, **__: exported("olmoe")
+            )
             compile(
                 checkpoint("olmoe"),
                 output=output,

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from alloc_moe.compiler import compile, pipeline
+from alloc_moe.compiler import artifact, compile
 from alloc_moe.compiler.errors import OutputError, VerificationError
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package.output import Output, staging
@@ -23,7 +23,7 @@ import os, signal, sys
 from pathlib import Path
 import onnx_ir as ir
 import torch
-from alloc_moe.compiler import compile, pipeline
+from alloc_moe.compiler import artifact, compile
 from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.package import weights as weights_file
 from alloc_moe.passes.base import lazy_tensor
@@ -50,11 +50,11 @@ def export(*_, **__):
             value.const_value = lazy_tensor(compute, tensor.shape.numpy(), tensor.dtype, name)
     return loaded
 
-pipeline.export_model = export
+artifact.export_model = export
 if moment == "verifying":
-    pipeline.verify_artifact = die
+    artifact.verify_artifact = die
 if moment == "interrupted":
-    pipeline.verify_artifact = lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    artifact.verify_artifact = lambda *_, **__: signal.raise_signal(signal.SIGINT)
 compile(model, output=output, tokens=256, force=True)
 Path(log).write_text(" ".join(made))
 """
@@ -133,11 +133,11 @@ def test_weights_that_fail_verification_are_not_kept(
     def fail(*_: object, **__: object) -> None:
         raise VerificationError("differs")
 
-    monkeypatch.setattr(pipeline, "export_model", lambda *_, **__: exported("olmoe"))
-    monkeypatch.setattr(pipeline, "verify_artifact", fail)
+    monkeypatch.setattr(artifact, "export_model", lambda *_, **__: exported("olmoe"))
+    monkeypatch.setattr(artifact, "verify_artifact", fail)
     with pytest.raises(VerificationError, match="differs"):
         compile(checkpoint("olmoe"), output=tmp_path / "out.onnx", tokens=256)
-    kept = {"out.onnx.profile.json", "out.onnx.token-sizes.json"}
+    kept = {"out.onnx.profile.json", "out.onnx.profile.json.token-sizes.json"}
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from alloc_moe.compiler.errors import OutputError
-from alloc_moe.compiler.package.output import FILES, Output, parse_output, staging
+from alloc_moe.compiler.package.output import FILES, Output, alone, parse_output, staging
+from alloc_moe.compiler.records import Compiled
 from alloc_moe.compiler.workspace.folders import MARK, claim
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="needs links and owners")
@@ -88,6 +90,24 @@ def test_two_compiles_of_one_output_are_refused(output: Output) -> None:
         assert (folder / "out.onnx").read_text() == "unfinished"
     with staging(output):
         pass
+
+
+@posix_only
+def test_a_compile_of_an_output_is_refused_while_another_measures_for_it(
+    output: Output, compile_to: Callable[..., Compiled], tmp_path: Path
+) -> None:
+    given = {"allocation": "uniform", "redistribute": "none", "correct": "none"}
+    with alone(output):
+        (output.results_path / "kept").write_text("by the other")
+        with pytest.raises(OutputError, match=r"Another compile is writing .*out\.onnx\. Wait"):
+            compile_to(output.path, model="never read", **given)
+        compile_to(tmp_path / "other.onnx", **given)
+        (output.results_path / "kept").unlink()
+    compile_to(output.path, **given)
+    assert {path.name for path in tmp_path.iterdir() if not path.is_dir()} == {
+        *("out.onnx", "out.onnx.data", "other.onnx", "other.onnx.data")
+    }
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 @posix_only

@@ -93,6 +93,24 @@ def test_all_starts_are_measured_and_the_best_is_taken() -> None:
     assert (report.starts, report.exchanges) == (len(starts), 0)
 
 
+def test_what_another_compile_measures_meanwhile_stays(tmp_path: Path) -> None:
+    path = tmp_path / "losses.json"
+    other, whole = Loss(8, layers=8), Loss(7, layers=8)
+
+    class Together(Loss):
+        def __call__(self, plan: Plan) -> float:
+            if not self.calls:
+                refine(other.costs, 16, other, 3, cache_path=path)
+            return super().__call__(plan)
+
+    loss = Together(7, layers=8)
+    expected, _ = refine(whole.costs, 16, whole, 3)
+    assert refine(loss.costs, 16, loss, 3, cache_path=path, fingerprint="one")[0] == expected
+    again = Loss(8, layers=8)
+    refine(again.costs, 16, again, 3, cache_path=path)
+    assert again.calls == []
+
+
 def test_the_same_seed_takes_the_same_path() -> None:
     first, second, other = Loss(5, layers=8), Loss(5, layers=8), Loss(5, layers=8)
     refine(first.costs, 16, first, 2, seed=1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -93,6 +94,23 @@ def test_a_measurement_is_used_again_if_it_is_the_same(measured: list, tmp_path:
     assert measured == [(SHAPE, 1), (OTHER, 1), (SHAPE, 4)]
     measure_latencies([SHAPE, OTHER], dtype="float32", batch=1, path=path)
     assert len(measured) == 3
+
+
+def test_what_another_compile_measures_meanwhile_stays(
+    measured: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.latency.json"
+    alone = latency.measure_layer
+
+    def together(shape: ExpertShape, **options: Any) -> LayerLatency:
+        monkeypatch.setattr(latency, "measure_layer", alone)
+        measure_latencies([OTHER], dtype="float32", batch=1, path=path)
+        return alone(shape, **options)
+
+    monkeypatch.setattr(latency, "measure_layer", together)
+    measure_latencies([SHAPE], dtype="float32", batch=1, path=path)
+    measure_latencies([SHAPE, OTHER], dtype="float32", batch=1, path=path)
+    assert measured == [(OTHER, 1), (SHAPE, 1)]
 
 
 def test_a_measurement_of_another_machine_is_not_used(measured: list, tmp_path: Path) -> None:

@@ -17,16 +17,16 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alloc_moe.compiler import pipeline
+from alloc_moe.compiler import artifact
 from alloc_moe.compiler.commands.alloc_compile import compile_command
 from alloc_moe.compiler.errors import BudgetError, ProfileError
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import CostTable, mixed_costs
+from alloc_moe.compiler.planning.goals import planner
 from alloc_moe.compiler.planning.mixed_bits import allocate_mixed, mixed_allocation
 from alloc_moe.compiler.planning.shapes import ExpertShape
-from alloc_moe.compiler.planning.targets import making
 from alloc_moe.compiler.records import MoeLayer, SensitivityProfile
 from alloc_moe.compiler.rounding.formats import (
     MIXED_BITS,
@@ -215,7 +215,7 @@ def graph(checkpoint: Callable[[str], Path]) -> ir.Model:
 def model(
     checkpoint: Callable[[str], Path], graph: ir.Model, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    monkeypatch.setattr(pipeline, "export_model", lambda *_, **__: graph)
+    monkeypatch.setattr(artifact, "export_model", lambda *_, **__: graph)
     return checkpoint("olmoe")
 
 
@@ -259,7 +259,7 @@ def test_values_are_chosen_on_the_text_in_both_widths(
     ) -> Any:
         return mixed_allocation(profile, layers, costs, [7, 3, 8])  # 3, 3 and 4 experts
 
-    monkeypatch.setattr(making, "allocate_mixed", both)
+    monkeypatch.setattr(planner, "allocate_mixed", both)
     model = checkpoint("olmoe")
     output, profile = tmp_path / "out.onnx", tmp_path / "p.json"
     given = ("-q", "--profile", str(profile))

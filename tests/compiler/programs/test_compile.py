@@ -54,7 +54,7 @@ def test_a_dialled_and_corrected_script_is_verified_and_runs(
     assert {p.name for p in tmp_path.iterdir()} == {
         "out.pt",
         "out.pt.profile.json",
-        "out.pt.token-sizes.json",
+        "out.pt.profile.json.token-sizes.json",
     }
     files = find_artifact(path)
     assert files.plan == compiled.plan

@@ -1,9 +1,12 @@
-"""Token sizes are fitted once for a profile, and refused where fitted to something else."""
+"""Token sizes are fitted once for a profile, and again for something else; damaged are refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,9 +57,11 @@ def fit(moe_model: Callable[[str], MoeModel], calibration: CalibrationSet, tmp_p
     return run
 
 
-@pytest.mark.parametrize("profile", ["a.profile.json", "a.json", "a"])
-def test_they_are_kept_beside_the_profile(profile: str) -> None:
-    assert token_sizes_path(Path("folder") / profile) == Path("folder/a.token-sizes.json")
+def test_they_are_kept_beside_the_profile_and_each_has_its_own() -> None:
+    profiles = [Path("folder") / name for name in ("a.profile.json", "a.json", "a")]
+    paths = [token_sizes_path(profile) for profile in profiles]
+    assert paths[0] == Path("folder/a.profile.json.token-sizes.json")
+    assert len({*paths, *profiles}) == 6
 
 
 def test_what_was_fitted_is_read_again_and_that_is_told(
@@ -72,36 +77,48 @@ def test_what_was_fitted_is_read_again_and_that_is_told(
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"seed": 7}, r"the seed \(there \d+, now 7\) changed"),
-        ({"sha256": "beef"}, r"the calibration text \(there .*, now beef\) changed"),
-        ({"size": 2.0}, r"the profile's sizes of experts \(there .*\) changed"),
+        ({"seed": 7}, r"the seed \(there \d+, now 7\)"),
+        ({"sha256": "beef"}, r"the calibration text \(there .*, now beef\)"),
+        ({"size": 2.0}, r"the profile's sizes of experts \(there .*\)"),
     ],
 )
-def test_those_of_something_else_are_refused(
-    fit: Fit, fits: list[str], changed: dict[str, Any], words: str
+def test_those_of_something_else_are_fitted_again_and_that_is_told(
+    fit: Fit,
+    fits: list[str],
+    changed: dict[str, Any],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     fit()
-    with pytest.raises(ProfileError, match=rf"kept\.json were fitted differently: {words}\. Del"):
-        fit(**changed)
-    assert fits == ["fit"]
+    capsys.readouterr()
+    again = fit(**changed)
+    said = capsys.readouterr().err
+    assert re.search(rf"Token sizes are fitted again, for {words} changed: .*kept\.json\n", said)
+    assert fit(**changed) == again
+    assert fits == ["fit", "fit"]
 
 
-def test_those_of_another_way_to_fit_are_refused(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_of_another_way_to_fit_are_fitted_again(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit()
     monkeypatch.setattr(kept, "METHOD", (1, 2))
-    with pytest.raises(ProfileError, match="how they are fitted"):
-        fit()
+    fit()
+    assert "are fitted again, for how they are fitted (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data.update(format=9), "can't be read: format 9, this version reads 1"),
+        (lambda data: data.update(format=9), "can't be read: format 9, this version reads 2"),
         (lambda data: data.pop("seed"), "can't be read: it lacks seed. Delete the file."),
-        (lambda data: data["layers"].pop(), "are damaged: they don't fit the model's layers."),
-        (lambda data: data["layers"][1].update(values="AAA="), "are damaged"),
+        (lambda data: data["layers"].pop(), "are damaged: their digest is another. Delete"),
+        (lambda data: data["layers"][1].update(values="AAA="), "their digest is another"),
+        (lambda data: data.update(seed=data["seed"] + 1), "their digest is another"),
+        (lambda data: _changed_digit(data["layers"][0]), "their digest is another"),
+        (lambda data: _cut(data), "are damaged: they don't fit the model's layers. Delete"),
     ],
-    ids=["format", "field", "layers", "values"],
+    ids=["format", "field", "layers", "values", "made of", "one digit", "of less layers"],
 )
 def test_damaged_ones_are_refused(
     fit: Fit, tmp_path: Path, damage: Callable[[Any], object], message: str
@@ -116,13 +133,15 @@ def test_damaged_ones_are_refused(
 
 
 def test_where_they_can_not_be_kept_that_is_told_and_nothing_fails(
-    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fit: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / ".kept.json.partial").mkdir()
+    monkeypatch.setattr(os, "replace", _full)
     assert fit()
     said = capsys.readouterr().err
-    assert "Warning: Token sizes will be fitted again next time." in said
-    assert ".kept.json.partial is a folder" in said
+    assert "Warning: Token sizes will be fitted again next time. What was fitted can't be" in said
     assert not (tmp_path / "kept.json").exists()
 
 
@@ -150,6 +169,19 @@ def test_a_killed_compile_and_another_budget_fit_them_no_second_time(
     assert all(one.token_sizes == two.token_sizes is not None for one, two in layers)
     again = f"Token sizes were fitted before: {token_sizes_path(profile)}"
     assert capsys.readouterr().err.count(again) == 2
+
+
+def _changed_digit(layer: dict[str, str]) -> None:
+    layer["values"] = ("A" if layer["values"][0] != "A" else "B") + layer["values"][1:]
+
+
+def _cut(data: dict[str, Any]) -> None:
+    data["layers"].pop()
+    data["sha256"] = kept._digest(data)
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _stop(*_: object) -> None:

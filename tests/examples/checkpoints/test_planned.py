@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alloc_moe.compiler import compile
@@ -160,7 +162,7 @@ def test_a_plan_that_is_not_covered_is_refused(
 ) -> None:
     (tmp_path / "alloc_plan.json").write_text(json.dumps({"format": 1, **plan}))
     with pytest.raises(
-        SystemExit, match=f"was planned with --redistribute {named}, which isn't covered here"
+        ValueError, match=f"was planned with --redistribute {named}, which isn't covered here"
     ):
         load("checkpoints/planned").read_plan(tmp_path, "cpu")
 
@@ -178,7 +180,7 @@ def test_a_plan_that_is_damaged_or_in_force_already_is_refused(
 
     def refused(text: str, why: str) -> None:
         file.write_text(text, "utf-8")
-        with pytest.raises(SystemExit, match=rf"^The plan in .* can't be read, or .*{why}.*Copy"):
+        with pytest.raises(ValueError, match=rf"^The plan in .* can't be read, or .*{why}.*Copy"):
             apply_plan(model, folder)
 
     refused(whole[:300], "JSONDecodeError")
@@ -187,8 +189,22 @@ def test_a_plan_that_is_damaged_or_in_force_already_is_refused(
     refused(whole.replace('"sizes"', '"other"'), "KeyError: 'sizes'")
     refused(whole.replace('"sizes": [', '"sizes": [1.0, '), "9 sizes for 8 experts")
     refused(whole.replace('"price": ', '"price": -'), "the price is -")
+    refused(re.sub(r'"price": [\d.e-]+', '"price": NaN', whole), "the price is nan")
+    refused(re.sub(r'"sizes": \[[^,]*', '"sizes": [Infinity', whole), "a size is inf")
+    refused(re.sub('"weights": "[a-z]*"', '"weights": "k"', whole), "weights are k, and no keep or")
+    refused(whole.replace('"hidden": 64', '"hidden": 63'), "hidden size 63, the model's 64")
+    refused(whole.replace('"values": "', '"values": "AHwAfA=='), "Error")
+    for number, said in (("AHwA", "inf"), ("AH4A", "nan")):
+        damaged = re.sub('"values": "....', f'"values": "{number}', whole)
+        refused(damaged, f"a token size is {said}")
     refused(whole.replace("layers.1.mlp.experts", "layers.9.mlp.experts"), "AttributeError")
     shifts = folder / "alloc_plan.safetensors"
+    tensors = load_file(shifts)
+    save_file({name: tensor[:, :-1].contiguous() for name, tensor in tensors.items()}, shifts)
+    refused(whole, r"a shift of \(8, 63\) is no \(8, 64\) finite numbers")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, shifts)
+    refused(whole, r"a shift of \(8, 64\) is no")
+    save_file(tensors, shifts)
     shifts.write_bytes(shifts.read_bytes()[:100])
     refused(whole, "SafetensorError")
     shifts.unlink()
@@ -196,5 +212,24 @@ def test_a_plan_that_is_damaged_or_in_force_already_is_refused(
 
     file.write_text(whole.replace(f'"shifts": "{shifts.name}"', '"shifts": null'), "utf-8")
     apply_plan(model, folder)
-    with pytest.raises(SystemExit, match="runs under a plan already"):
+    with pytest.raises(ValueError, match="runs under a plan already"):
         apply_plan(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("redistribution", "given", "named"),
+    [
+        ("threshold", float("nan"), "a threshold is nan"),
+        ("none", 9, "k is 9 in a layer of 8 experts"),
+        ("none", 0, "k is 0 in a layer"),
+        ("none", "3", "k is '3' in a layer"),
+        ("price", [1.0] * 7, "7 sizes for 8 experts"),
+    ],
+)
+def test_what_can_not_decide_is_refused(
+    redistribution: str, given: Any, named: str, load: Callable[[str], ModuleType]
+) -> None:
+    planned = load("checkpoints/planned")
+    layer = {"experts": 8, planned.DECIDES[redistribution]: given}
+    with pytest.raises(ValueError, match=named):
+        planned.check_layer(layer, redistribution)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from alloc_moe.runtime.artifact.files import find_artifact
 from alloc_moe.runtime.artifact.onnx_file import read_onnx_file, with_outputs
 from alloc_moe.runtime.artifact.plan import PLAN_KEY
 from alloc_moe.runtime.errors import ArtifactError
@@ -45,6 +46,15 @@ def test_an_inner_value_becomes_an_output_of_unchanged_numbers(tmp_path: Path) -
     y, inner, half = session.run(None, {"x": np.array([1, 2], np.float32)})
     assert [y.tolist(), inner.tolist(), half.tolist()] == [[1, 2], [-1, -2], [-1, -2]]
     assert half.dtype == np.float16
+
+
+@pytest.mark.parametrize("path", ["a\0b.onnx", Path("a\0/b"), "a\ud800.pt"])
+def test_what_no_file_can_be_called_is_reported(path: str | Path) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"^'.*' is no artifact: no file can be called so\.$"
+    ) as e:
+        find_artifact(path)
+    assert str(e.value).isprintable()
 
 
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:

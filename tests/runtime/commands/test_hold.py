@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
+from alloc_moe.runtime.artifact.plan import MODEL_FILE, PADDING_KEY
 from alloc_moe.runtime.commands.alloc_bench import bench_command
 from alloc_moe.runtime.commands.alloc_run import run_command
 from alloc_moe.runtime.commands.alloc_serve import serve_command
@@ -78,8 +81,27 @@ def test_a_session_that_does_not_count_is_refused(dial_bundle: Path) -> None:
 def test_a_session_on_a_gpu_is_refused(dial_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = load(dial_bundle, ep="cpu", count_activations=True).session
     monkeypatch.setattr(session, "device", "cuda")
-    with pytest.raises(GenerationError, match="Compile it with --device cpu and run it with --ep"):
+    with pytest.raises(
+        GenerationError, match=r"runs on a GPU, where .* held\. Run it with --ep cpu"
+    ):
         held_budget(session)
+
+
+def test_an_artifact_for_cuda_is_refused_on_the_cpu_by_what_it_was_compiled_for(
+    dial_bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "for-cuda"
+    shutil.copytree(dial_bundle, folder)
+    graph = ir.load(folder / MODEL_FILE)
+    graph.metadata_props[PADDING_KEY] = "right"
+    ir.save(graph, folder / MODEL_FILE)
+    outcome = invoke(run_command, folder, *PROMPT, "--hold")
+    assert outcome.exit_code == 1
+    words = " ".join(outcome.stderr.split())
+    assert "was compiled with --device cuda, and such artifacts don't count experts token" in words
+    assert "so its budget can't be held. Compile it with --device cpu, or don't hold" in words
+    assert "GPU" not in words
+    assert "--ep" not in words
 
 
 def test_answers_are_held(chat_bundle: Path) -> None:

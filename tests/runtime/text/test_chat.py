@@ -104,6 +104,8 @@ def test_a_template_can_be_given(bundle: Path, chat_bundle: Path) -> None:
     assert given.chat_prompt(TALK[1:2]) == "u:Hi <b>&amp; 'you'\na:"
     with pytest.raises(ArtifactError, match="nowhere can't be read"):
         load(bundle, ep="cpu", chat_template="nowhere").chat_prompt(TALK)
+    with pytest.raises(ArtifactError, match="can't be read: no file can be called so"):
+        load(bundle, ep="cpu", chat_template="a\0b").chat_prompt(TALK)
 
 
 @pytest.mark.parametrize("kind", ["text", "named"])

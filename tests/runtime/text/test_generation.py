@@ -11,6 +11,7 @@ import pytest
 from alloc_moe.runtime.errors import GenerationError
 from alloc_moe.runtime.execution.session import ArtifactSession, open_session
 from alloc_moe.runtime.text.generation import generate, generate_steps
+from alloc_moe.runtime.text.hold import held_budget
 from alloc_moe.runtime.text.sampling import Sampling
 
 PROMPTS = [[72, 101], [87, 111, 114, 108, 100, 33, 7], [1], [5, 6, 7, 8]]
@@ -95,6 +96,16 @@ def test_eos_comes_from_the_models_configuration(
     assert session.files.eos_ids() == {sizes.eos}
     monkeypatch.setattr(type(session.files), "eos_ids", lambda files: frozenset({free[0][1]}))
     assert generate(session, PROMPTS[:1], max_new_tokens=5) == [free[0][:2]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_holds_are_as_many_as_prompts(dial_bundle: Path, count: int) -> None:
+    held = held_budget(open_session(dial_bundle, ep="cpu", count_activations=True), 3)
+    session = open_session(dial_bundle, ep="cpu", count_activations=True)
+    holds = [held.begin() for _ in range(count)]
+    message = rf"{count} budgets are held for 2 prompts\. Give one hold for each"
+    with pytest.raises(GenerationError, match=message):
+        list(generate_steps(session, PROMPTS[:2], max_new_tokens=2, holds=holds))
 
 
 def test_no_prompts_give_no_rows(session: ArtifactSession) -> None:

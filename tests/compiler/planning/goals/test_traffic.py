@@ -13,11 +13,12 @@ from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.export.specialize import specialize
 from alloc_moe.compiler.model.loading import load_model
 from alloc_moe.compiler.model.moe_model import MoeModel
-from alloc_moe.compiler.planning.targets.reading import WeightsRead, weights_read
+from alloc_moe.compiler.planning.goals.traffic import WeightsRead, weights_read
 from alloc_moe.compiler.records import Correction
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats, mixed_formats
 from alloc_moe.compiler.rounding.weights import quantized
 from alloc_moe.runtime.artifact.plan import AllocationPlan, Budget, PlannedLayer
+from alloc_moe.runtime.artifact.token_sizes import TokenSizes
 
 
 def stored_bytes(moe: MoeModel, dtype: str, plan: AllocationPlan) -> int:
@@ -80,6 +81,12 @@ def test_counted_are_experts_that_run_in_their_width_and_shifts_where_there_are_
     assert reading.counted(plan, (None, None), (0, 0)) == 1000 + 15 + 50
     assert reading.counted(plan, (shift, shift), (1, 0)) == 1000 + 1.5 * 21 + 50
     assert reading.counted(plan, (gain, None), (0, 1)) == 1000 + 15 + 90
+    mapped = dataclasses.replace(reading, token_sizes=7)
+    assert mapped.counted(plan, (None, None), (0, 0)) == 1000 + 15 + 50
+    layers = [dataclasses.replace(layer, token_sizes=TokenSizes(1, "")) for layer in plan.layers]
+    priced = dataclasses.replace(plan, layers=tuple(layers))
+    assert mapped.counted(priced, (None, None), (0, 0)) == 1007 + 15 + 50
+    assert (mapped.most, dataclasses.replace(mapped, dial=False).most) == (1223, 1216)
     assert reading.original == 1120
     table = reading.costs(shifted=True)
     assert table.prices[0] == (13, 26, 39, 52, 21, 42, 63, 84)

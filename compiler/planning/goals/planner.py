@@ -1,4 +1,4 @@
-"""What every plan of a compile is made from, and the plans of budgets and of choices."""
+"""What makes every plan of a compile: of a budget, or of a choice in each layer."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Making:
-    """What plans are made from.
+class Planner:
+    """Makes plans of what they all have in common.
 
     With ``formats``, those that each MoE layer's experts may be stored in, the experts of ``moe``
     are floats; a plan's own model then has them rounded, in place.

@@ -20,8 +20,8 @@ from alloc_moe.compiler.correction.trials import CorrectionTrials, Running
 from alloc_moe.compiler.errors import BudgetError
 from alloc_moe.compiler.model.layer_progress import layers_progress
 from alloc_moe.compiler.planning.allocation import parse_budget, profiled_costs
+from alloc_moe.compiler.planning.goals.frontier import Choice, Frontier
 from alloc_moe.compiler.planning.plan import expert_sizes, running_on_text
-from alloc_moe.compiler.planning.targets.frontier import Choice, Frontier
 from alloc_moe.compiler.planning.thresholds import Setting, dropped_costs
 from alloc_moe.compiler.records import COMMON
 from alloc_moe.compiler.reference.policies import LayerParameters
@@ -31,8 +31,8 @@ from alloc_moe.runtime.artifact.plan import Budget
 if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
-    from alloc_moe.compiler.planning.targets.making import Making
-    from alloc_moe.compiler.planning.targets.reading import WeightsRead
+    from alloc_moe.compiler.planning.goals.planner import Planner
+    from alloc_moe.compiler.planning.goals.traffic import WeightsRead
     from alloc_moe.compiler.records import Correction, Goal, Planned, PlanOptions
     from alloc_moe.runtime.console import Console
 
@@ -50,8 +50,9 @@ def by_activations(options: PlanOptions) -> bool:
 def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> WeightsRead:
     """Return what a token reads, without token sizes where they stand in the way of a goal.
 
-    That is where their maps leave no room for all experts, or for any plan. A correction's shifts
-    aren't counted: no layer need have them.
+    That is where their maps leave no room for all experts, or for any plan; and where all experts
+    run without a dial, which asks for no sizes. A correction's shifts aren't counted: no layer need
+    have them.
 
     Args:
         goal: What is asked for.
@@ -64,7 +65,9 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
     if goal.kind != "bytes":
         return reading
     experts = float(reading.costs(shifted=False).cheapest)
-    full = reading.most - reading.token_sizes
+    full = dataclasses.replace(reading, token_sizes=0).most
+    if full <= goal.most and not reading.dial:
+        return dataclasses.replace(reading, token_sizes=0)
     has_room = reading.always + experts <= goal.most < full or reading.most <= goal.most
     if not (has_room or needs_token_sizes):
         reading = dataclasses.replace(reading, token_sizes=0)
@@ -92,13 +95,13 @@ def full_loss(moe: MoeModel, calibration: CalibrationSet, console: Console) -> f
 
 
 def meet_goal(
-    goal: Goal, making: Making, reading: WeightsRead, loss: float
+    goal: Goal, planner: Planner, reading: WeightsRead, loss: float
 ) -> tuple[MoeModel, Planned]:
     """Return the plan that meets a goal, and the model with the bits that it chose.
 
     Args:
         goal: What to meet. It is reachable as far as `reachable` says.
-        making: What plans are made from.
+        planner: What plans are made from.
         reading: What a token reads.
         loss: The unrounded full model's, from `full_loss`; for a goal of bytes it isn't looked at.
 
@@ -106,34 +109,35 @@ def meet_goal(
         BudgetError: No plan was found that adds so little to the loss, or reads so few bytes.
         ProfileError: The profile doesn't suit the model or the redistribution.
     """
-    search = _Search(goal, making, reading, _frontier(goal, making, reading))
+    search = _Search(goal, planner, reading, _frontier(goal, planner, reading))
     if goal.kind == "bytes":
         return search.within_bytes()
-    assert making.profile is not None
-    return search.within_loss(loss, making.profile.baseline_loss - loss)
+    assert planner.profile is not None
+    return search.within_loss(loss, planner.profile.baseline_loss - loss)
 
 
-def _frontier(goal: Goal, making: Making, reading: WeightsRead) -> Frontier:
-    table = reading.costs(shifted=making.options.correction == "affine")
-    if not by_activations(making.options):
-        assert making.profile is not None
-        return Frontier(table.prices, profiled_costs(making.profile, making.moe.layers))
-    most = making.experts_per_token
+def _frontier(goal: Goal, planner: Planner, reading: WeightsRead) -> Frontier:
+    table = reading.costs(shifted=planner.options.correction == "affine")
+    if not by_activations(planner.options):
+        assert planner.profile is not None
+        return Frontier(table.prices, profiled_costs(planner.profile, planner.moe.layers))
+    most = planner.experts_per_token
     nbytes = _bytes_at_most(table.prices)
-    nbytes[-1] = sum(reading.trained)  # nothing is corrected where all experts run
+    # Where all experts run nothing is corrected, and without a dial there are no maps.
+    nbytes[-1] = sum(reading.trained) - reading.token_sizes * (not reading.dial)
     costs = [float(sum(most) - n) for n in range(len(most), sum(most) + 1)]
     if goal.kind == "loss":
-        assert making.profile is not None
-        sizes = expert_sizes(making.options.redistribution, making.profile, making.moe)
+        assert planner.profile is not None
+        sizes = expert_sizes(planner.options.redistribution, planner.profile, planner.moe)
         setting = Setting(
-            making.options.redistribution,
-            making.options.weights,
+            planner.options.redistribution,
+            planner.options.weights,
             sizes,
-            token_sizes=making.token_sizes,
+            token_sizes=planner.token_sizes,
         )
-        with layers_progress(making.console, "Predicting losses", making.moe, passes=1):
-            ids = torch.from_numpy(making.calibration.ids)
-            costs = dropped_costs(making.moe, ids, setting)
+        with layers_progress(planner.console, "Predicting losses", planner.moe, passes=1):
+            ids = torch.from_numpy(planner.calibration.ids)
+            costs = dropped_costs(planner.moe, ids, setting)
     return Frontier([nbytes], [costs])
 
 
@@ -159,7 +163,7 @@ class _Search:
     """Makes plans of a frontier's choices until one meets the goal."""
 
     goal: Goal
-    making: Making
+    planner: Planner
     reading: WeightsRead
     frontier: Frontier
 
@@ -171,7 +175,7 @@ class _Search:
         full = self.goal.most >= self.reading.most
         least = self.frontier.least
         choice = self.frontier.best() if full else self.frontier.within(max(room, least))
-        made = self._make(choice, self.making.moe)
+        made = self._make(choice, self.planner.moe)
         # Thresholds keep to the sum of all k, not to each: where layers differ that may be more
         # bytes. One expert in each layer is kept exactly, so this ends.
         while made.nbytes > self.goal.most:
@@ -189,7 +193,7 @@ class _Search:
             full: The loss of the unrounded full model.
             base: What the model of the profile adds to it with all experts.
         """
-        moe, scale = self.making.moe, 1.0
+        moe, scale = self.planner.moe, 1.0
         tried: dict[Choice, tuple[float, float]] = {}  # what they add, predicted and measured
         found: tuple[Choice, _Made] | None = None
         while len(tried) < _TRIES:
@@ -203,7 +207,7 @@ class _Search:
             made = self._make(choice, moe)
             measured = self._added(made, full)
             tried[choice] = base + scale * choice.cost, measured
-            self.making.console.note(
+            self.planner.console.note(
                 f"A plan of {round(made.nbytes)} bytes per token adds {measured:.4g} nats, "
                 f"predicted {tried[choice][0]:.4g}"
             )
@@ -218,7 +222,7 @@ class _Search:
             raise self._unreached(tried)
         choice, made = found
         predicted, measured = tried[choice]
-        if made.moe is not moe and self.making.formats:
+        if made.moe is not moe and self.planner.formats:
             made = self._make(choice, moe)  # another plan's bits were tried since
         facts = {"added_loss_predicted": predicted, "added_loss": measured}
         return self._told(made, choice, facts)
@@ -230,35 +234,35 @@ class _Search:
 
     def _make(self, choice: Choice, moe: MoeModel) -> _Made:
         """Make the plan of a choice, of a model whose experts another plan may have rounded."""
-        making = self.making
-        if making.formats and moe.quantization is not None and moe.quantization.experts:
-            making = dataclasses.replace(making, moe=with_float_experts(moe))
-        most = making.experts_per_token
-        if by_activations(making.options):
+        planner = self.planner
+        if planner.formats and moe.quantization is not None and moe.quantization.experts:
+            planner = dataclasses.replace(planner, moe=with_float_experts(moe))
+        most = planner.experts_per_token
+        if by_activations(planner.options):
             number = len(most) - 1 + choice.choices[0]  # the first is one expert in each layer
-            moe, planned = making.of_budget(parse_budget(number, most), None)
+            moe, planned = planner.of_budget(parse_budget(number, most), None)
         else:
-            costs = self.reading.costs(shifted=making.options.correction == "affine")
+            costs = self.reading.costs(shifted=planner.options.correction == "affine")
             # The next larger share, as it is multiplied back. What is planned has activations of
             # its own; these only say that not all run.
             share = math.nextafter(choice.nbytes / float(costs.original), math.inf)
             budget = Budget(share, len(most), sum(most))
-            moe, planned = making.of_choices(budget, costs, choice.choices)
+            moe, planned = planner.of_choices(budget, costs, choice.choices)
         return _Made(moe, planned, self._counted(moe, planned))
 
     def _counted(self, moe: MoeModel, planned: Planned) -> float:
         widths = [0] * len(moe.layers)
-        if self.making.formats:
+        if self.planner.formats:
             assert moe.quantization is not None
-            pairs = zip(self.making.formats, moe.quantization.experts, strict=True)
+            pairs = zip(self.planner.formats, moe.quantization.experts, strict=True)
             widths = [list(forms).index(form) for forms, form in pairs]
         return self.reading.counted(planned.plan, planned.corrections, widths)
 
     def _added(self, made: _Made, full: float) -> float:
         plan, corrections = made.planned.plan, made.planned.corrections
-        with layers_progress(self.making.console, "Measuring the loss", made.moe, passes=1):
+        with layers_progress(self.planner.console, "Measuring the loss", made.moe, passes=1):
             running = running_on_text(plan)
-            return _loss(made.moe, self.making.calibration, running, corrections) - full
+            return _loss(made.moe, self.planner.calibration, running, corrections) - full
 
     def _told(
         self, made: _Made, choice: Choice, facts: dict[str, float]

@@ -30,8 +30,8 @@ class WeightsRead:
     """Bytes of weights: ``experts[l][w]`` of one routed expert of MoE layer l in its w-th width.
 
     ``shifts[l]`` is what a correction with a shift adds to one of them; ``others`` is everything
-    that isn't routed experts, ``token_sizes`` what the plan adds to that. ``dtype`` names the width
-    of ``trained``, each layer's experts as trained.
+    that isn't routed experts, ``token_sizes`` what the plan adds: where all experts run, only
+    for a ``dial``. ``dtype`` names the width of ``trained``, each layer's experts as trained.
     """
 
     dtype: str
@@ -41,6 +41,7 @@ class WeightsRead:
     experts_per_token: tuple[int, ...]
     trained: tuple[float, ...]
     token_sizes: int = 0
+    dial: bool = True
 
     @property
     def always(self) -> int:
@@ -56,7 +57,8 @@ class WeightsRead:
     def most(self) -> float:
         """What the full model reads, its experts in their largest width."""
         pairs = zip(self.experts, self.experts_per_token, strict=True)
-        return self.always + sum(most * max(widths) for widths, most in pairs)
+        experts = sum(most * max(widths) for widths, most in pairs)
+        return self.others + self.token_sizes * self.dial + experts
 
     def costs(self, *, shifted: bool) -> CostTable:
         """Return the bytes of experts of every k in every width, with shifts or without."""
@@ -75,7 +77,8 @@ class WeightsRead:
         widths: Sequence[int],
     ) -> float:
         """Return what a token reads under a plan in the mean, each layer in the width given."""
-        total = float(self.always)
+        maps = any(layer.token_sizes for layer in plan.layers)
+        total = float(self.others + self.token_sizes * maps)
         for index, (layer, correction) in enumerate(zip(plan.layers, corrections, strict=True)):
             shifted = correction is not None and correction.bias is not None
             nbytes = self.experts[index][widths[index]]
@@ -90,6 +93,7 @@ def weights_read(
     quantization: Quantization | None = None,
     formats: Sequence[Sequence[BlockFormat]] = (),
     token_sizes: bool = False,
+    dial: bool = True,
 ) -> WeightsRead:
     """Return what a token reads of a model.
 
@@ -98,7 +102,8 @@ def weights_read(
         dtype: Type of the artifact's weights.
         quantization: How they are stored if that is in 4 or 8 bits.
         formats: Per MoE layer what its experts may be stored in, if a plan chooses that.
-        token_sizes: Whether each layer has a map of its tokens' sizes.
+        token_sizes: Whether each layer that chooses has a map of its tokens' sizes.
+        dial: Whether an artifact that runs all experts can be told to run fewer.
     """
     floats = _FLOAT_BYTES[dtype if quantization is None else quantization.activations]
     shapes = expert_shapes(checkpoint)
@@ -124,11 +129,14 @@ def weights_read(
         most,
         tuple(k * nbytes for k, nbytes in zip(most, trained, strict=True)),
         sum(_map_bytes(shape) for shape in shapes) if token_sizes else 0,
+        dial,
     )
 
 
 def _map_bytes(shape: ExpertShape) -> int:
     """Return the bytes of a layer's weights and biases of token sizes, which stay in float32."""
+    if shape.experts_per_token == 1:  # the one that runs needs no score
+        return 0
     return shape.experts * (shape.hidden + 1) * _FLOAT_BYTES["float32"]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alloc_moe.compiler.errors import BudgetError
-from alloc_moe.compiler.planning.targets.frontier import Frontier
+from alloc_moe.compiler.planning.goals.frontier import Frontier
 
 Rows = list[list[float]]
 
