@@ -10,10 +10,11 @@ from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.planning.targets.reading import WeightsRead, weights_read
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats, mixed_formats
 from alloc_moe.compiler.rounding.stage import round_model
-from alloc_moe.compiler.rounding.weights import with_float_experts
+from alloc_moe.compiler.rounding.weights import weight_reader, with_float_experts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.checkpoint import Checkpoint
@@ -79,13 +80,22 @@ class StoredModel:
         self.moe = round_model(moe, chosen, weights.rounding, text, console, widths=self.formats)
         self._console = console
         self._graph: ir.Model | None = None
+        self._reads = weight_reader(self.moe)
 
     def graph(self, planned_moe: MoeModel) -> ir.Model:
-        """Return the graph of the model, or of the same with the bits that a plan chose."""
-        if self._graph is None or self.formats:
+        """Return the graph of the model, or of the same with the bits that a plan chose.
+
+        Its weights are read when it is saved: before it is asked for again.
+        """
+        self._reads = weight_reader(planned_moe)
+        if self._graph is None:
             self._console.note("Exporting the graph")
-            self._graph = export_model(planned_moe, dtype=self.weights.dtype)
+            self._graph = export_model(planned_moe, dtype=self.weights.dtype, read=self._read)
         return self._graph
+
+    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Read a weight of the plan whose graph was asked for last."""
+        return self._reads(name, dtype)
 
     def take_back(self, planned_moe: MoeModel) -> None:
         """Let experts whose bits a plan chose be floats again, for the next plan."""

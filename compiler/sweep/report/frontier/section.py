@@ -58,16 +58,18 @@ def _chart(
 
 
 def _legend(frontier: Frontier, styles: Mapping[str, Style]) -> str:
-    items = (
-        element(
-            "li",
-            {"class": styles[method].css, "data-method": styles[method].css.split()[1]},
-            element("span", {"class": "rank"}, ""),
-            key(styles[method]),
-            f'<span class="who" style="color:var(--ink)">{escape(method)}</span>',
-            element("span", {"class": "track"}, ""),
-            f'<span class="figure" style="color:var(--ink)">{unbeaten(frontier.row(method))}</span>',
+    items = []
+    for method in frontier.methods:
+        style, ink = styles[method], {"style": "color:var(--ink)"}
+        items.append(
+            element(
+                "li",
+                {"class": style.css, "data-method": style.css.split()[1]},
+                element("span", {"class": "rank"}, ""),
+                key(style),
+                element("span", {"class": "who", **ink}, escape(method)),
+                element("span", {"class": "track"}, ""),
+                element("span", {"class": "figure", **ink}, unbeaten(frontier.row(method))),
+            )
         )
-        for method in frontier.methods
-    )
     return element("ol", {"class": "ranks"}, *items)
