@@ -124,7 +124,9 @@ def run_sweep(options: SweepOptions, console: Console, *, command: str) -> Sweep
         versions=versions(),
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         command=command,
-        sensitivities=of_budgets.sensitivities(options.methods, texts[0]),
+        sensitivities=of_budgets.sensitivities(
+            options.methods if options.budgets else (), texts[0]
+        ),
         cells=_cells(jobs, kept, full["loss"]),
     )
 

@@ -49,17 +49,20 @@ class HeldOutRuns:
 
     def run_full(self, model: ir.Model) -> Found:
         """Write and run the artifact of the full model, and keep its logits."""
-        with explained("The full model's logits", self._full), self._full.open("wb") as file:
-            fits = True
+        fits = True
 
-            def keep(logits: NDArray[np.float32]) -> None:
-                nonlocal fits
-                self._vocabulary = logits.shape[-1]
-                fits = len(self._scored.ids) * self._vocabulary * 4 <= _MOST_BYTES
-                if fits:
+        def keep(logits: NDArray[np.float32]) -> None:
+            nonlocal fits
+            self._vocabulary = logits.shape[-1]
+            fits = len(self._scored.ids) * self._vocabulary * 4 <= _MOST_BYTES
+            if fits:
+                with (
+                    explained("The full model's logits", self._full),
+                    self._full.open("ab") as file,
+                ):
                     file.write(np.ascontiguousarray(logits, np.float32).tobytes())
 
-            found = self._run(model, keep)
+        found = self._run(model, keep)
         if not fits:
             self._vocabulary = 0
             self._console.note(

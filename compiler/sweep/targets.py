@@ -177,6 +177,8 @@ class TargetJobs:
         )
         reading = model.weights.reading(self._checkpoint, token_sizes=wanted)
         reading = reachable(options.goal, reading, needs_token_sizes=False)
+        if wanted and not reading.token_sizes:
+            self._console.note("Token sizes are left out: their maps take what the target asks for")
         token_sizes = None
         if reading.token_sizes:
             sizes = expert_sizes("price", profile, model.moe)

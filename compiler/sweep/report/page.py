@@ -66,6 +66,8 @@ def _header(digest: Digest, results: SweepResults) -> str:
         "calibrated on": f"{results.calibration.tokens:,} "
         f"<small>tokens, {seeds} seed{plural}</small>",
     }
+    if stored := {cell.dtype for cell in digest.results.cells} - {"float32"}:
+        facts["budgets in"] = ", ".join(sorted(stored))
     cells = (
         element("div", {}, element("dt", {}, name), element("dd", {}, value))
         for name, value in facts.items()

@@ -132,7 +132,9 @@ def _chosen_looks(digest: Digest) -> dict[str, Style]:
 def _what(digest: Digest) -> str:
     seeds = len(digest.results.calibration.seeds)
     mean = f": mean and range of {seeds} seeds" if seeds > 1 else ""
-    return f"Added loss on held-out text, nats per token{mean}. Lower is better."
+    stored = sorted({cell.dtype for cell in digest.results.cells} - {"float32"})
+    of_weights = f", weights in {', '.join(stored)}" if stored else ""
+    return f"Added loss on held-out text{of_weights}, nats per token{mean}. Lower is better."
 
 
 def _caption(frame: Frame, digest: Digest) -> str:

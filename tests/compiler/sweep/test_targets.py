@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -16,6 +15,7 @@ from alloc_moe.compiler.commands.alloc_sweep import sweep_command
 from alloc_moe.compiler.errors import SweepError
 from alloc_moe.compiler.model.moe_model import MoeModel
 from alloc_moe.compiler.sweep import models, running, targets
+from alloc_moe.compiler.sweep.held_out import read_held_out
 from alloc_moe.compiler.sweep.models import WeightType
 from alloc_moe.compiler.sweep.records import Cell, SweepResults
 from alloc_moe.compiler.sweep.report.tables import from_csv
@@ -118,6 +118,8 @@ def test_what_is_read_is_counted_from_what_ran(results: SweepResults) -> None:
 @pytest.mark.parametrize("name", [name for name, way in WAYS.items() if not way.plain])
 def test_the_plan_of_a_target_is_that_of_a_compile(
     checkpoint: Callable[[str], Path],
+    moe_model: Callable[[str], MoeModel],
+    folder: Path,
     results: SweepResults,
     plans: dict[tuple[str, float], AllocationPlan],
     tmp_path: Path,
@@ -141,7 +143,8 @@ def test_the_plan_of_a_target_is_that_of_a_compile(
     assert cell.planned_bytes is not None
     assert round(cell.planned_bytes) == plan.target["bytes"]
     session = open_session(output, ep="cpu", threads=1)
-    ids = np.frombuffer(TEXT.encode(), np.uint8).astype(np.intc)
+    tokenizer = moe_model("olmoe").checkpoint.tokenizer
+    ids = read_held_out(folder.parent / "heldout.txt", None, tokenizer).ids
     window = default_window(session.context_length)
     found = evaluate_artifact(session, ids, window=window, stride=window - 64)
     assert found.loss == pytest.approx(cell.loss, rel=1e-6)

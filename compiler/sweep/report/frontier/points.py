@@ -17,6 +17,7 @@ from alloc_moe.compiler.sweep.report.data import (
 )
 from alloc_moe.compiler.sweep.ways import WAYS
 
+_ALIKE = 1e-5  # nats: what the same experts, run in another order, lose more or less
 _ORDER = {way.name: place for place, way in enumerate(WAYS.values())}
 
 
@@ -146,11 +147,19 @@ def _point(method: str, target: float, cells: Sequence[Cell]) -> Point:
 
 
 def _marked(points: Sequence[Point]) -> list[Point]:
-    """Return the points, those that none beats marked; of equal ones the first is."""
-    ranked = sorted(points, key=lambda point: (point.read.mean, point.added.mean))
-    least, best = math.inf, set()
-    for point in ranked:
-        if point.added.mean < least:
-            least = point.added.mean
-            best.add((point.method, point.target))
-    return [dataclasses.replace(p, best=(p.method, p.target) in best) for p in points]
+    """Return the points, those that none beats marked."""
+    return [
+        dataclasses.replace(point, best=not any(_beats(other, point) for other in points))
+        for point in points
+    ]
+
+
+def _beats(point: Point, other: Point) -> bool:
+    """Whether a point reads no more and loses less, or reads less and loses no more.
+
+    Several ways may give the same artifact, whose losses differ by rounding: none beats the others.
+    """
+    less = point.added.mean < other.added.mean - _ALIKE
+    if point.read.mean < other.read.mean:
+        return less or point.added.mean <= other.added.mean
+    return less and point.read.mean == other.read.mean

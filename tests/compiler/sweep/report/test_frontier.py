@@ -94,6 +94,12 @@ def test_points_that_none_beats_are_joined_from_few_bytes_to_many(make: Make) ->
     ]
 
 
+def test_the_same_artifact_made_in_two_ways_beats_neither(make: Make) -> None:
+    same = (("int4-price", 1e6, 9e5, 0.01), ("int4-threshold", 1e6, 9e5, 0.01 + 1e-7))
+    assert len(best(make((*same, ("mixed-int4", 1e6, 9e5, 0.0101))))) == 2
+    assert best(make((*same, ("mixed-int4", 1e6, 8e5, 0.01)))) == [("mixed bits, rest int4", 1e6)]
+
+
 def test_seeds_are_averaged_before_points_are_compared(make: Make) -> None:
     assert best(make(seeds=(0, 1, 2))) == best(make())
     [point] = (p for p in Frontier(make(seeds=(0, 1, 2))).points if p.added.mean > 0.1)
