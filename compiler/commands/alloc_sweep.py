@@ -50,7 +50,8 @@ _PLANS = (
     "--budgets",
     help=f"Fractions or numbers of experts.  [default: {_BUDGETS}; none with --targets]",
     callback=lambda context, option, text: tuple(
-        BudgetText().convert(part, option, context) for part in (text or "").split(",") if text
+        BudgetText().convert(part, option, context)
+        for part in ([] if text is None else text.split(","))
     ),
 )
 @click.option(
@@ -80,9 +81,7 @@ _PLANS = (
 )
 @click.option(
     "--ways",
-    default=_WAYS,
-    show_default=True,
-    help="Ways to spend the bytes of --targets.",
+    help=f"Ways to spend the bytes of --targets.  [default: {_WAYS}]",
 )
 @click.option(
     "--seeds", default="0", show_default=True, help="Each picks other calibration text: 0,1,2."
@@ -104,7 +103,7 @@ def sweep_command(
     dtype: DType,
     rounding: Rounding | None,
     targets: str | None,
-    ways: str,
+    ways: str | None,
     seeds: str,
     **options: Any,
 ) -> None:
@@ -123,12 +122,9 @@ def sweep_command(
 
     if targets is None:
         budgets = budgets or tuple(_BUDGETS.split(","))
-    elif not budgets and (dtype != "float32" or rounding):
-        raise click.UsageError(
-            "--dtype and --rounding are for --budgets; the --ways of --targets have types of their "
-            "own. Leave them out, or give --budgets too."
-        )
-    sizes = [] if targets in (None, "auto") else targets.split(",")
+    _check_combined(budgets, plans, dtype, rounding, targets, ways)
+    ways = ways or _WAYS
+    sizes = [] if targets is None or targets == "auto" else targets.split(",")
     with wrong_options():
         asked = SweepOptions(
             model,
@@ -140,14 +136,14 @@ def sweep_command(
             seeds=_integers(seeds),
             weights=WeightType(dtype, chosen_rounding(rounding, dtype)),
             targets=tuple(byte_count("--targets", size) for size in sizes),
-            ways=parse_ways(ways.split(",")) if targets else (),
+            ways=() if targets is None else parse_ways(ways.split(",")),
             **options,
         )
     said = {
         **({"--plans": plans, "--budgets": ",".join(budgets)} if budgets else {}),
         **({} if dtype == "float32" else {"--dtype": dtype}),
         **({"--rounding": rounding} if rounding else {}),
-        **({"--targets": targets, "--ways": ways} if targets else {}),
+        **({} if targets is None else {"--targets": targets, "--ways": ways}),
         **({"--text-tokens": str(text_tokens)} if text_tokens else {}),
         "--tokens": str(options["tokens"]),
         "--seeds": seeds,
@@ -156,6 +152,24 @@ def sweep_command(
     pairs = [part for pair in said.items() for part in pair]
     command = shlex.join(["alloc-sweep", model, "--text", str(text), *pairs])
     _write(run_sweep(asked, console, command=command), output, console)
+
+
+def _check_combined(
+    budgets: tuple[str, ...],
+    plans: str,
+    dtype: DType,
+    rounding: Rounding | None,
+    targets: str | None,
+    ways: str | None,
+) -> None:
+    """Refuse options that nothing would go by."""
+    if targets is None and ways is not None:
+        raise click.UsageError("--ways are for --targets: give these too, such as auto.")
+    if not budgets and (plans != _PLANS or dtype != "float32" or rounding):
+        raise click.UsageError(
+            "--plans, --dtype and --rounding are for --budgets; the --ways of --targets have types "
+            "of their own. Leave them out, or give --budgets too."
+        )
 
 
 def _write(results: SweepResults, output: Path, console: Console) -> None:

@@ -260,6 +260,13 @@ def test_the_ladder_has_a_plan_on_each_rung(moe_model: Callable[[str], MoeModel]
     assert list(rungs) == sorted(rungs)
 
 
+def test_the_command_and_the_page_name_all_ways() -> None:
+    [ways] = (option for option in sweep_command.params if option.name == "ways")
+    assert f"[default: {','.join(WAYS)}]" in (ways.help or "")
+    page = (Path(__file__).parents[3] / "compiler" / "README.md").read_text("utf-8")
+    assert [name for name in WAYS if f"`{name}`" not in page] == []
+
+
 def test_ways_are_named_as_the_command_takes_them() -> None:
     assert parse_ways(["mixed-int8", "int4-k"]) == (WAYS["int4-k"], WAYS["mixed-int8"])
     with pytest.raises(SweepError, match=r"'int4-prise' is no way to spend bytes\. Did you mean"):
@@ -272,6 +279,7 @@ def test_ways_are_named_as_the_command_takes_them() -> None:
         (("--targets", "much"), 2, "--targets is 'much'. Give a number of bytes such as"),
         (("--targets", "1MB", "--ways", "int3"), 1, "'int3' is no way to spend bytes."),
         (("--targets", "1MB", "--dtype", "int4"), 2, "--dtype and --rounding are for --budgets"),
+        (("--ways", "int4-k"), 2, "--ways are for --targets: give these too"),
         (("--rounding", "gptq"), 2, "--rounding gptq needs --dtype int4 or int8"),
     ],
 )
