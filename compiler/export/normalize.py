@@ -15,21 +15,28 @@ from alloc_moe.runtime.artifact.plan import GENERATION_KEY
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from alloc_moe.compiler.export.graph import ReadWeight
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.records import DType
 
 
-def export_model(moe: MoeModel, *, dtype: DType) -> ir.Model:
+def export_model(moe: MoeModel, *, dtype: DType, read: ReadWeight | None = None) -> ir.Model:
     """Return the model's graph, ready to be specialised for any number of plans.
 
     Linear layers and embeddings are stored as the model's quantization says, if it has one.
+
+    Args:
+        moe: The model.
+        dtype: Type of weights and activations, unless it has a quantization.
+        read: What reads a weight, by name and type, whenever the graph is saved; by default what
+            `weight_reader` gives for this model.
 
     Raises:
         UnsupportedModelError: The model keeps more from call to call than keys, values and one
             state of each kind.
     """
     activations = moe.quantization.activations if moe.quantization else dtype
-    graph = export_graph(moe.checkpoint, dtype=activations, read=weight_reader(moe))
+    graph = export_graph(moe.checkpoint, dtype=activations, read=read or weight_reader(moe))
     normalize_passes(moe.quantization.weights if moe.quantization else {})(graph)
     _check_inputs(graph, moe)
     graph.metadata_props[GENERATION_KEY] = generation_metadata(moe)

@@ -1,4 +1,5 @@
 """Many plans compared.
 
-In: a model, methods and budgets. Out: `SweepResults`; `report` draws them. Begin at `cells`.
+In: a model, methods and budgets, ways and targets of bytes. Out: `SweepResults`; `report` draws
+them. Begin at `cells`.
 """

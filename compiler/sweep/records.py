@@ -26,6 +26,7 @@ from alloc_moe.runtime.artifact.shapes import (
 )
 
 FORMAT = 1
+_LARGEST = 700.0  # loss whose exponential is a float
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,19 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one budget with one calibration seed.
+    """One method at one budget, or at one target of bytes, with one calibration seed.
 
     ``budget`` is the fraction asked for; ``activations`` is the mean number of experts that a
     token really ran, over all layers. ``experts_per_token_histogram[l][n]`` is the fraction of
     tokens that ran n experts in layer l. Losses are nats per token; ``loss_decode`` is measured
     with one token per call, where it was measured. A loss that is not finite is NaN.
+
+    With ``target_bytes``, what a token shall read of all weights in decode at most, the budget is
+    the fraction that the plan says. ``planned_bytes`` is what it reads by the plan, so on the
+    calibration text, ``read_bytes`` with the experts that the scored text ran. ``divergence`` is
+    KL(full model || this), nats per scored token. ``dtype`` is the type of the weights,
+    ``bits_per_layer`` that of each layer's experts. ``seconds`` are those that planning, writing
+    and running it took. Cells of earlier versions lack what is None, or empty.
     """
 
     method: str
@@ -86,6 +94,18 @@ class Cell:
     experts_per_token_histogram: tuple[tuple[float, ...], ...]
     loss_decode: float | None = None
     default: bool = False
+    dtype: str = "float32"
+    target_bytes: float | None = None
+    planned_bytes: float | None = None
+    read_bytes: float | None = None
+    divergence: float | None = None
+    bits_per_layer: tuple[int, ...] = ()
+    seconds: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss; infinite where that overflows."""
+        return math.inf if self.loss > _LARGEST else math.exp(self.loss)
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,18 @@ class SweepResults:
     def full_activations(self) -> int:
         """Experts that a token activates in the full model, over all layers."""
         return sum(self.experts_per_token)
+
+    @property
+    def of_budgets(self) -> SweepResults:
+        """The same with the cells that have no target of bytes."""
+        cells = tuple(cell for cell in self.cells if cell.target_bytes is None)
+        return dataclasses.replace(self, cells=cells)
+
+    @property
+    def of_targets(self) -> SweepResults:
+        """The same with the cells that have one."""
+        cells = tuple(cell for cell in self.cells if cell.target_bytes is not None)
+        return dataclasses.replace(self, cells=cells)
 
     def to_json(self) -> str:
         """Return the results as one JSON object; numbers that are not finite become null."""
@@ -141,6 +173,7 @@ def _number_or_null(value: Any, where: str) -> float:
     return math.nan if value is None else float(measured(value, where))
 
 
+_BYTES = ("target_bytes", "planned_bytes", "read_bytes")
 _ROW = rows(_number_or_null)
 _CELL = record(
     {
@@ -157,7 +190,15 @@ _CELL = record(
         "planned_per_layer": _ROW,
         "experts_per_token_histogram": rows(_ROW),
     },
-    {"loss_decode": optional(measured), "default": boolean},
+    {
+        "loss_decode": optional(measured),
+        "default": boolean,
+        "dtype": string(),
+        **dict.fromkeys(_BYTES, optional(number(0))),
+        "divergence": optional(measured),
+        "bits_per_layer": rows(whole(1, 64)),
+        "seconds": optional(measured),
+    },
     closed=True,
 )
 _SENSITIVITY = record(

@@ -92,7 +92,7 @@ def test_any_words_after_any_command(
         (
             sweep_command,
             ["x", "-o", "x", "--text", "x"],
-            "--tokens --text-tokens --seeds --budgets",
+            "--tokens --text-tokens --seeds --budgets --targets",
         ),
         (sweep_command, ["x", "-o", "x", "--text", "x"], "--threads"),
     ],

@@ -75,14 +75,19 @@ class WeightsRead:
         plan: AllocationPlan,
         corrections: Sequence[Correction | None],
         widths: Sequence[int],
+        per_layer: Sequence[float] | None = None,
     ) -> float:
-        """Return what a token reads under a plan in the mean, each layer in the width given."""
+        """Return what a token reads under a plan in the mean, each layer in the width given.
+
+        That is by the plan's experts of each layer, or by `per_layer`, those that some text ran.
+        """
         maps = any(layer.token_sizes for layer in plan.layers)
         total = float(self.others + self.token_sizes * maps)
-        for index, (layer, correction) in enumerate(zip(plan.layers, corrections, strict=True)):
+        ran = per_layer or [layer.k for layer in plan.layers]
+        for index, (experts, correction) in enumerate(zip(ran, corrections, strict=True)):
             shifted = correction is not None and correction.bias is not None
             nbytes = self.experts[index][widths[index]]
-            total += layer.k * (nbytes + self.shifts[index] * shifted)
+            total += experts * (nbytes + self.shifts[index] * shifted)
         return total
 
 

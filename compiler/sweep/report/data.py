@@ -59,14 +59,14 @@ class Summary:
 
 
 class Digest:
-    """A sweep, summarised: methods from best to worst at the reference budget.
+    """The budgets of a sweep, summarised: methods from best to worst at the reference budget.
 
     ``reference`` is the budget nearest to half. ``default`` is the tool's default method, if the
     sweep has it; ``baseline`` is plain top-k with the same k in every layer, if it has that.
     """
 
     def __init__(self, results: SweepResults) -> None:
-        self.results = results
+        self.results = results = results.of_budgets
         self.summaries = _summaries(results)
         cells = results.cells
         self.budgets = tuple(sorted({cell.budget for cell in cells}))

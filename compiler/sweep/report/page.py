@@ -14,6 +14,9 @@ from alloc_moe.compiler.sweep.report.experts import (
     sensitivities_section,
     tokens_section,
 )
+from alloc_moe.compiler.sweep.report.frontier.points import Frontier
+from alloc_moe.compiler.sweep.report.frontier.points import headline as frontier_headline
+from alloc_moe.compiler.sweep.report.frontier.section import frontier_section
 from alloc_moe.compiler.sweep.report.svg import DASH, element, escape
 
 # What the page may do at all: nothing is ever fetched, not even by mistake.
@@ -25,7 +28,8 @@ def render(results: SweepResults) -> str:
     digest = Digest(results)
     styles = method_styles(digest)
     sections = [
-        _header(digest),
+        _header(digest, results),
+        frontier_section(results),
         loss_section(digest, styles),
         results_section(digest, styles),
         panels_section(digest, styles),
@@ -50,8 +54,8 @@ def render(results: SweepResults) -> str:
     )
 
 
-def _header(digest: Digest) -> str:
-    results = digest.results
+def _header(digest: Digest, results: SweepResults) -> str:
+    finding = headline(digest) if digest.summaries else frontier_headline(Frontier(results))
     seeds, full = len(results.calibration.seeds), results.full_activations
     plural = "" if seeds == 1 else "s"
     facts = {
@@ -62,6 +66,8 @@ def _header(digest: Digest) -> str:
         "calibrated on": f"{results.calibration.tokens:,} "
         f"<small>tokens, {seeds} seed{plural}</small>",
     }
+    if stored := {cell.dtype for cell in digest.results.cells} - {"float32"}:
+        facts["budgets in"] = ", ".join(sorted(stored))
     cells = (
         element("div", {}, element("dt", {}, name), element("dd", {}, value))
         for name, value in facts.items()
@@ -71,7 +77,7 @@ def _header(digest: Digest) -> str:
         {},
         f'<p class="eyebrow"><b>alloc-sweep</b> · {escape(results.model)} · '
         f"{escape(results.family)}</p>",
-        element("h1", {}, escape(headline(digest))),
+        element("h1", {}, escape(finding)),
         element("p", {"class": "lead"}, escape(_lead(digest))),
         element("dl", {"class": "facts"}, "".join(cells)),
     )

@@ -23,7 +23,7 @@ from alloc_moe.compiler.sweep.report.svg import (
     text,
 )
 
-_WIDTH, _HEIGHT = 800, 450
+WIDTH, HEIGHT = 800, 450
 _LABEL_LETTERS = 28
 _LOOKS = (
     Style("m0 own", "circle", ""),
@@ -74,28 +74,45 @@ def draw_picture(results: SweepResults) -> str:
     looks = _chosen_looks(Digest(results))
     cells = tuple(cell for cell in results.cells if cell.method in looks)
     digest = Digest(dataclasses.replace(results, cells=cells))
-    frame = make_frame(digest, (62, 560, 88, _HEIGHT - 72), even_scale)
+    frame = make_frame(digest, (62, 560, 88, HEIGHT - 72), even_scale)
     name = results.model.rstrip("/").rpartition("/")[2]
     title = f"{name}: what running fewer experts costs"
+    return card(
+        title,
+        _what(digest),
+        _in_words(digest),
+        axes(frame, digest, _caption(frame, digest), counts=True),
+        *_series(frame, digest, looks),
+        marker("circle", *_full_model(frame, digest), 5.5, css="ring"),
+    )
+
+
+def card(title: str, below: str, words: str, *drawn: str, style: str = "") -> str:
+    """Return a picture: a card with a title, a line below it, and what is drawn on it.
+
+    `words` say what it shows, for those who can't see it; `style` is added to the card's own.
+    """
+    parts = [
+        element("title", {"id": "title"}, escape(title)),
+        element("desc", {"id": "desc"}, escape(words)),
+        element("style", {}, _STYLE + style),
+        rect(0.5, 0.5, WIDTH - 1, HEIGHT - 1, css="card"),
+        text(24, 36, title, css="head"),
+        text(24, 59, below, css="what"),
+        *drawn,
+    ]
     return element(
         "svg",
         {
             "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {_WIDTH} {_HEIGHT}",
-            "width": _WIDTH,
-            "height": _HEIGHT,
+            "viewBox": f"0 0 {WIDTH} {HEIGHT}",
+            "width": WIDTH,
+            "height": HEIGHT,
             "role": "img",
             "aria-labelledby": "title desc",
         },
-        *("\n", element("title", {"id": "title"}, escape(title))),
-        *("\n", element("desc", {"id": "desc"}, escape(_in_words(digest)))),
-        *("\n", element("style", {}, _STYLE)),
-        *("\n", rect(0.5, 0.5, _WIDTH - 1, _HEIGHT - 1, css="card")),
-        *("\n", text(24, 36, title, css="head")),
-        *("\n", text(24, 59, _what(digest), css="what")),
-        *("\n", axes(frame, digest, _caption(frame, digest), counts=True)),
-        *_series(frame, digest, looks),
-        *("\n", marker("circle", *_full_model(frame, digest), 5.5, css="ring"), "\n"),
+        *(f"\n{part}" for part in parts),
+        "\n",
     )
 
 
@@ -115,7 +132,9 @@ def _chosen_looks(digest: Digest) -> dict[str, Style]:
 def _what(digest: Digest) -> str:
     seeds = len(digest.results.calibration.seeds)
     mean = f": mean and range of {seeds} seeds" if seeds > 1 else ""
-    return f"Added loss on held-out text, nats per token{mean}. Lower is better."
+    stored = sorted({cell.dtype for cell in digest.results.cells} - {"float32"})
+    of_weights = f", weights in {', '.join(stored)}" if stored else ""
+    return f"Added loss on held-out text{of_weights}, nats per token{mean}. Lower is better."
 
 
 def _caption(frame: Frame, digest: Digest) -> str:
@@ -144,7 +163,7 @@ def _series(frame: Frame, digest: Digest, looks: Mapping[str, Style]) -> list[st
         )
         for (method, points), place in zip(routes.items(), places, strict=True)
     ]
-    return [part for series in reversed(drawn) for part in ("\n", series)]
+    return drawn[::-1]
 
 
 def _marks(points: Sequence[tuple[float, float]], style: Style) -> list[str]:

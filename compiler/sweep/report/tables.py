@@ -18,6 +18,8 @@ COLUMNS = (
     *("method", "default", "allocation", "redistribution", "correction", "budget", "seed"),
     *("loss", "added_loss", "loss_decode", "activations", "full_activations"),
     *("activations_per_layer", "planned_per_layer", "experts_per_token_histogram"),
+    *("dtype", "target_bytes", "planned_bytes", "read_bytes", "bits_per_layer", "perplexity"),
+    *("divergence", "seconds"),
 )
 
 
@@ -36,10 +38,13 @@ def to_csv(results: SweepResults) -> str:
                 *(cell.method, "yes" if cell.default else "no", cell.allocation),
                 *(cell.redistribution, cell.correction, cell.budget, cell.seed),
                 *(cell.loss, cell.added_loss),
-                "" if cell.loss_decode is None else cell.loss_decode,
+                _known(cell.loss_decode),
                 *(cell.activations, results.full_activations),
                 *(_spaced(cell.activations_per_layer), _spaced(cell.planned_per_layer)),
                 "|".join(_spaced(row) for row in cell.experts_per_token_histogram),
+                *(cell.dtype, _known(cell.target_bytes), _known(cell.planned_bytes)),
+                *(_known(cell.read_bytes), _spaced(cell.bits_per_layer), cell.perplexity),
+                *(_known(cell.divergence), _known(cell.seconds)),
             ]
         )
     return file.getvalue()
@@ -196,6 +201,15 @@ def _spaced(values: Sequence[float]) -> str:
     return " ".join(repr(value) for value in values)
 
 
+def _known(value: float | None) -> float | str:
+    return "" if value is None else value
+
+
+def _number(row: Mapping[str, str], column: str) -> float | None:
+    """Return a number that need not be there: tables of earlier versions have fewer columns."""
+    return float(row[column]) if row.get(column) else None
+
+
 def _cell(row: Mapping[str, str]) -> Cell:
     return Cell(
         row["method"],
@@ -212,8 +226,15 @@ def _cell(row: Mapping[str, str]) -> Cell:
         experts_per_token_histogram=tuple(
             map(_numbers, row["experts_per_token_histogram"].split("|"))
         ),
-        loss_decode=float(row["loss_decode"]) if row["loss_decode"] else None,
+        loss_decode=_number(row, "loss_decode"),
         default=row["default"] == "yes",
+        dtype=row.get("dtype", "float32"),
+        target_bytes=_number(row, "target_bytes"),
+        planned_bytes=_number(row, "planned_bytes"),
+        read_bytes=_number(row, "read_bytes"),
+        divergence=_number(row, "divergence"),
+        bits_per_layer=tuple(map(int, row.get("bits_per_layer", "").split())),
+        seconds=_number(row, "seconds"),
     )
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from alloc_moe.compiler.commands.alloc_sweep import sweep_command
 from alloc_moe.compiler.sensitivity import measuring as sensitivity
-from alloc_moe.compiler.sweep import cells as sweep
+from alloc_moe.compiler.sweep import budgets, models, running
 from alloc_moe.compiler.sweep.methods import DEFAULT
 from alloc_moe.compiler.sweep.records import Cell, SweepResults
 from alloc_moe.compiler.sweep.report.picture import draw_picture
@@ -33,7 +33,7 @@ def model(
 ) -> Any:  # a generator
     """A checkpoint whose export was done before."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "export_model", lambda *_, **__: exported("olmoe"))
+        patch.setattr(models, "export_model", lambda *_, **__: exported("olmoe"))
         yield checkpoint("olmoe")
 
 
@@ -140,10 +140,10 @@ def test_a_second_sweep_measures_nothing_and_writes_the_same(
 ) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for module, name in (
-        (sweep, "export_model"),
-        (sweep, "make_planned"),
-        (sweep, "fit_token_sizes"),
-        (sweep, "evaluate_artifact"),
+        (models, "export_model"),
+        (budgets, "make_planned"),
+        (budgets, "fit_token_sizes"),
+        (running, "evaluate_artifact"),
         (sensitivity, "FisherRun"),
     ):
         monkeypatch.setattr(module, name, refuse)
@@ -163,22 +163,22 @@ def test_a_sweep_that_was_interrupted_goes_on(
     kept = json.loads((folder / "cells.json").read_text())
     first = dict(list(kept.items())[:3])
     (unfinished / "cells.json").write_text(json.dumps(first))
-    run, ran = sweep._Work._run, []
+    run, ran = running.HeldOutRuns.run, []
 
-    def count(self: sweep._Work, planned: Any) -> Any:
-        ran.append(planned.plan)
-        return run(self, planned)
+    def count(self: running.HeldOutRuns, graph: ir.Model) -> Any:
+        ran.append(graph)
+        return run(self, graph)
 
-    monkeypatch.setattr(sweep._Work, "_run", count)
+    monkeypatch.setattr(running.HeldOutRuns, "run", count)
     outcome = swept(model, unfinished, *PLANS)
     assert outcome.exit_code == 0, outcome.stderr
     assert len(ran) == len(kept) - 3 == 6
     again = SweepResults.from_json((unfinished / "sweep.json").read_text(), path=unfinished)
+    measured = {"loss": 0.0, "added_loss": 0.0, "divergence": 0.0, "seconds": 0.0}
     for cell, other in zip(results.cells, again.cells, strict=True):
-        assert dataclasses.replace(cell, loss=0, added_loss=0) == dataclasses.replace(
-            other, loss=0, added_loss=0
-        )
+        assert dataclasses.replace(cell, **measured) == dataclasses.replace(other, **measured)
         assert cell.loss == pytest.approx(other.loss, rel=1e-6)
+        assert cell.divergence == pytest.approx(other.divergence, rel=1e-4)
 
 
 def test_other_text_is_measured_anew(model: Path, folder: Path, tmp_path: Path) -> None:
