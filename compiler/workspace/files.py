@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,6 +112,8 @@ def save_text(text: str, path: Path, *, what: str) -> None:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+        if sys.platform == "win32":
+            file.close()  # what is open can't take another's place there
 
 
 def save_tensors(tensors: Sequence[torch.Tensor], path: Path, *, what: str, then: str) -> None:
@@ -140,7 +143,7 @@ def _replacing(path: Path, partial: Path) -> Iterator[None]:
     try:
         yield
         os.replace(partial, path)
-    except (OSError, SafetensorError):
+    except BaseException:  # an interruption too
         with contextlib.suppress(OSError):
             partial.unlink()
         raise

@@ -12,7 +12,7 @@ from typing import Literal
 
 from alloc_moe.runtime.errors import AllocMoeError
 from alloc_moe.runtime.execution.calls import Session
-from alloc_moe.runtime.execution.providers import ORT_ERRORS
+from alloc_moe.runtime.execution.providers import ORT_ERRORS, ort_message
 from alloc_moe.runtime.execution.rows import moves_rows
 from alloc_moe.runtime.serving.batch import Batch, Row, batch_of
 from alloc_moe.runtime.serving.metrics import Metrics
@@ -220,7 +220,7 @@ class Scheduler:
                 batch.join(row, cache)
                 self._running[row] = (request, choice)
         except _UNABLE as error:
-            told = ("A prompt of %d tokens has failed: %s", len(row.prompt_ids), error)
+            told = ("A prompt of %d tokens has failed: %s", len(row.prompt_ids), _words(error))
             logger.warning(*told, exc_info=not isinstance(error, AllocMoeError))
             self._fail(request, "error")
 
@@ -234,7 +234,7 @@ class Scheduler:
             try:
                 failed = batch.step()
             except _UNABLE as error:
-                told = ("A step of %d sequences has failed: %s", len(rows), error)
+                told = ("A step of %d sequences has failed: %s", len(rows), _words(error))
                 logger.warning(*told, exc_info=not isinstance(error, AllocMoeError))
                 del self._batches[key]  # with its cache, which may be half written
                 for row in rows:
@@ -288,3 +288,8 @@ class Scheduler:
             self._running.clear()
         for request, _ in entries:
             self._fail(request, kind)
+
+
+def _words(error: Exception) -> str:
+    """Return what an error says, on one line; one that says nothing has a name."""
+    return ort_message(error) or type(error).__name__

@@ -171,6 +171,35 @@ def test_a_killed_compile_and_another_budget_fit_them_no_second_time(
     assert capsys.readouterr().err.count(again) == 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token_sizes": False},
+        {"redistribute": "threshold"},
+        {"budget": 1.0, "cap": 2},
+        {"target_bytes": "1GB", "cap": 2},
+    ],
+    ids=str,
+)
+def test_a_compile_that_needs_none_reads_none(
+    compile_to: Compile, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    profile = tmp_path / "p.json"
+    path = token_sizes_path(profile)
+    path.write_text("damaged")
+    compile_to(tmp_path / "out.onnx", profile=profile, **options)
+    assert path.read_text() == "damaged"
+
+
+def test_a_compile_that_needs_some_names_the_damaged_file(
+    compile_to: Compile, tmp_path: Path
+) -> None:
+    profile = tmp_path / "p.json"
+    token_sizes_path(profile).write_text("damaged")
+    with pytest.raises(ProfileError, match=r"p\.json\.token-sizes\.json can't be read.*Delete the"):
+        compile_to(tmp_path / "out.onnx", profile=profile)
+
+
 def _changed_digit(layer: dict[str, str]) -> None:
     layer["values"] = ("A" if layer["values"][0] != "A" else "B") + layer["values"][1:]
 

@@ -55,6 +55,19 @@ def test_what_a_kill_left_of_a_text_goes_with_the_next(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("save", KINDS)
+def test_an_interruption_leaves_no_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[Path], None]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "a.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="open files can't be removed there")
 def test_what_another_is_writing_stays(tmp_path: Path) -> None:
     with unfinished(tmp_path / "a.bin") as (partial, file):

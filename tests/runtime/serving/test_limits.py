@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import dataclasses
 import http.client
@@ -19,8 +18,6 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from alloc_moe.runtime.errors import ArtifactError
 from alloc_moe.runtime.serving import batch
-from alloc_moe.runtime.serving.scheduler import Failed
-from alloc_moe.runtime.serving.server import request_of
 from alloc_moe.runtime.text.model import TextModel, load
 from alloc_moe.runtime.text.sampling import Sampling
 
@@ -52,20 +49,6 @@ def test_a_client_that_hangs_up_frees_its_row(
     assert server.metric("cancelled_total") == 1
     assert server.metric("generated_tokens_total") < 30
     assert ask(server.port, "/v1/completions", {**BASE, "max_tokens": 2})[0] == 200
-
-
-def test_a_request_whose_loop_has_ended_is_given_up_in_silence() -> None:
-    loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
-    events: asyncio.Queue[Any] = asyncio.Queue()
-    request = request_of([], loop, events, 0)
-    request.tell(Failed("error", "first"))
-    loop.run_until_complete(asyncio.sleep(0))
-    assert events.qsize() == 1
-    assert not request.cancelled
-    loop.close()
-    request.tell(Failed("error", "second"))
-    assert request.cancelled
-    assert events.qsize() == 1
 
 
 def test_a_client_that_hangs_up_leaves_the_queue(
