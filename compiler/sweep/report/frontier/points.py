@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from alloc_moe.compiler.sweep.records import Cell, SweepResults
@@ -52,6 +52,10 @@ class Point:
         return f"{self.activations.mean:.1f} experts"
 
 
+Quantity = Callable[[Point], Estimate | None]
+"""What of points is compared: their added loss, their divergence."""
+
+
 class Frontier:
     """All points of a sweep, ways in their own order, each from few bytes to many."""
 
@@ -76,15 +80,25 @@ class Frontier:
             return row[0] if row else None
         return next((point for point in row if point.target == target), None)
 
-    def least(self, target: float, *, plain: bool | None = None) -> Point | None:
-        """Return the least loss for a target among ways that kept to it, or among plain ones."""
+    def least(
+        self, target: float, of: Quantity = lambda point: point.added, *, plain: bool | None = None
+    ) -> Point | None:
+        """Return the least for a target among ways that kept to it, or among plain ones.
+
+        Of what is alike the one that reads least is taken.
+        """
+
+        def rank(point: Point) -> tuple[float, float]:
+            found = of(point)
+            return (math.inf if found is None else round(found.mean / _ALIKE), point.read.mean)
+
         found = (self.get(method, target) for method in self.methods)
         kept = [
             point
             for point in found
             if point and not point.overspent and plain in (None, point.plain)
         ]
-        return min(kept, key=lambda point: point.added.mean, default=None)
+        return min(kept, key=rank, default=None)
 
     @property
     def best(self) -> list[Point]:
