@@ -278,6 +278,14 @@ def test_sizes_have_three_digits(nbytes: float, said: str) -> None:
     assert size(nbytes) == said
 
 
+@pytest.mark.parametrize("name", ["tiny-moe", "tiny-qwen3-moe"])
+def test_the_recorded_sweeps_give_the_recorded_pictures(name: str) -> None:
+    reports = Path(__file__).parents[4] / "examples" / "reports"
+    table = reports / f"{name}-bytes.csv"
+    results = from_csv(table.read_text("utf-8"), model=name, path=table)
+    assert draw_frontier(results).encode() == table.with_suffix(".svg").read_bytes()
+
+
 def test_old_tables_have_no_points(make: Make) -> None:
     reports = Path(__file__).parents[4] / "examples" / "reports"
     table = reports / "tiny-moe.csv"
