@@ -50,9 +50,9 @@ def by_activations(options: PlanOptions) -> bool:
 def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> WeightsRead:
     """Return what a token reads, without token sizes where they stand in the way of a goal.
 
-    That is where their maps leave no room for all experts, or for any plan; and where all experts
-    run without a dial, which asks for no sizes. A correction's shifts aren't counted: no layer need
-    have them.
+    That is where their maps leave no room for all experts, or for any plan with a correction's
+    shifts; and where all experts run without a dial, which asks for no sizes. A plan without maps
+    need have no shifts.
 
     Args:
         goal: What is asked for.
@@ -65,10 +65,11 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
     if goal.kind != "bytes":
         return reading
     experts = float(reading.costs(shifted=False).cheapest)
+    shifted = float(reading.costs(shifted=True).cheapest)
     full = dataclasses.replace(reading, token_sizes=0).most
     if full <= goal.most and not reading.dial:
         return dataclasses.replace(reading, token_sizes=0)
-    has_room = reading.always + experts <= goal.most < full or reading.most <= goal.most
+    has_room = reading.always + shifted <= goal.most < full or reading.most <= goal.most
     if not (has_room or needs_token_sizes):
         reading = dataclasses.replace(reading, token_sizes=0)
     if goal.most < reading.always + experts:

@@ -19,8 +19,8 @@ from alloc_moe.compiler.sweep.report.svg import Style, element, escape, key, svg
 _HOW = (
     "Lower and further to the left is better. Points lie at the bytes of weights that a token of "
     "the scored text <b>really read</b>, all weights counted. The line joins those that no other "
-    "beats; beaten ones are faint. Plain ways have the same k in every layer, uncorrected: in the "
-    "table, the largest within the target."
+    "beats: none that reads 1 % more at most loses less. Beaten ones are faint. Plain ways have "
+    "one k for all layers, uncorrected: in the table, the largest within the target."
 )
 
 

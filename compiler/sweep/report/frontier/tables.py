@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from alloc_moe.compiler.sweep.records import SweepResults
 from alloc_moe.compiler.sweep.report.data import Estimate, signed
-from alloc_moe.compiler.sweep.report.frontier.points import Frontier, Point, size
+from alloc_moe.compiler.sweep.report.frontier.points import Frontier, Point, Quantity, size
 from alloc_moe.compiler.sweep.report.svg import DASH, Style, element, escape, key
 from alloc_moe.compiler.sweep.report.tables import html_table
 
@@ -54,25 +54,17 @@ def points_table(frontier: Frontier) -> str:
     return html_table("Every point", [*heads, "divergence", "beaten by none"], rows)
 
 
-def _markdown(frontier: Frontier, what: str, of: Callable[[Point], Estimate | None]) -> str:
+def _markdown(frontier: Frontier, what: str, of: Quantity) -> str:
     rows = [[what, *map(size, frontier.targets)], ["---", *("---:" for _ in frontier.targets)]]
-    least = []
-    for target in frontier.targets:
-        found = (frontier.get(method, target) for method in frontier.methods)
-        kept = [point for point in found if point and not point.overspent]
-        least.append(min(kept, key=lambda point: _mean(of(point)), default=None))
+    least = [frontier.least(target, of) for target in frontier.targets]
     for method in frontier.methods:
-        cells = []
-        for target, best in zip(frontier.targets, least, strict=True):
-            point = frontier.get(method, target)
-            cells.append("" if point is None else _cell(point, of(point), bold=point is best))
+        found = [frontier.get(method, target) for target in frontier.targets]
+        cells = (
+            _cell(point, of(point), bold=point is best) if point else ""
+            for point, best in zip(found, least, strict=True)
+        )
         rows.append([method, *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def _mean(found: Estimate | None) -> float:
-    assert found is not None
-    return found.mean
 
 
 def _cell(point: Point, found: Estimate | None, *, bold: bool) -> str:

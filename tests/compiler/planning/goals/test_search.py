@@ -220,13 +220,16 @@ def test_maps_of_token_sizes_give_way_to_all_experts_and_to_any_plan_at_all(
     without = planners("price")[1]
     reading = dataclasses.replace(without, token_sizes=1000)
     full, least = without.most, without.others + float(without.costs(shifted=False).cheapest)
+    shifts = float(without.costs(shifted=True).cheapest - without.costs(shifted=False).cheapest)
+    assert shifts > 0
 
     def maps(nbytes: float, *, needed: bool = False) -> int:
         goal = Goal("bytes", nbytes)
         return search.reachable(goal, reading, needs_token_sizes=needed).token_sizes
 
-    assert [maps(most) for most in (least, least + 999, full, full + 999)] == [0] * 4
-    assert [maps(most) for most in (least + 1000, full - 1, full + 1000)] == [1000] * 3
+    roomy = least + shifts + 1000
+    assert [maps(most) for most in (least, roomy - 1, full, full + 999)] == [0] * 4
+    assert [maps(most) for most in (roomy, full - 1, full + 1000)] == [1000] * 3
     assert maps(full, needed=True) == 1000
     reading = dataclasses.replace(reading, dial=False)
     assert [maps(most, needed=True) for most in (full - 1, full, 1e9)] == [1000, 0, 0]

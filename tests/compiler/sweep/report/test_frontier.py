@@ -100,6 +100,13 @@ def test_the_same_artifact_made_in_two_ways_beats_neither(make: Make) -> None:
     assert best(make((*same, ("mixed-int4", 1e6, 8e5, 0.01)))) == [("mixed bits, rest int4", 1e6)]
 
 
+def test_bytes_that_differ_by_one_percent_are_alike(make: Make) -> None:
+    found = (("int4-price", 1e6, 9e5, 0.02), ("int4-threshold", 1e6, 9.08e5, 0.01))
+    assert best(make(found)) == [("int4, threshold", 1e6)]
+    apart = (("int4-price", 1e6, 9e5, 0.02), ("int4-threshold", 1e6, 9.1e5, 0.01))
+    assert len(best(make(apart))) == 2
+
+
 def test_seeds_are_averaged_before_points_are_compared(make: Make) -> None:
     assert best(make(seeds=(0, 1, 2))) == best(make())
     [point] = (p for p in Frontier(make(seeds=(0, 1, 2))).points if p.added.mean > 0.1)
@@ -269,6 +276,14 @@ def test_no_finite_point_is_no_chart(make: Make) -> None:
 )
 def test_sizes_have_three_digits(nbytes: float, said: str) -> None:
     assert size(nbytes) == said
+
+
+@pytest.mark.parametrize("name", ["tiny-moe", "tiny-qwen3-moe"])
+def test_the_recorded_sweeps_give_the_recorded_pictures(name: str) -> None:
+    reports = Path(__file__).parents[4] / "examples" / "reports"
+    table = reports / f"{name}-bytes.csv"
+    results = from_csv(table.read_text("utf-8"), model=name, path=table)
+    assert draw_frontier(results).encode() == table.with_suffix(".svg").read_bytes()
 
 
 def test_old_tables_have_no_points(make: Make) -> None:
