@@ -30,6 +30,7 @@ from alloc_moe.compiler.planning.goals.search import (
     full_loss,
     meet_goal,
     reachable,
+    tell_left_out,
 )
 from alloc_moe.compiler.planning.goals.traffic import weights_read
 from alloc_moe.compiler.planning.latency import latency_path
@@ -191,11 +192,7 @@ def _reading(
         dial=options.plan.cap is None,
     )
     found = reachable(goal, wanted, needs_token_sizes=bool(options.token_sizes))
-    if found.token_sizes < wanted.token_sizes:
-        every = not found.dial and found.most <= goal.most
-        leave_out(
-            NEEDLESS if every else "take bytes that --target-bytes leaves no room for", console
-        )
+    tell_left_out(goal, wanted, found, console)
     return found
 
 

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 from alloc_moe.compiler.errors import BudgetError
 from alloc_moe.compiler.planning.allocation import parse_budget
 from alloc_moe.compiler.planning.goals.planner import Planner
-from alloc_moe.compiler.planning.goals.search import meet_goal, reachable
+from alloc_moe.compiler.planning.goals.search import meet_goal, reachable, tell_left_out
 from alloc_moe.compiler.planning.plan import expert_sizes
 from alloc_moe.compiler.sensitivity.kept import measured_redistribution
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
-from alloc_moe.compiler.sensitivity.token_sizes.choosing import fit_if_possible, wants_token_sizes
+from alloc_moe.compiler.sensitivity.token_sizes.choosing import (
+    fit_if_possible,
+    wants_token_sizes,
+)
 from alloc_moe.compiler.sensitivity.token_sizes.kept import token_sizes_path
 from alloc_moe.compiler.sweep.jobs import Job, measured, measures
 from alloc_moe.compiler.sweep.models import WeightType
@@ -175,10 +178,9 @@ class TargetJobs:
         wanted = wants_token_sizes(
             options, parse_budget(_FULL, self._most), model.moe, self._console
         )
-        reading = model.weights.reading(self._checkpoint, token_sizes=wanted)
-        reading = reachable(options.goal, reading, needs_token_sizes=False)
-        if wanted and not reading.token_sizes:
-            self._console.note("Token sizes are left out: their maps take what the target asks for")
+        asked = model.weights.reading(self._checkpoint, token_sizes=wanted)
+        reading = reachable(options.goal, asked, needs_token_sizes=False)
+        tell_left_out(options.goal, asked, reading, self._console)
         token_sizes = None
         if reading.token_sizes:
             sizes = expert_sizes("price", profile, model.moe)

@@ -26,6 +26,7 @@ from alloc_moe.compiler.planning.thresholds import Setting, dropped_costs
 from alloc_moe.compiler.records import COMMON
 from alloc_moe.compiler.reference.policies import LayerParameters
 from alloc_moe.compiler.rounding.weights import with_float_experts
+from alloc_moe.compiler.sensitivity.token_sizes.choosing import NEEDLESS, NO_ROOM, leave_out
 from alloc_moe.runtime.artifact.plan import Budget
 
 if TYPE_CHECKING:
@@ -75,6 +76,14 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
     if goal.most < reading.always + experts:
         raise _too_few_bytes(goal, reading, reading.always + experts)
     return reading
+
+
+def tell_left_out(goal: Goal, wanted: WeightsRead, found: WeightsRead, console: Console) -> None:
+    """Tell why `reachable` left maps out of what a token reads, if it did."""
+    if found.token_sizes == wanted.token_sizes:
+        return
+    every = not found.dial and found.most <= goal.most
+    leave_out(NEEDLESS if every else NO_ROOM, console)
 
 
 def _too_few_bytes(goal: Goal, reading: WeightsRead, least: float) -> BudgetError:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NEEDLESS = "would decide nothing: under the --cap every expert runs, or one in each layer"
 """Why there are none where neither a score nor a dial has anything to choose."""
+NO_ROOM = "take bytes that --target-bytes leaves no room for"
+"""Why there are none where a plan fits without their maps only."""
 _MOST_WEIGHTS = 20_000_000  # in all layers: they are text in the plan
 
 
