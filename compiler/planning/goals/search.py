@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _TRIES = 4  # plans made for a loss, at most
 _NEAR = 0.9  # of the loss asked for: not worth another plan
 _LEAST_STEP = 1 / 4  # of the scale of predictions, where a correction made up for more than all
+_WORTH = 0.06  # of what experts may read: maps of token sizes lower the loss as so many more do
 _TOKENS_PER_BATCH = 4096
 
 
@@ -52,8 +53,8 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
     """Return what a token reads, without token sizes where they stand in the way of a goal.
 
     That is where their maps leave no room for all experts, or for any plan with a correction's
-    shifts; and where all experts run without a dial, which asks for no sizes. A plan without maps
-    need have no shifts.
+    shifts; where as many bytes of experts lower the loss more; and where all experts run without a
+    dial, which asks for no sizes. A plan without maps need have no shifts.
 
     Args:
         goal: What is asked for.
@@ -70,8 +71,9 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
     full = dataclasses.replace(reading, token_sizes=0).most
     if full <= goal.most and not reading.dial:
         return dataclasses.replace(reading, token_sizes=0)
+    pays = reading.token_sizes <= _WORTH * (goal.most - reading.always)
     has_room = reading.always + shifted <= goal.most < full or reading.most <= goal.most
-    if not (has_room or needs_token_sizes):
+    if not ((has_room and (pays or reading.most <= goal.most)) or needs_token_sizes):
         reading = dataclasses.replace(reading, token_sizes=0)
     if goal.most < reading.always + experts:
         raise _too_few_bytes(goal, reading, reading.always + experts)
@@ -82,8 +84,17 @@ def tell_left_out(goal: Goal, wanted: WeightsRead, found: WeightsRead, console: 
     """Tell why `reachable` left maps out of what a token reads, if it did."""
     if found.token_sizes == wanted.token_sizes:
         return
-    every = not found.dial and found.most <= goal.most
-    leave_out(NEEDLESS if every else NO_ROOM, console)
+    room = wanted.always + float(wanted.costs(shifted=True).cheapest)
+    if not found.dial and found.most <= goal.most:
+        reason = NEEDLESS
+    elif room <= goal.most < found.most:
+        reason = (
+            f"would take {wanted.token_sizes} of the bytes that --target-bytes gives a token, in "
+            "which more experts lower the loss further; --token-sizes keeps them"
+        )
+    else:
+        reason = NO_ROOM
+    leave_out(reason, console)
 
 
 def _too_few_bytes(goal: Goal, reading: WeightsRead, least: float) -> BudgetError:

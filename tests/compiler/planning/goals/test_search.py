@@ -238,6 +238,23 @@ def test_maps_of_token_sizes_give_way_to_all_experts_and_to_any_plan_at_all(
             maps(most, needed=needed)
 
 
+def test_maps_of_token_sizes_that_cost_more_than_they_are_worth_are_left_out(
+    planners: Callable[..., tuple[Planner, WeightsRead, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = planners("price")[1]
+    experts = (without.most - without.others) / 2
+    for share, kept in ((0.05, True), (0.07, False)):
+        nbytes = round(share * experts)
+        reading = dataclasses.replace(without, token_sizes=nbytes)
+        goal = Goal("bytes", reading.always + experts)
+        found = search.reachable(goal, reading, needs_token_sizes=False)
+        assert (found.token_sizes == nbytes) is kept
+        assert search.reachable(goal, reading, needs_token_sizes=True) == reading
+        search.tell_left_out(goal, reading, found, Console())
+        told = f"Token sizes are left out: they would take {nbytes} of the bytes"
+        assert (told in " ".join(capsys.readouterr().err.split())) is not kept
+
+
 def test_a_threshold_keeps_to_the_bytes_with_its_own_k_per_layer(
     compile_to: Callable[..., Compiled], tmp_path: Path
 ) -> None:
