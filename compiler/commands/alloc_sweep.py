@@ -133,7 +133,7 @@ def sweep_command(
             text_tokens,
             seeds=_integers(seeds),
             weights=WeightType(dtype, chosen_rounding(rounding, dtype)),
-            targets=tuple(byte_count("--targets", size) for size in sizes),
+            targets=tuple(dict.fromkeys(byte_count("--targets", size) for size in sizes)),
             ways=() if targets is None else parse_ways(ways.split(",")),
             **options,
         )
@@ -143,11 +143,13 @@ def sweep_command(
         **({"--rounding": rounding} if rounding else {}),
         **({} if targets is None else {"--targets": targets, "--ways": ways}),
         **({"--text-tokens": str(text_tokens)} if text_tokens else {}),
+        **({"--calibration": options["calibration"]} if options["calibration"] else {}),
         "--tokens": str(options["tokens"]),
         "--seeds": seeds,
         "-o": str(output),
     }
     pairs = [part for pair in said.items() for part in pair]
+    pairs += ["--trust-remote-code"] * options["trust_remote_code"]
     command = shlex.join(["alloc-sweep", model, "--text", str(text), *pairs])
     _write(run_sweep(asked, console, command=command), output, console)
 
@@ -203,4 +205,4 @@ def _integers(text: str) -> tuple[int, ...]:
         raise click.BadParameter(f"{text!r} is no list of whole numbers such as 0,1,2.") from error
     if not all(0 <= seed <= MOST_SEED for seed in seeds):
         raise click.BadParameter(f"{text!r} has a seed outside 0 to {MOST_SEED}.")
-    return seeds
+    return tuple(dict.fromkeys(seeds))

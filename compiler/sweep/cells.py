@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from alloc_moe.compiler.records import CalibrationOptions, PlanOptions
 from alloc_moe.compiler.sweep.budgets import FULL, BudgetJobs
 from alloc_moe.compiler.sweep.held_out import read_held_out
 from alloc_moe.compiler.sweep.jobs import Job
-from alloc_moe.compiler.sweep.kept import KeptCells
+from alloc_moe.compiler.sweep.kept import KeptCells, make_folder
 from alloc_moe.compiler.sweep.methods import Method
 from alloc_moe.compiler.sweep.models import FLOAT32, Models, StoredModel, WeightType
 from alloc_moe.compiler.sweep.records import (
@@ -28,10 +30,10 @@ from alloc_moe.compiler.sweep.records import (
     ScoredText,
     SweepResults,
 )
-from alloc_moe.compiler.sweep.running import HeldOutRuns
+from alloc_moe.compiler.sweep.running import CELL, FULL_LOGITS, HeldOutRuns
 from alloc_moe.compiler.sweep.targets import TargetJobs, ladder
 from alloc_moe.compiler.sweep.ways import Way
-from alloc_moe.compiler.workspace.files import temporary_folder
+from alloc_moe.compiler.workspace.folders import held
 from alloc_moe.runtime.measure.bench import machine
 
 if TYPE_CHECKING:
@@ -90,8 +92,9 @@ def run_sweep(options: SweepOptions, console: Console, *, command: str) -> Sweep
         )
     for budget in options.budgets:  # a wrong one is told before hours of work
         parse_budget(budget, [layer.experts_per_token for layer in moe.layers])
-    kept = KeptCells(options.folder)
-    with temporary_folder(options.folder, ".full-") as folder:
+    make_folder(options.folder)
+    with _work_folder(options.folder) as folder:
+        kept = KeptCells(options.folder)
         runs = HeldOutRuns(scored, moe.layers, folder, options.threads, console)
         models = Models(moe, lambda: _loaded(options, console), console)
         shared = models, runs, scored, options.folder, console
@@ -142,6 +145,23 @@ def _full_graph(model: StoredModel, text: CalibrationSet, console: Console) -> i
     options = PlanOptions("none", "keep", "none", dial=False)
     planned = make_planned(moe, text, budget, options, profile=None, console=console)
     return specialize(model.graph(moe), planned.plan, device="cpu")
+
+
+@contextlib.contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder of what is run, which no other sweep has: what a kill left in it is gone."""
+    with held(folder / ".work", f"Another sweep is writing {folder}") as work:
+        try:
+            _clear(work.path)
+            yield work.path
+        finally:
+            _clear(work.path)
+
+
+def _clear(work: Path) -> None:
+    for left in work.glob(f"{CELL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    (work / FULL_LOGITS).unlink(missing_ok=True)
 
 
 def _measure(jobs: Sequence[Job], kept: KeptCells, console: Console) -> None:

@@ -40,22 +40,29 @@ _CELL = record(
 _CELLS = mapping(optional(_CELL))
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a sweep, unless an earlier one did.
+
+    Raises:
+        OutputError: It can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"The folder {folder} can't be written to: {error.strerror}. Give another with -o."
+        ) from error
+
+
 class KeptCells:
     """Cells by all that they depend on; None where there is no plan that reads so little.
 
     Raises:
         SweepError: The folder has a file that isn't one of a sweep.
-        OutputError: The folder can't be made.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "cells.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"The folder {folder} can't be written to: {error.strerror}. Give another with -o."
-            ) from error
         self._cells = _read(self._path)
 
     def __contains__(self, key: str) -> bool:

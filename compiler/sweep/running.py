@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from alloc_moe.runtime.execution.calls import Output
 
 _CONTEXT = 64  # tokens that a window shares with the one before
+CELL = ".cell-"
+"""How the folders of artifacts that are run begin."""
+FULL_LOGITS = "logits"
+"""The file of the full model's."""
 _ROWS = 64  # logits compared at a time, so that a large vocabulary needs little memory
 _MOST_BYTES = 8 << 30  # of the full model's logits on disk
 
@@ -44,7 +48,7 @@ class HeldOutRuns:
     ) -> None:
         self._scored, self._layers, self._console = scored, layers, console
         self._folder, self._threads = folder, threads
-        self._full = folder / "logits"
+        self._full = folder / FULL_LOGITS
         self._vocabulary = 0
 
     def run_full(self, model: ir.Model) -> Found:
@@ -88,7 +92,7 @@ class HeldOutRuns:
         return {**found, "divergence": total / done}
 
     def _run(self, model: ir.Model, on_logits: Callable[[NDArray[np.float32]], None]) -> Found:
-        with temporary_folder(self._folder, ".cell-") as folder:
+        with temporary_folder(self._folder, CELL) as folder:
             path = folder / "model.onnx"
             package.save_graph(model, path)
             session = open_session(

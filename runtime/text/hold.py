@@ -105,6 +105,25 @@ class Hold:
         price = self.price * (wanted / self._priced(executed / tokens)) ** _CAUTION
         return price if price != self.price else None
 
+    def between(
+        self, tokens: int, first: tuple[float, int], second: tuple[float, int]
+    ) -> float | None:
+        """Return the price of a third time, between two that missed on either side.
+
+        None where the second time came nearer than the first.
+
+        Args:
+            tokens: Those that were computed.
+            first: A price, and the experts that ran at it.
+            second: The same, of the second time.
+        """
+        wanted = tokens * self.budget - self._debt
+        (low, ran), (high, again) = first, second
+        if abs(again - wanted) <= abs(ran - wanted) or again == ran:
+            return None
+        part = min(max((wanted - ran) / (again - ran), 0.0), 1.0)
+        return float(low * (high / low) ** part)
+
     @property
     def _steers(self) -> bool:
         """Whether there is a price to set."""
@@ -187,18 +206,24 @@ def run_held(
     """
     before = cache.length
 
-    def run() -> tuple[Output, int, int]:
-        output = session.run(ids, cache=cache, price=hold.price, logits_to_keep=logits_to_keep)
+    def run(price: float) -> tuple[Output, int, int]:
+        hold.price = price
+        output = session.run(ids, cache=cache, price=price, logits_to_keep=logits_to_keep)
         executed = executed_by_token(output)
         return output, len(executed), int(executed.sum())
 
-    output, *ran = run()
-    price = None if cache.states else hold.corrected(*ran)
-    if price is not None:
+    first = hold.price
+    output, tokens, executed = run(first)
+    second = None if cache.states else hold.corrected(tokens, executed)
+    if second is not None:
         cache.truncate(before)
-        hold.price = price
-        output, *ran = run()
-    hold.observe(*ran)
+        output, tokens, again = run(second)
+        third = hold.between(tokens, (first, executed), (second, again))
+        executed = again
+        if third is not None:
+            cache.truncate(before)
+            output, tokens, executed = run(third)
+    hold.observe(tokens, executed)
     return output
 
 

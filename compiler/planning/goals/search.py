@@ -53,8 +53,9 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
     """Return what a token reads, without token sizes where they stand in the way of a goal.
 
     That is where their maps leave no room for all experts, or for any plan with a correction's
-    shifts; where as many bytes of experts lower the loss more; and where all experts run without a
-    dial, which asks for no sizes. A plan without maps need have no shifts.
+    shifts; where as many bytes of experts lower the loss more (for a loss, whose bytes aren't known
+    yet, of half of the experts); and where all experts run without a dial, which asks for no sizes.
+    A plan without maps need have no shifts.
 
     Args:
         goal: What is asked for.
@@ -65,7 +66,8 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
         BudgetError: A token reads more than the bytes asked for under every plan.
     """
     if goal.kind != "bytes":
-        return reading
+        pays = reading.token_sizes <= _WORTH * sum(reading.trained) / 2
+        return reading if pays or needs_token_sizes else dataclasses.replace(reading, token_sizes=0)
     experts = float(reading.costs(shifted=False).cheapest)
     shifted = float(reading.costs(shifted=True).cheapest)
     full = dataclasses.replace(reading, token_sizes=0).most
@@ -85,12 +87,12 @@ def tell_left_out(goal: Goal, wanted: WeightsRead, found: WeightsRead, console: 
     if found.token_sizes == wanted.token_sizes:
         return
     room = wanted.always + float(wanted.costs(shifted=True).cheapest)
-    if not found.dial and found.most <= goal.most:
+    if goal.kind == "bytes" and not found.dial and found.most <= goal.most:
         reason = NEEDLESS
-    elif room <= goal.most < found.most:
+    elif goal.kind == "loss" or room <= goal.most < found.most:
         reason = (
-            f"would take {wanted.token_sizes} of the bytes that --target-bytes gives a token, in "
-            "which more experts lower the loss further; --token-sizes keeps them"
+            f"would take {wanted.token_sizes} of the bytes that a token reads, in which more "
+            "experts lower the loss further; --token-sizes keeps them"
         )
     else:
         reason = NO_ROOM
@@ -98,11 +100,12 @@ def tell_left_out(goal: Goal, wanted: WeightsRead, found: WeightsRead, console: 
 
 
 def _too_few_bytes(goal: Goal, reading: WeightsRead, least: float) -> BudgetError:
+    maps = f", {reading.token_sizes} of these for --token-sizes" if reading.token_sizes else ""
     return BudgetError(
         f"--target-bytes is {goal.most:.0f}, but with one expert in each MoE layer a token "
         f"reads {math.ceil(least)} bytes of weights already, {reading.always} of them not of "
-        f"routed experts. Give {math.ceil(least)} to {math.ceil(reading.most)}, which all experts "
-        "take, or another --dtype."
+        f"routed experts{maps}. Give {math.ceil(least)} to {math.ceil(reading.most)}, which all "
+        f"experts take, or another --dtype{', or leave --token-sizes out' if maps else ''}."
     )
 
 

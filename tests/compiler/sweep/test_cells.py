@@ -22,6 +22,7 @@ from alloc_moe.compiler.sweep.methods import DEFAULT
 from alloc_moe.compiler.sweep.records import Cell, SweepResults
 from alloc_moe.compiler.sweep.report.picture import draw_picture
 from alloc_moe.compiler.sweep.report.tables import from_csv
+from alloc_moe.compiler.workspace.folders import claim, held
 
 TEXT = "few of the experts are chosen; a router of the layer is enough for them. " * 3
 FILES = ("sweep.json", "sweep.csv", "report.html", "chart.svg")
@@ -179,6 +180,25 @@ def test_a_sweep_that_was_interrupted_goes_on(
         assert dataclasses.replace(cell, **measured) == dataclasses.replace(other, **measured)
         assert cell.loss == pytest.approx(other.loss, rel=1e-6)
         assert cell.divergence == pytest.approx(other.divergence, rel=1e-4)
+
+
+def test_a_folder_is_one_sweeps_at_a_time_and_what_a_kill_left_goes(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "results"
+    work = folder / ".work"
+    folder.mkdir()
+    plan = ("--budgets", "0.5", "--plans", "price", "--seeds", "1,1", "--threads", 1)
+    with held(work, "Held by a test"):
+        assert f"Another sweep is writing {folder}." in message(swept(model, folder, *plan))
+    claim(work)
+    (work / ".cell-killed").mkdir()
+    (work / "logits").write_bytes(b"left")
+    outcome = swept(model, folder, *plan)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert not work.exists()
+    found = SweepResults.from_json((folder / "sweep.json").read_text(), path=folder)
+    assert [cell.seed for cell in found.cells] == [1]
 
 
 def test_other_text_is_measured_anew(model: Path, folder: Path, tmp_path: Path) -> None:

@@ -188,3 +188,19 @@ def test_a_piece_that_ran_far_too_much_is_computed_again_at_a_higher_price() -> 
 
 def test_the_full_budget_computes_nothing_again() -> None:
     assert Hold(CURVE, ORIGINAL).corrected(12, 0) is None
+
+
+def test_a_second_time_that_ended_farther_off_has_a_third_between_the_two() -> None:
+    hold = Hold(CURVE, BUDGET)
+    wanted = round(12 * BUDGET)
+    first, near, far = (0.04, wanted + 40), (0.05, wanted - 10), (0.05, wanted - 60)
+    assert hold.between(12, first, near) is None
+    between = hold.between(12, first, far)
+    assert between is not None
+    assert 0.04 < between < 0.05
+    assert hold.between(12, first, (0.05, wanted + 60)) == 0.04  # no price between is better
+    assert hold.between(12, first, (0.05, wanted + 40)) is None
+
+
+def test_the_full_budget_computes_nothing_a_third_time() -> None:
+    assert Hold(CURVE, ORIGINAL).between(12, (0.0, 12 * ORIGINAL), (0.0, 12 * ORIGINAL)) is None

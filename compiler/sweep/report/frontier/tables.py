@@ -71,8 +71,8 @@ def _cell(point: Point, found: Estimate | None, *, bold: bool) -> str:
     assert found is not None
     is_loss = found is point.added
     value = signed(found.mean, minus="-") if is_loss else f"{found.mean:.4f}"
-    if len(point.cells) > 1:
-        value += f" {_spread(found)}"
+    if spread := _spread(found):
+        value += f" {spread}"
     if bold:
         value = f"**{value}**"
     ran = point.k if point.plain else f"{point.activations.mean:.1f}"
