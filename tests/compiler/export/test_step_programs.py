@@ -333,7 +333,10 @@ def test_what_is_changed_shows(
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family",
+    ["olmoe", "qwen2_moe", "deepseek_v2", pytest.param("deepseek_v3", marks=pytest.mark.rare)],
+)
 def test_quantised_weights_are_read_as_the_kernels_read_them(
     checkpoint: Callable[..., Path], step_interpreter: ModuleType, family: str, dtype: str
 ) -> None:
