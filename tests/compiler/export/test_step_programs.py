@@ -30,6 +30,7 @@ from alloc_moe.passes.experts.lower import Allocation, TokenFactors
 from alloc_moe.runtime.execution.step_programs.programs import step_program
 
 FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v2"]
+V3 = pytest.param("deepseek_v3", marks=pytest.mark.rare)
 # Biased projections, norms of each head, half of a head rotated, a first dense layer, a router with
 # sigmoid scores and a bias for the choice alone, a shared expert without a gate.
 GLM4_MOE: dict[str, Any] = {
@@ -333,10 +334,7 @@ def test_what_is_changed_shows(
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize(
-    "family",
-    ["olmoe", "qwen2_moe", "deepseek_v2", pytest.param("deepseek_v3", marks=pytest.mark.rare)],
-)
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v2", V3])
 def test_quantised_weights_are_read_as_the_kernels_read_them(
     checkpoint: Callable[..., Path], step_interpreter: ModuleType, family: str, dtype: str
 ) -> None:
