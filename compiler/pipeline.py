@@ -24,7 +24,7 @@ from alloc_moe.compiler.package.space import needed_space
 from alloc_moe.compiler.package.versions import versions
 from alloc_moe.compiler.planning.allocation import cost_limit, parse_budget
 from alloc_moe.compiler.planning.costs import measure_costs, mixed_costs
-from alloc_moe.compiler.planning.goals.planner import Planner
+from alloc_moe.compiler.planning.goals.planner import Planner, token_sizes_of
 from alloc_moe.compiler.planning.goals.search import (
     by_activations,
     full_loss,
@@ -34,7 +34,6 @@ from alloc_moe.compiler.planning.goals.search import (
 )
 from alloc_moe.compiler.planning.goals.traffic import weights_read
 from alloc_moe.compiler.planning.latency import latency_path
-from alloc_moe.compiler.planning.plan import expert_sizes
 from alloc_moe.compiler.planning.refinement import Refinement
 from alloc_moe.compiler.planning.shapes import expert_shapes
 from alloc_moe.compiler.programs.build import check_program
@@ -44,12 +43,10 @@ from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.sensitivity.token_sizes.choosing import (
     NEEDLESS,
-    fit_if_possible,
     leave_out,
     wants_token_sizes,
 )
 from alloc_moe.compiler.sensitivity.token_sizes.fitting import TOKEN_STATES
-from alloc_moe.compiler.sensitivity.token_sizes.kept import token_sizes_path
 from alloc_moe.compiler.verify.parity import check_verifiable
 from alloc_moe.compiler.workspace.results import results_path
 from alloc_moe.compiler.workspace.states import delete_kept
@@ -110,7 +107,10 @@ def _compiled(options: CompileOptions, output: package.Output, console: Console)
     )
     measured = _measured(options, output, moe, calibration, storage, budget, console)
     if with_token_sizes:
-        measured = _with_token_sizes(options, moe, calibration, measured, console)
+        assert measured.path is not None
+        assert measured.profile is not None
+        fitted = token_sizes_of(measured.profile, measured.path, options, moe, calibration, console)
+        measured = dataclasses.replace(measured, token_sizes=fitted)
     planner = Planner(
         moe,
         calibration,
@@ -220,22 +220,6 @@ def _measured(
         console=console,
     )
     return _Measured(path, profile)
-
-
-def _with_token_sizes(
-    options: CompileOptions,
-    moe: MoeModel,
-    calibration: CalibrationSet,
-    measured: _Measured,
-    console: Console,
-) -> _Measured:
-    """Return what was measured with sizes for tokens, if these can be fitted."""
-    sizes = expert_sizes("price", measured.profile, moe)
-    assert sizes is not None
-    assert measured.path is not None
-    path = token_sizes_path(measured.path)
-    token_sizes = fit_if_possible(options, moe, calibration, sizes, path, console)
-    return dataclasses.replace(measured, token_sizes=token_sizes)
 
 
 def profile_model(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from alloc_moe.compiler.export.normalize import export_model
 from alloc_moe.compiler.planning.goals.traffic import WeightsRead, weights_read
-from alloc_moe.compiler.rounding.formats import BITS, choose_formats, mixed_formats
+from alloc_moe.compiler.records import TargetOptions
+from alloc_moe.compiler.rounding.formats import BITS, choose_storage
 from alloc_moe.compiler.rounding.stage import round_model
 from alloc_moe.compiler.rounding.weights import weight_reader, with_float_experts
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.checkpoint import Checkpoint
     from alloc_moe.compiler.model.moe_model import MoeModel
-    from alloc_moe.compiler.records import DType, Planned, Quantization, Rounding
-    from alloc_moe.passes.blockwise import BlockFormat
+    from alloc_moe.compiler.records import DType, Planned, Rounding
+    from alloc_moe.compiler.rounding.formats import Storage
     from alloc_moe.runtime.console import Console
 
 
@@ -45,23 +46,18 @@ class WeightType:
         """Return what files of it are named by, such as ``int4-gptq-mixed``."""
         return "-".join((self.dtype, self.rounding, *(["mixed"] * self.mixed_bits)))
 
-    def formats(
-        self, checkpoint: Checkpoint
-    ) -> tuple[Quantization | None, tuple[tuple[BlockFormat, ...], ...]]:
-        """Return what is stored how, and the formats of each layer's experts to choose from."""
-        if self.dtype not in BITS:
-            return None, ()
-        chosen = choose_formats(checkpoint, self.dtype)
-        return chosen, mixed_formats(chosen) if self.mixed_bits else ()
+    def storage(self, checkpoint: Checkpoint) -> Storage:
+        """Return what of a model is stored how."""
+        return choose_storage(checkpoint, TargetOptions(self.dtype, mixed_bits=self.mixed_bits))
 
     def reading(self, checkpoint: Checkpoint, *, token_sizes: bool = False) -> WeightsRead:
         """Return what a token reads of a model, with the maps of token sizes or without."""
-        chosen, formats = self.formats(checkpoint)
+        storage = self.storage(checkpoint)
         return weights_read(
             checkpoint,
-            dtype=self.dtype,
-            quantization=chosen,
-            formats=formats,
+            dtype=storage.dtype,
+            quantization=storage.chosen,
+            formats=storage.formats,
             token_sizes=token_sizes,
         )
 
@@ -76,8 +72,11 @@ class StoredModel:
         self, moe: MoeModel, weights: WeightType, text: CalibrationSet, console: Console
     ) -> None:
         self.weights = weights
-        chosen, self.formats = weights.formats(moe.checkpoint)
-        self.moe = round_model(moe, chosen, weights.rounding, text, console, widths=self.formats)
+        storage = weights.storage(moe.checkpoint)
+        self.formats = storage.formats
+        self.moe = round_model(
+            moe, storage.chosen, weights.rounding, text, console, widths=storage.formats
+        )
         self._console = console
         self._graph: ir.Model | None = None
         self._reads = weight_reader(self.moe)

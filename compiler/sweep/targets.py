@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING
 
 from alloc_moe.compiler.errors import BudgetError
 from alloc_moe.compiler.planning.allocation import parse_budget
-from alloc_moe.compiler.planning.goals.planner import Planner
+from alloc_moe.compiler.planning.goals.planner import Planner, token_sizes_of
 from alloc_moe.compiler.planning.goals.search import meet_goal, reachable, tell_left_out
-from alloc_moe.compiler.planning.plan import expert_sizes
 from alloc_moe.compiler.sensitivity.kept import measured_redistribution
 from alloc_moe.compiler.sensitivity.measuring import measure_sensitivity
 from alloc_moe.compiler.sensitivity.token_sizes.choosing import (
-    fit_if_possible,
     wants_token_sizes,
 )
-from alloc_moe.compiler.sensitivity.token_sizes.kept import token_sizes_path
 from alloc_moe.compiler.sweep.jobs import Job, measured, measures
 from alloc_moe.compiler.sweep.models import WeightType
 from alloc_moe.compiler.sweep.records import Cell
@@ -183,10 +180,7 @@ class TargetJobs:
         tell_left_out(options.goal, asked, reading, self._console)
         token_sizes = None
         if reading.token_sizes:
-            sizes = expert_sizes("price", profile, model.moe)
-            assert sizes is not None
-            kept = token_sizes_path(path)
-            token_sizes = fit_if_possible(options, model.moe, text, sizes, kept, self._console)
+            token_sizes = token_sizes_of(profile, path, options, model.moe, text, self._console)
         if token_sizes is None:
             reading = dataclasses.replace(reading, token_sizes=0)
         planner = dataclasses.replace(planner, profile=profile, token_sizes=token_sizes)

@@ -108,9 +108,7 @@ class Hold:
     def between(
         self, tokens: int, first: tuple[float, int], second: tuple[float, int]
     ) -> float | None:
-        """Return the price of a third time, between two that missed on either side.
-
-        None where the second time came nearer than the first.
+        """Return the price of a third time, between the two; None where the second came nearer.
 
         Args:
             tokens: Those that were computed.
@@ -118,11 +116,11 @@ class Hold:
             second: The same, of the second time.
         """
         wanted = tokens * self.budget - self._debt
-        (low, ran), (high, again) = first, second
+        (price, ran), (other, again) = first, second
         if abs(again - wanted) <= abs(ran - wanted) or again == ran:
             return None
         part = min(max((wanted - ran) / (again - ran), 0.0), 1.0)
-        return float(low * (high / low) ** part)
+        return float(price * (other / price) ** part)
 
     @property
     def _steers(self) -> bool:

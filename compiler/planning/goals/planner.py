@@ -12,16 +12,25 @@ from alloc_moe.compiler.planning.mixed_bits import (
     allocate_mixed,
     mixed_allocation,
 )
-from alloc_moe.compiler.planning.plan import make_planned
+from alloc_moe.compiler.planning.plan import expert_sizes, make_planned
 from alloc_moe.compiler.rounding.formats import formats_of_bits
 from alloc_moe.compiler.rounding.weights import with_expert_formats
+from alloc_moe.compiler.sensitivity.token_sizes.choosing import fit_if_possible
+from alloc_moe.compiler.sensitivity.token_sizes.kept import token_sizes_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from alloc_moe.compiler.calibration.windows import CalibrationSet
     from alloc_moe.compiler.model.moe_model import MoeModel
     from alloc_moe.compiler.planning.costs import CostTable
     from alloc_moe.compiler.planning.refinement import Refinement
-    from alloc_moe.compiler.records import Planned, PlanOptions, SensitivityProfile
+    from alloc_moe.compiler.records import (
+        CompileOptions,
+        Planned,
+        PlanOptions,
+        SensitivityProfile,
+    )
     from alloc_moe.passes.blockwise import BlockFormat
     from alloc_moe.runtime.artifact.plan import Budget
     from alloc_moe.runtime.artifact.token_sizes import TokenSizes
@@ -107,3 +116,24 @@ class Planner:
             refinement=self.refinement,
             console=self.console,
         )
+
+
+def token_sizes_of(
+    profile: SensitivityProfile,
+    path: Path,
+    options: CompileOptions,
+    moe: MoeModel,
+    calibration: CalibrationSet,
+    console: Console,
+) -> tuple[TokenSizes, ...] | None:
+    """Return what tokens multiply a profile's sizes by, fitted or kept beside its file.
+
+    None where nothing can be fitted and nobody asked, which is told.
+
+    Raises:
+        TokenSizesError: Nothing can be fitted, and it was asked for.
+        ProfileError: The profile has no sizes of this model, or what is kept is damaged.
+    """
+    sizes = expert_sizes("price", profile, moe)
+    assert sizes is not None
+    return fit_if_possible(options, moe, calibration, sizes, token_sizes_path(path), console)

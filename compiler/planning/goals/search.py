@@ -74,8 +74,8 @@ def reachable(goal: Goal, reading: WeightsRead, *, needs_token_sizes: bool) -> W
     if full <= goal.most and not reading.dial:
         return dataclasses.replace(reading, token_sizes=0)
     pays = reading.token_sizes <= _WORTH * (goal.most - reading.always)
-    has_room = reading.always + shifted <= goal.most < full or reading.most <= goal.most
-    if not ((has_room and (pays or reading.most <= goal.most)) or needs_token_sizes):
+    some = pays and reading.always + shifted <= goal.most < full
+    if not (some or reading.most <= goal.most or needs_token_sizes):
         reading = dataclasses.replace(reading, token_sizes=0)
     if goal.most < reading.always + experts:
         raise _too_few_bytes(goal, reading, reading.always + experts)

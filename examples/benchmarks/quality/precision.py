@@ -32,6 +32,7 @@ from alloc_moe.compiler.package import output as package
 from alloc_moe.compiler.records import CalibrationOptions, DType, Planned
 from alloc_moe.compiler.rounding.formats import BITS, choose_formats
 from alloc_moe.compiler.rounding.stage import round_model
+from alloc_moe.compiler.sweep.running import divergences
 from alloc_moe.runtime.execution.session import open_session
 from alloc_moe.runtime.measure.evaluate import token_losses
 
@@ -80,17 +81,7 @@ def loss(logits: Logits, windows: NDArray[np.int64]) -> float:
 
 def divergence(full: Logits, other: Logits) -> float:
     """Return the mean of KL(full || other) in nats per token."""
-    sums = 0.0
-    for p, q in zip(full, other, strict=True):
-        log_p, log_q = _log_softmax(p), _log_softmax(q)
-        sums += float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
-    return sums / len(full)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    normal: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return normal
+    return float(np.mean([divergences(*pair).mean() for pair in zip(full, other, strict=True)]))
 
 
 def rows(
